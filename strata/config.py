@@ -1,0 +1,74 @@
+"""Parse a typed configuration tree from YAML files and dotted overrides; dump it again."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from strata.errors import ConfigError
+
+__all__ = ["dump_config", "parse_config", "plain"]
+
+ConfigT = TypeVar("ConfigT")
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse_config(
+    root: type[ConfigT], argv: Sequence[str], *, prog: str, description: str
+) -> ConfigT:
+    """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
+
+    Later arguments win. The launcher's `--local_rank` is accepted and ignored: ranks come from the
+    environment.
+
+    Args:
+        root: The dataclass to build; field docstrings become `--help`.
+        argv: Arguments without the program's name.
+        prog: Name shown in help and errors.
+        description: First line of the help.
+
+    Returns:
+        A validated instance of `root`.
+
+    Raises:
+        ConfigError: A key is unknown, a value does not fit its type or range, or a file is missing.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file; may be given repeatedly.")
+    parser.add_class_arguments(root, fail_untyped=True, sub_configs=False)
+    args = [a for a in argv if not a.startswith("--local_rank=")]
+    try:
+        namespace = parser.parse_args(args)
+        built = parser.instantiate_classes(namespace)
+        fields = {f.name: built[f.name] for f in dataclasses.fields(root)}  # pyright: ignore[reportArgumentType]
+        return root(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{prog}: {error}") from error
+    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{prog}: {reason}. See {prog} --help for the settings.") from error
+
+
+def plain(value: Any) -> Any:
+    """`value` (a dataclass tree, paths, tuples) as what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def dump_config(config: Any, path: Path) -> None:
+    """Write the resolved tree as YAML; the file is itself accepted by `--config`."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)

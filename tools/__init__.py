@@ -1,0 +1,1 @@
+"""Commands run by path, each a few lines over a tested function."""

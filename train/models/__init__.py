@@ -1,0 +1,1 @@
+"""Backbones, motion excitation, heads and prototypes."""
