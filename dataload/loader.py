@@ -1,0 +1,412 @@
+"""Typed batches from shards, made a few ahead, in an order that is arithmetic."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strata.counter_random import Stream, uniforms
+from strata.dataload.augment import AugmentSpec, ViewParameters, centre_crop, draw_view
+from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.faults import find_undecodable
+from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from strata.dataload.plan import Plan, evaluation_slots
+from strata.dataload.prefetch import Prefetcher
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.errors import ConfigError, ShardError
+
+__all__ = [
+    "Batch",
+    "ClipBatch",
+    "DataConfig",
+    "EvaluationLoader",
+    "TrainLoader",
+    "open_plan",
+]
+
+DeviceChoice = Literal["cpu", "gpu", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where batches come from and what they look like."""
+
+    shards: Path
+    """A folder that tools/shard.py wrote."""
+    batch_size: int = 256
+    """Samples in a global batch, over all ranks. TEXT: 256."""
+    size: int = 112
+    """Rows and columns of a view, in pixels. TEXT: 112."""
+    clips: ClipSpec = field(default_factory=ClipSpec)
+    """The window and its views."""
+    views: AugmentSpec = field(default_factory=AugmentSpec)
+    """Augmentation of each view."""
+    decode: DeviceChoice = "auto"
+    """Where JPEGs are decoded; auto takes the GPU where this rank trains on one."""
+    augment: DeviceChoice = "auto"
+    """Where views are augmented; auto takes the GPU where this rank trains on one."""
+    threads: int = 0
+    """DALI threads of a rank; 0 divides the machine's cores by its ranks."""
+    prefetch: int = 2
+    """Batches made ahead."""
+    pool_samples: int = 4096
+    """Samples shuffled together, see dataload/plan.py."""
+    check: Literal["size", "hash"] = "size"
+    """Whether shards are compared with the manifest at start by size or by SHA-256."""
+    stall_s: float = 600.0
+    """Seconds after which a late batch stops the run with the stacks of all threads."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        for name in ("batch_size", "size", "prefetch", "pool_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; use 1 or more")
+        if self.threads < 0 or self.stall_s <= 0:
+            raise ConfigError("data.threads must be 0 or more and data.stall_s above 0")
+        if self.decode == "gpu" and self.augment == "cpu":
+            raise ConfigError("data.augment cpu cannot follow data.decode gpu; decode on the cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A rank's share of one global training batch, on the device.
+
+    b samples, T frames a short clip, L frames of the long sequence, S rows and columns.
+    """
+
+    short: Tensor
+    """uint8 `[b, 2, T, S, S, 3]`: two neighbouring clips of each video."""
+    long: Tensor | None
+    """uint8 `[b, L, S, S, 3]`: the long sequence, where the epoch's stage uses it."""
+    samples: np.ndarray
+    """int64 `[b]`: sample indices."""
+    epoch: int
+    step: int
+    """Within the epoch."""
+    frames_decoded: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBatch:
+    """A rank's share of an evaluation pass, on the device."""
+
+    clips: Tensor
+    """uint8 `[n, clips a video, T, S, S, 3]`."""
+    samples: np.ndarray
+    """int64 `[n]`: sample indices."""
+    valid: np.ndarray
+    """bool `[n]`: False where a sample is repeated to fill the batch."""
+
+
+def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
+    """The order of a run over `reader`, after checking that the videos are long enough.
+
+    Raises:
+        ConfigError: The set is too small for a batch, or a video too short for the window.
+    """
+    shortest = int(reader.num_frames.min()) if reader.num_samples else 0
+    if shortest < config.clips.window_frames:
+        raise ConfigError(
+            f"{reader.folder} holds videos of {shortest} frames, the window takes "
+            f"{config.clips.window_frames}; shard with --min-frames "
+            f"{config.clips.window_frames + 1} or use a smaller data.clips.clip_frames"
+        )
+    return Plan(
+        shard_sizes=tuple(s.num_samples for s in reader.manifest.shards),
+        batch_size=config.batch_size,
+        seed=seed,
+        pool_samples=config.pool_samples,
+    )
+
+
+class _GraphMaker:
+    """Turns the device settings into graphs; holds what all graphs of a rank share."""
+
+    def __init__(self, reader: ShardReader, config: DataConfig, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        for name in ("decode", "augment"):
+            if getattr(config, name) == "gpu" and not on_gpu:
+                raise ConfigError(
+                    f"data.{name} is gpu, but this rank has no GPU; use data.{name} auto or cpu"
+                )
+        self.reader = reader
+        self.decode: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.decode != "cpu" else "cpu"
+        self.augment: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.augment != "cpu" else "cpu"
+        if self.augment == "cpu":
+            self.decode = "cpu"
+        self.device = device
+        self.size = config.size
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        cores = len(os.sched_getaffinity(0))
+        self.threads = config.threads or max(1, cores // local_ranks)
+
+    def build(
+        self, *, batch_size: int, strip_frames: int, views: Sequence[ViewSlice], photometric: bool
+    ) -> ClipPipeline:
+        form = self.reader.manifest.form
+        return ClipPipeline(
+            GraphSpec(
+                batch_size=batch_size,
+                strip_frames=strip_frames,
+                height=form.height,
+                width=form.width,
+                size=self.size,
+                views=tuple(views),
+                photometric=photometric,
+                decode=self.decode,
+                augment=self.augment,
+                device_id=self.device.index if self.device.type == "cuda" else None,
+                num_threads=self.threads,
+            )
+        )
+
+    def run(
+        self,
+        pipeline: ClipPipeline,
+        samples: Sequence[int],
+        strips: Sequence[np.ndarray],
+        views: Sequence[ViewParameters],
+    ) -> list[Tensor]:
+        """Run a graph; name the samples at fault if it fails."""
+        try:
+            return [v.to(self.device, non_blocking=True) for v in pipeline.run(strips, views)]
+        except RuntimeError as error:
+            faults = find_undecodable(strips)
+            if not faults:
+                raise
+            names = "; ".join(f"{self.reader.name(samples[p])}: {why}" for p, why in faults)
+            raise ShardError(
+                f"{len(faults)} samples of a batch do not decode: {names}. "
+                "Find all with tools/verify_shards.py"
+            ) from error
+
+
+class _Stream:
+    """The side stream on which a GPU loader works, so that it never waits behind training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def produce(self, items: Iterator[Any]) -> Iterator[tuple[Any, torch.cuda.Event | None]]:
+        """Make items on the side stream, each with the event that says it is complete."""
+        if self._stream is None:
+            for item in items:
+                yield item, None
+            return
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            for item in items:
+                event = torch.cuda.Event()
+                event.record(self._stream)
+                yield item, event
+
+    @staticmethod
+    def hand_over(event: torch.cuda.Event | None, tensors: Sequence[Tensor | None]) -> None:
+        """Let the consumer's stream wait for the item, without stopping the host."""
+        if event is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_event(event)
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(current)
+
+
+class TrainLoader:
+    """Training batches of one rank, from a position to the end of an epoch range.
+
+    The only state is the position, which every batch carries.
+
+    Args:
+        reader: The data set.
+        config: What batches look like.
+        plan: The order.
+        world: This rank and its peers.
+        device: Where batches go.
+        epochs: First epoch and the one after the last.
+        start_step: Step within the first epoch to start at.
+        wants_long: Whether an epoch's batches carry the long sequence.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        config: DataConfig,
+        plan: Plan,
+        *,
+        world: World,
+        device: torch.device,
+        epochs: tuple[int, int],
+        start_step: int = 0,
+        wants_long: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        self._reader, self._config, self._plan, self._world = reader, config, plan, world
+        self._maker = _GraphMaker(reader, config, device)
+        self._graphs: dict[bool, ClipPipeline] = {}
+        self._epochs, self._start_step, self._wants_long = epochs, start_step, wants_long
+        self._stream = _Stream(device)
+        plan.batch(epochs[0], 0, world.rank, world.size)  # refuse a batch that does not divide
+        self._prefetcher: Prefetcher[tuple[Batch, torch.cuda.Event | None]] = Prefetcher(
+            self._stream.produce(self._batches()), depth=config.prefetch, stall_s=config.stall_s
+        )
+
+    def _graph(self, with_long: bool) -> ClipPipeline:
+        if with_long not in self._graphs:
+            clips = self._config.clips
+            views = [
+                ViewSlice(0, clips.clip_frames),
+                ViewSlice(clips.clip_frames, clips.clip_frames),
+            ]
+            if with_long:
+                views.append(ViewSlice(0, clips.long_frames, clips.long_stride))
+            self._graphs[with_long] = self._maker.build(
+                batch_size=self._config.batch_size // self._world.size,
+                strip_frames=clips.window_frames,
+                views=views,
+                photometric=True,
+            )
+        return self._graphs[with_long]
+
+    def _batches(self) -> Iterator[Batch]:
+        start = self._start_step
+        for epoch in range(*self._epochs):
+            for step in range(start, self._plan.steps_per_epoch):
+                yield self._make(epoch, step)
+            start = 0
+
+    def _make(self, epoch: int, step: int) -> Batch:
+        plan, reader, config = self._plan, self._reader, self._config
+        samples = plan.batch(epoch, step, self._world.rank, self._world.size)
+        draws = uniforms(plan.seed, Stream.WINDOW, epoch, samples, 0, 2)
+        windows = training_window(reader.num_frames[samples], config.clips, draws)
+        strips = [reader.strip(int(s), w) for s, w in zip(samples, windows, strict=True)]
+        graph = self._graph(self._wants_long(epoch))
+        form = reader.manifest.form
+        parameters = [
+            draw_view(
+                config.views,
+                height=form.height,
+                width=form.width,
+                size=config.size,
+                seed=plan.seed,
+                epoch=epoch,
+                samples=samples,
+                view=view,
+            )
+            for view in range(len(graph.spec.views))
+        ]
+        views = self._maker.run(graph, samples.tolist(), strips, parameters)
+        return Batch(
+            short=torch.stack(views[:2], dim=1),
+            long=views[2] if len(views) > 2 else None,
+            samples=samples,
+            epoch=epoch,
+            step=step,
+            frames_decoded=windows.size,
+            bytes_read=sum(s.size for s in strips),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in the plan's order."""
+        for batch, event in self._prefetcher:
+            self._stream.hand_over(event, [batch.short, batch.long])
+            yield batch
+
+    @property
+    def queue_depth(self) -> int:
+        """Batches ready now."""
+        return self._prefetcher.depth
+
+    def close(self) -> None:
+        """Stop the loader's thread and free its graphs."""
+        self._prefetcher.close()
+        for graph in self._graphs.values():
+            graph.close()
+
+
+class EvaluationLoader:
+    """Clips of every sample exactly once, through the same graph as training.
+
+    Args:
+        reader: The data set.
+        config: Size and devices; the batch size is not used.
+        world: This rank and its peers.
+        device: Where batches go.
+        videos_per_batch: Samples a rank takes at a time.
+        num_clips: Clips a video.
+        stride: Distance of neighbouring frames of a clip, in source frames.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        config: DataConfig,
+        *,
+        world: World,
+        device: torch.device,
+        videos_per_batch: int,
+        num_clips: int,
+        stride: int,
+    ) -> None:
+        self._reader, self._config = reader, config
+        self._maker = _GraphMaker(reader, config, device)
+        self._slots, self._valid = evaluation_slots(
+            reader.num_samples, videos_per_batch, world.rank, world.size
+        )
+        self._num_clips, self._stride = num_clips, stride
+        self._side = _Stream(device)
+        self._graph = self._maker.build(
+            batch_size=videos_per_batch * num_clips,
+            strip_frames=config.clips.clip_frames,
+            views=[ViewSlice(0, config.clips.clip_frames)],
+            photometric=False,
+        )
+        self._prefetcher: Prefetcher[tuple[ClipBatch, torch.cuda.Event | None]] = Prefetcher(
+            self._side.produce(self._batches()), depth=config.prefetch, stall_s=config.stall_s
+        )
+
+    def __len__(self) -> int:
+        """Batches of this rank; the same on every rank."""
+        return len(self._slots)
+
+    def _batches(self) -> Iterator[ClipBatch]:
+        form = self._reader.manifest.form
+        for samples, valid in zip(self._slots, self._valid, strict=True):
+            frames = evaluation_clips(
+                self._reader.num_frames[samples],
+                num_clips=self._num_clips,
+                clip_frames=self._config.clips.clip_frames,
+                stride=self._stride,
+            )
+            pairs = [
+                (int(s), clip) for s, clips in zip(samples, frames, strict=True) for clip in clips
+            ]
+            strips = [self._reader.strip(sample, clip) for sample, clip in pairs]
+            crop = centre_crop(len(pairs), height=form.height, width=form.width)
+            (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], strips, [crop])
+            yield ClipBatch(
+                clips=clips.unflatten(0, (len(samples), self._num_clips)),
+                samples=samples,
+                valid=valid,
+            )
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        """Batches in the order of samples."""
+        for batch, event in self._prefetcher:
+            self._side.hand_over(event, [batch.clips])
+            yield batch
+
+    def close(self) -> None:
+        """Stop the loader's thread and free its graph."""
+        self._prefetcher.close()
+        self._graph.close()

@@ -1,0 +1,135 @@
+"""The order of samples as arithmetic: (seed, epoch, world, position) gives each rank its samples.
+
+Shards are put into a random order and their samples laid end to end; this line is cut into pools
+of some thousand samples and each pool is shuffled. Shards were shuffled when they were written, so
+reads stay nearly sequential and the order is still random. Every rank gets the same number of full
+batches; a global batch is the same set of samples whatever the number of ranks.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from strata.counter_random import Stream, permutation
+from strata.errors import ConfigError
+
+__all__ = ["Plan", "evaluation_slots"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The order of a whole run."""
+
+    shard_sizes: tuple[int, ...]
+    """Samples in each shard; sample indices count through the shards in order."""
+    batch_size: int
+    """Samples in a global batch."""
+    seed: int
+    """In [0, 2^64)."""
+    pool_samples: int = 4096
+    """Samples shuffled together."""
+
+    def __post_init__(self) -> None:
+        """Check that there is at least one batch.
+
+        Raises:
+            ConfigError: The set is smaller than one global batch, or a size is not positive.
+        """
+        if self.batch_size < 1 or self.pool_samples < 1:
+            raise ConfigError("data.batch_size and data.pool_samples must be 1 or more")
+        if self.num_samples < self.batch_size:
+            raise ConfigError(
+                f"the shards hold {self.num_samples} samples, fewer than one batch of "
+                f"{self.batch_size}; use a smaller data.batch_size or more data"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.shard_sizes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches an epoch; what is left over waits for another epoch's order."""
+        return self.num_samples // self.batch_size
+
+    @property
+    def digest(self) -> str:
+        """The identity of the order; equal digests mean equal batches."""
+        content = repr((self.shard_sizes, self.batch_size, self.seed, self.pool_samples))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Every sample once, in the epoch's order.
+
+        Returns:
+            Shape `[num_samples]`, int64.
+        """
+        return _epoch_order(self.shard_sizes, self.pool_samples, self.seed, epoch)
+
+    def batch(self, epoch: int, step: int, rank: int, num_ranks: int) -> np.ndarray:
+        """A rank's samples of one global batch.
+
+        Args:
+            epoch: From 0.
+            step: Step within the epoch, in [0, steps_per_epoch).
+            rank: In [0, num_ranks).
+            num_ranks: A divisor of the batch size.
+
+        Returns:
+            Shape `[batch_size / num_ranks]`, int64: sample indices.
+
+        Raises:
+            ConfigError: The batch does not divide by the ranks.
+        """
+        if self.batch_size % num_ranks:
+            raise ConfigError(
+                f"data.batch_size {self.batch_size} does not divide by {num_ranks} ranks; "
+                "use a multiple"
+            )
+        if not 0 <= step < self.steps_per_epoch:
+            raise ValueError(f"step {step} is outside the epoch's {self.steps_per_epoch}")
+        local = self.batch_size // num_ranks
+        start = step * self.batch_size + rank * local
+        return self.epoch_order(epoch)[start : start + local]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(
+    shard_sizes: tuple[int, ...], pool_samples: int, seed: int, epoch: int
+) -> np.ndarray:
+    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    shards = permutation(seed, Stream.SHARD_ORDER, epoch, len(shard_sizes))
+    line = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards])
+    for number, start in enumerate(range(0, len(line), pool_samples)):
+        pool = line[start : start + pool_samples]
+        # The pool's number is part of the counter, so that pools are shuffled independently.
+        order = permutation(seed + (number << 32), Stream.PLAN, epoch, len(pool))
+        line[start : start + pool_samples] = pool[order]
+    line.flags.writeable = False
+    return line
+
+
+def evaluation_slots(
+    num_samples: int, batch_size: int, rank: int, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A rank's share of a pass in which every sample comes exactly once.
+
+    Args:
+        num_samples: Samples in the set.
+        batch_size: Samples a rank takes at a time.
+        rank: In [0, num_ranks).
+        num_ranks: Ranks that share the pass.
+
+    Returns:
+        Sample indices and a mask, both of shape `[steps, batch_size]`, the same number of steps on
+        every rank. Where the mask is False the index repeats a sample, to be dropped.
+    """
+    per_step = batch_size * num_ranks
+    steps = -(-num_samples // per_step)
+    flat = np.arange(steps * per_step)
+    valid = flat < num_samples
+    slots = np.minimum(flat, num_samples - 1).reshape(steps, num_ranks, batch_size)
+    return slots[:, rank], valid.reshape(steps, num_ranks, batch_size)[:, rank]

@@ -1,0 +1,142 @@
+"""The same views by PIL and torch, written for clarity: the yardstick of the parity tests."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from strata.dataload.augment import ViewParameters
+from strata.dataload.pipeline import ViewSlice, blur_window
+
+__all__ = ["colour_matrix", "decode_strip", "reference_view", "resize_matrix"]
+
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+_MID_GRAY = 128.0
+
+
+def decode_strip(strip: np.ndarray, height: int) -> np.ndarray:
+    """A tall JPEG as frames.
+
+    Returns:
+        Shape `[F, height, width, 3]`, uint8.
+    """
+    with Image.open(io.BytesIO(strip.tobytes())) as picture:
+        rows = np.asarray(picture.convert("RGB"))
+    return rows.reshape(-1, height, rows.shape[1], 3)
+
+
+def colour_matrix(
+    brightness: float, contrast: float, saturation: float, hue_degrees: float
+) -> tuple[np.ndarray, float]:
+    """The affine map of colours that the graph's colour twist applies.
+
+    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales about mid gray;
+    brightness scales last.
+
+    Returns:
+        Matrix `[3, 3]` and offset: `out = matrix @ rgb + offset`.
+    """
+    angle = np.deg2rad(hue_degrees)
+    turn = np.array(
+        [
+            [1.0, 0.0, 0.0],
+            [0.0, np.cos(angle), np.sin(angle)],
+            [0.0, -np.sin(angle), np.cos(angle)],
+        ]
+    )
+    scale = np.diag([1.0, saturation, saturation])
+    chroma = np.linalg.inv(_RGB_TO_YIQ) @ turn @ scale @ _RGB_TO_YIQ
+    return brightness * contrast * chroma, brightness * _MID_GRAY * (1.0 - contrast)
+
+
+def resize_matrix(length: int, start: float, end: float, size: int) -> Tensor:
+    """Linear interpolation of a region of a row of pixels, antialiased when it shrinks.
+
+    The triangle is as wide as an output pixel, at least one input pixel; where it reaches beyond
+    the region it sees the picture, beyond the picture the edge pixel again.
+
+    Args:
+        length: Pixels of the row.
+        start: Where the region starts, in pixels.
+        end: Where it ends.
+        size: Output pixels.
+
+    Returns:
+        Shape `[size, length]`, float32; rows sum to 1.
+    """
+    scale = (end - start) / size
+    support = max(1.0, scale)
+    matrix = np.zeros((size, length))
+    for out in range(size):
+        centre = start + (out + 0.5) * scale - 0.5
+        for place in range(math.floor(centre - support), math.ceil(centre + support) + 1):
+            weight = max(0.0, 1.0 - abs(place - centre) / support)
+            matrix[out, min(max(place, 0), length - 1)] += weight
+    return torch.from_numpy((matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32))
+
+
+def _round_uint8(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255)
+
+
+def reference_view(
+    frames: np.ndarray,
+    cut: ViewSlice,
+    parameters: ViewParameters,
+    row: int,
+    size: int,
+    *,
+    photometric: bool,
+) -> np.ndarray:
+    """One view of one sample.
+
+    Args:
+        frames: Shape `[F, H, W, 3]`, uint8: the strip's frames.
+        cut: Which of them.
+        parameters: Of N samples.
+        row: Which of the N.
+        size: Rows and columns of the view.
+        photometric: Whether colour and blur apply.
+
+    Returns:
+        Shape `[T, size, size, 3]`, uint8.
+    """
+    stop = cut.start + (cut.num_frames - 1) * cut.step + 1
+    top, left, bottom, right = (float(v) for v in parameters.box[row])
+    chosen = torch.from_numpy(frames[cut.start : stop : cut.step].astype(np.float32))
+    down = resize_matrix(frames.shape[1], top, bottom, size)
+    across = resize_matrix(frames.shape[2], left, right, size)
+    clip = torch.einsum("iy,tyxc,jx->tcij", down, chosen, across)
+    if parameters.flip[row]:
+        clip = clip.flip(-1)
+    clip = _round_uint8(clip)
+    if photometric:
+        matrix, offset = colour_matrix(
+            float(parameters.brightness[row]),
+            float(parameters.contrast[row]),
+            float(parameters.saturation[row]),
+            float(parameters.hue_degrees[row]),
+        )
+        weight = torch.from_numpy(matrix.astype(np.float32))
+        clip = _round_uint8(torch.einsum("ij,tjhw->tihw", weight, clip) + offset)
+        clip = _blur(clip, float(parameters.sigma[row]))
+    return clip.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def _blur(clip: Tensor, sigma: float) -> Tensor:
+    """A separable Gaussian, mirrored at the border without repeating the edge pixel."""
+    window = int(blur_window(np.array([sigma]))[0])
+    if window == 1:
+        return clip
+    radius = window // 2
+    taps = torch.exp(-torch.arange(-radius, radius + 1).double().square() / (2 * sigma**2))
+    taps = (taps / taps.sum()).float()
+    channels = clip.shape[1]
+    padded = functional.pad(clip, (radius, radius, radius, radius), mode="reflect")
+    kernel = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+    rows = functional.conv2d(padded, kernel, groups=channels)
+    return _round_uint8(functional.conv2d(rows, kernel.transpose(2, 3), groups=channels))

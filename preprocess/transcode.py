@@ -1,0 +1,257 @@
+"""One video to the normal form: decode, turn upright, scale, and encode strips."""
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from av.error import BlockingIOError as AVBlockingIOError
+from av.error import EOFError as AVEOFError
+from av.error import FFmpegError
+from av.filter import Graph
+from av.video.frame import VideoFrame
+from PIL import Image
+
+from strata.errors import FaultKind, VideoFault
+from strata.preprocess.probe import VideoFacts, open_video, read_facts
+from strata.schema import NormalForm
+
+__all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
+
+_BT601 = (0.299, 0.114)
+_LUMA_WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087)}
+_LUMA_WEIGHTS |= {9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+"""Weights of red and blue by the stream's colour matrix (ITU-T H.273, table 4). What is not here is
+BT.601 or says nothing, which FFmpeg takes for BT.601."""
+
+_SCALER = "flags=bicubic+accurate_rnd+bitexact"
+"""Bicubic with its support widened when it shrinks; exact flags so that every CPU agrees."""
+
+_TRANSPOSES = {90: ("transpose=cclock",), 180: ("hflip", "vflip"), 270: ("transpose=clock",)}
+"""Filters that undo a counter-clockwise angle of the display matrix."""
+
+
+def encode_strip(planes: np.ndarray, form: NormalForm) -> bytes:
+    """Encode frames into one strip.
+
+    The frames come in JPEG's own colours and chroma resolution, so that the encoder neither
+    converts nor averages anything: each chroma value is repeated 2 x 2 and averaged back by libjpeg
+    to itself.
+
+    Args:
+        planes: Shape `[F, height * 3 / 2, width]`, uint8: full-range BT.601 Y, Cb, Cr as 4:2:0
+            planes, one below the other.
+        form: The normal form; at most `frames_per_segment` frames.
+
+    Returns:
+        A baseline JPEG with standard Huffman tables and a restart marker at each frame's end.
+    """
+    count, height, width = len(planes), form.height, form.width
+    luma = planes[:, :height]
+    chroma = planes[:, height:].reshape(count, 2, height // 2, width // 2).astype("<u8")
+    # Pillow's pixel is four bytes: Y, Cb, Cr, nothing. Two neighbours fill a 64-bit word and share
+    # their chroma.
+    pair = (chroma[:, 0] << 8 | chroma[:, 1] << 16) * 0x1_0000_0001
+    pixels = luma.astype("<u4")
+    words = pixels.view("<u8").reshape(count, height // 2, 2, width // 2)
+    words |= pair[:, :, None]
+    picture = Image.frombuffer("YCbCr", (width, count * height), pixels, "raw", "YCbCrX", 0, 1)
+    buffer = io.BytesIO()
+    picture.save(
+        buffer,
+        "JPEG",
+        quality=form.quality,
+        subsampling="4:2:0",
+        optimize=False,
+        restart_marker_rows=height // 16,
+    )
+    return buffer.getvalue()
+
+
+def matrix_to_bt601(colorspace: int) -> np.ndarray | None:
+    """What turns full-range Y, Cb, Cr of a colour matrix into those of BT.601, JPEG's.
+
+    swscale can do it too, but loses one to three levels of brightness on the way.
+
+    Args:
+        colorspace: `MatrixCoefficients` of ITU-T H.273.
+
+    Returns:
+        Shape `[3, 3]`, float32, or None if there is nothing to do.
+    """
+    if colorspace not in _LUMA_WEIGHTS:
+        return None
+
+    def from_rgb(red: float, blue: float) -> np.ndarray:
+        luma = np.array([red, 1 - red - blue, blue])
+        cb = (np.array([0.0, 0.0, 1.0]) - luma) / (2 * (1 - blue))
+        cr = (np.array([1.0, 0.0, 0.0]) - luma) / (2 * (1 - red))
+        return np.stack([luma, cb, cr])
+
+    matrix = from_rgb(*_BT601) @ np.linalg.inv(from_rgb(*_LUMA_WEIGHTS[colorspace]))
+    return matrix.astype(np.float32)
+
+
+def _apply_matrix(planes: np.ndarray, height: int, matrix: np.ndarray) -> None:
+    """Change the colour matrix of one frame's 4:2:0 planes `[height * 3 / 2, width]` in place."""
+    luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, -1)
+    centred = chroma.astype(np.float32) - 128
+    shift = np.tensordot(matrix[0, 1:], centred, 1).repeat(2, axis=0).repeat(2, axis=1)
+    luma[:] = np.clip(luma + shift + 0.5, 0, 255)
+    chroma[:] = np.clip(np.tensordot(matrix[1:, 1:], centred, 1) + 128.5, 0, 255)
+
+
+class FrameSource:
+    """Decodes one video into segments of frames in the normal form.
+
+    Args:
+        path: The file.
+        source: The file as the user would name it.
+        form: The normal form.
+        min_decoded_share: The share of the frames that the header promises below which the video
+            counts as truncated. Headers are often wrong by a few frames.
+    """
+
+    def __init__(
+        self, path: Path, source: str, form: NormalForm, *, min_decoded_share: float = 0.9
+    ) -> None:
+        self._path = path
+        self._source = source
+        self._form = form
+        self._min_decoded_share = min_decoded_share
+        self._matrix: np.ndarray | None = None
+        self.num_frames = 0
+        """Frames given out so far."""
+        self.rotation_degrees = 0
+        """Counter-clockwise rotation of the display matrix; known after the first segment."""
+        self.facts: VideoFacts | None = None
+        """Known after the first segment."""
+
+    def segments(self) -> Iterator[np.ndarray]:
+        """Give all frames, a segment at a time.
+
+        Yields:
+            Shape `[F, height * 3 / 2, width]`, uint8, as `encode_strip` takes it. The array is
+            overwritten by the next segment.
+
+        Raises:
+            VideoFault: The video cannot be read to its end, or is too short.
+        """
+        form = self._form
+        store = np.empty((form.frames_per_segment, form.height * 3 // 2, form.width), np.uint8)
+        filled = 0
+        for frame in self._upright_frames():
+            if filled == len(store):
+                yield store
+                filled = 0
+            store[filled] = frame.to_ndarray()
+            if self._matrix is not None:
+                _apply_matrix(store[filled], form.height, self._matrix)
+            filled += 1
+            self.num_frames += 1
+        self._check_count()
+        if filled:
+            yield store[:filled]
+
+    def _check_count(self) -> None:
+        claimed = self.facts.claimed_frames if self.facts else 0
+        if self.num_frames < self._min_decoded_share * claimed:
+            raise VideoFault(
+                FaultKind.TRUNCATED,
+                self._source,
+                f"the header promises {claimed} frames, {self.num_frames} decode",
+            )
+        if self.num_frames < self._form.min_frames:
+            raise VideoFault(
+                FaultKind.TOO_SHORT,
+                self._source,
+                f"{self.num_frames} frames, {self._form.min_frames} asked for",
+            )
+
+    def _upright_frames(self) -> Iterator[VideoFrame]:
+        """Decoded frames, scaled and turned, as full-range BT.601 4:2:0."""
+        graph: Graph | None = None
+        shape: tuple[object, ...] = ()
+        decoded = 0
+        with open_video(self._path, self._source) as (container, stream):
+            facts = self.facts = read_facts(stream)
+            try:
+                for frame in container.decode(stream):
+                    decoded += 1
+                    now = (frame.width, frame.height, frame.format.name, frame.colorspace)
+                    now = (*now, frame.color_range, frame.rotation)
+                    # A stream may change its size or colours half-way.
+                    if graph is None or now != shape:
+                        if graph is not None:
+                            yield from _drain(graph)
+                        graph, shape = self._build_graph(frame, facts), now
+                    graph.push(frame)
+                    yield from _pull(graph)
+                if graph is not None:
+                    yield from _drain(graph)
+            except (FFmpegError, OSError) as error:
+                claimed = facts.claimed_frames or "an unknown number"
+                raise VideoFault(
+                    FaultKind.TRUNCATED if decoded else FaultKind.UNREADABLE,
+                    self._source,
+                    f"{decoded} of {claimed} frames decode, then: {error.strerror or error}",
+                ) from error
+
+    def _build_graph(self, frame: VideoFrame, facts: VideoFacts) -> Graph:
+        form = self._form
+        turn = round(frame.rotation / 90) * 90 % 360
+        self.rotation_degrees = turn
+        # Scaling comes before turning, as there is less to turn then.
+        wide, high = (form.height, form.width) if turn in (90, 270) else (form.width, form.height)
+        steps = []
+        if form.fit == "crop":
+            steps.append(_centre_crop(frame.width, frame.height, facts.sample_aspect, wide / high))
+        # Equal matrices keep the scaler from converting; see matrix_to_bt601.
+        self._matrix = matrix_to_bt601(int(frame.colorspace))
+        colours = "in_color_matrix=bt601:out_color_matrix=bt601:out_range=pc"
+        steps.append(f"scale={wide}:{high}:{_SCALER}:{colours}")
+        steps.append("format=yuv420p")
+        steps.extend(_TRANSPOSES.get(turn, ()))
+
+        graph = Graph()
+        graph.threads = 1
+        base = frame.time_base or Fraction(1, 1000)
+        last = graph.add(
+            "buffer",
+            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}"
+            f":time_base={base.numerator}/{base.denominator}"
+            f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
+        )
+        for step in steps:
+            name, _, settings = step.partition("=")
+            following = graph.add(name, settings or None)
+            last.link_to(following)
+            last = following
+        last.link_to(graph.add("buffersink"))
+        graph.configure()
+        return graph
+
+
+def _centre_crop(width: int, height: int, sample_aspect: float, aspect: float) -> str:
+    """The largest centred part with a given display aspect; even sizes, as 4:2:0 needs."""
+    wanted = aspect / sample_aspect
+    if width > height * wanted:
+        return f"crop={max(round(height * wanted / 2) * 2, 2)}:{height}"
+    return f"crop={width}:{max(round(width / wanted / 2) * 2, 2)}"
+
+
+def _pull(graph: Graph) -> Iterator[VideoFrame]:
+    while True:
+        try:
+            frame = graph.pull()
+        except (AVBlockingIOError, AVEOFError):
+            return
+        if not isinstance(frame, VideoFrame):
+            raise TypeError(f"a video graph gave {type(frame).__name__}")
+        yield frame
+
+
+def _drain(graph: Graph) -> Iterator[VideoFrame]:
+    graph.push(None)
+    yield from _pull(graph)

@@ -1,0 +1,147 @@
+"""What a worker process does: one video after another to the members of a sample."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import av.logging
+import numpy as np
+
+from strata.errors import FaultKind, VideoFault
+from strata.preprocess.probe import hash_file
+from strata.preprocess.transcode import FrameSource, encode_strip
+from strata.preprocess.verify import verify_strip
+from strata.schema import (
+    FACTS_EXT,
+    FRAMES_EXT,
+    FrameTable,
+    NormalForm,
+    SampleFacts,
+    segment_ext,
+)
+
+__all__ = ["Done", "Member", "Rejected", "Task", "make_sample", "serve"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One video to do."""
+
+    path: Path
+    name: str
+    """As the manifest names it."""
+    file_name: str
+    """Relative to the videos' folder, as found on disk."""
+    key: str
+    label: int
+    class_name: str | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One finished member of the sample under way."""
+
+    ext: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Done:
+    """The sample is complete."""
+
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The video cannot be used; members sent before are void."""
+
+    kind: FaultKind
+    detail: str
+
+
+Message = Member | Done | Rejected
+
+
+def make_sample(task: Task, form: NormalForm) -> Iterator[Message]:
+    """Transcode and verify one video, giving each member as soon as it is ready.
+
+    Never more than one segment's frames are held, however long the video is.
+
+    Raises:
+        VideoFault: The video cannot be used.
+    """
+    sha256, num_bytes = hash_file(task.path, task.name)
+    frames = FrameSource(task.path, task.name, form)
+    offsets: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    for number, planes in enumerate(frames.segments()):
+        jpeg = encode_strip(planes, form)
+        found = verify_strip(jpeg, planes, form, task.name)
+        offsets.append(found[0])
+        lengths.append(found[1])
+        yield Member(segment_ext(number), jpeg)
+    table = FrameTable(
+        label=task.label,
+        height=form.height,
+        width=form.width,
+        frames_per_segment=form.frames_per_segment,
+        offsets=np.concatenate(offsets),
+        lengths=np.concatenate(lengths),
+    )
+    yield Member(FRAMES_EXT, table.to_bytes())
+    source = frames.facts
+    if source is None:
+        raise AssertionError("frames without facts")
+    facts = SampleFacts(
+        key=task.key,
+        source=task.file_name,
+        source_sha256=sha256,
+        source_bytes=num_bytes,
+        label=task.label,
+        class_name=task.class_name,
+        num_frames=frames.num_frames,
+        fps=round(source.fps, 6),
+        source_width=source.width,
+        source_height=source.height,
+        source_codec=source.codec,
+        source_pixel_format=source.pixel_format,
+        rotation_degrees=frames.rotation_degrees,
+    )
+    yield Member(FACTS_EXT, facts.to_json())
+    yield Done(frames.num_frames)
+
+
+def _die_with_parent() -> None:
+    """End at once when the parent is gone, however it went, also out of a hung codec."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def serve(connection: Connection, form: NormalForm) -> None:
+    """Answer tasks with messages until the connection closes; the body of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    av.logging.set_level(av.logging.PANIC)  # What matters comes as exceptions.
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            for message in make_sample(task, form):
+                connection.send(message)
+        except VideoFault as fault:
+            connection.send(Rejected(fault.kind, fault.detail))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+        except Exception as error:  # The boundary: one video must not end a run of days.
+            detail = f"{type(error).__name__}: {error}"
+            connection.send(Rejected(FaultKind.CRASH, detail))

@@ -1,0 +1,283 @@
+"""Videos to shards with real worker processes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from strata.errors import ConfigError, ShardError
+from strata.preprocess.cli import closing_table, main, parse_command, run_command
+from strata.schema import FrameTable, read_manifest
+from strata.strip import assemble_strip
+from tests.unit.preprocess.videos import moving_scene, write_video
+
+REPOSITORY = Path(__file__).parents[2]
+REAL_DATA = Path(os.environ.get("STRATA_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+SMALL = ["--width", "64", "--height", "48", "--min-frames", "5", "--samples-per-shard", "4"]
+
+needs_real_data = pytest.mark.skipif(
+    not (REAL_DATA / "ucf101").is_dir(),
+    reason=f"no real clips in {REAL_DATA}; set STRATA_TEST_DATA",
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of five good videos, and one broken file in each."""
+    root = tmp_path_factory.mktemp("videos")
+    for label, name in enumerate(("run", "walk")):
+        for number in range(5):
+            frames = moving_scene(8 + number, 96, 64, seed=10 * label + number)
+            write_video(root / name / f"{number}.mp4", frames)
+    (root / "run" / "broken.mp4").write_bytes(b"no video at all")
+    write_video(root / "walk" / "short.mp4", moving_scene(4, 96, 64))
+    return root
+
+
+def shard(videos: Path, out: Path, *options: str, workers: int = 1) -> None:
+    argv = ["folder", "--videos", str(videos), "--out", str(out), "--workers", str(workers)]
+    command = parse_command([*argv, *SMALL, "--max-rejects", "1", *options])
+    run_command(command, show_progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def shards(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    shard(videos, out)
+    return out / "train"
+
+
+def test_every_source_is_in_the_manifest(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    assert manifest.classes == ("run", "walk")
+    assert len(manifest.shards) == 3
+    assert manifest.num_samples == 10
+    assert len(manifest.rows) == 12
+    rejected = {r.source: r.reason for r in manifest.rows if r.status == "rejected"}
+    assert rejected == {"run/broken.mp4": "unreadable", "walk/short.mp4": "too-short"}
+    assert {r.label for r in manifest.written} == {0, 1}
+    table = closing_table(manifest, shards, 1.0)
+    assert "too-short" in table
+    assert "run/broken.mp4" in table
+
+
+def test_samples_read_back(shards: Path, videos: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    manifest = read_manifest(shards)
+    rows = iter(manifest.written)
+    for entry in manifest.shards:
+        dataset = wds.WebDataset(str(shards / entry.name), shardshuffle=False, empty_check=False)
+        for sample in dataset:
+            row = next(rows)
+            assert sample["__key__"] == row.key
+            facts = json.loads(sample["json"])
+            table = FrameTable.from_bytes(sample["frames.i32"])
+            assert facts["source"] == row.source
+            assert facts["label"] == table.label == row.label
+            assert facts["class_name"] == row.source.partition("/")[0]
+            assert facts["num_frames"] == table.num_frames == row.num_frames
+            assert facts["source_bytes"] == (videos / row.source).stat().st_size
+            chosen = [row.num_frames - 1, 0, 3]
+            strip = assemble_strip([sample["000.jpg"]], table, chosen)
+            picture = Image.open(io.BytesIO(strip.tobytes()))
+            assert picture.size == (64, 3 * 48)
+            label, number = row.label, int(Path(row.source).stem)
+            scene = moving_scene(8 + number, 96, 64, seed=10 * label + number)[chosen]
+            expected = [Image.fromarray(f).resize((64, 48)) for f in scene]
+            error = np.asarray(picture).astype(int) - np.concatenate(expected)
+            assert np.sqrt(np.mean(error**2)) < 12
+    assert next(rows, None) is None
+
+
+def test_dali_reads_the_shards(shards: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
+
+    manifest = read_manifest(shards)
+    tars = [str(shards / e.name) for e in manifest.shards]
+    pipeline = Pipeline(batch_size=10, num_threads=1, device_id=None)
+    with pipeline:
+        pipeline.set_outputs(
+            *fn.readers.webdataset(
+                paths=tars,
+                index_paths=[t.replace(".tar", ".idx") for t in tars],
+                ext=["frames.i32", "json"],
+            )
+        )
+    pipeline.build()
+    tables, facts = pipeline.run()
+    for k, row in enumerate(manifest.written):
+        table = FrameTable.from_bytes(np.array(tables.at(k)))
+        assert (table.num_frames, table.label) == (row.num_frames, row.label)
+        assert json.loads(np.array(facts.at(k)).tobytes())["key"] == row.key
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    videos: Path, shards: Path, tmp_path: Path
+) -> None:
+    shard(videos, tmp_path, workers=3)
+    assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_other_seed_other_order(videos: Path, shards: Path, tmp_path: Path) -> None:
+    shard(videos, tmp_path, "--seed", "1")
+    again, first = read_manifest(tmp_path / "train"), read_manifest(shards)
+    assert [r.key for r in again.written] != [r.key for r in first.written]
+    assert {r.key for r in again.written} == {r.key for r in first.written}
+    assert again.digest != first.digest
+
+
+def test_a_rejected_video_moves_nothing_in_other_shards(
+    videos: Path, shards: Path, tmp_path: Path
+) -> None:
+    for path in videos.rglob("*.mp4"):
+        link = tmp_path / "videos" / path.relative_to(videos)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.write_bytes(path.read_bytes())
+    manifest = read_manifest(shards)
+    victim = next(r for r in manifest.written if r.shard == 1)
+    (tmp_path / "videos" / victim.source).write_bytes(b"gone bad")
+    shard(tmp_path / "videos", tmp_path / "out")
+    after = read_manifest(tmp_path / "out" / "train")
+    pairs = list(zip(manifest.shards, after.shards, strict=True))
+    assert [a.sha256 == b.sha256 for a, b in pairs] == [True, False, True]
+
+
+def test_second_run_does_nothing(videos: Path, shards: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in shards.iterdir()}
+    shard(videos, shards.parent)
+    assert {p: p.stat().st_mtime_ns for p in shards.iterdir()} == before
+
+
+def test_other_settings_do_not_mix(videos: Path, shards: Path) -> None:
+    with pytest.raises(ShardError, match="with other settings; remove it or choose another --out"):
+        shard(videos, shards.parent, "--quality", "80")
+
+
+def test_foreign_folder_is_left_alone(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "thesis.txt").write_text("precious")
+    with pytest.raises(ShardError, match="holds files that sharding did not write"):
+        shard(videos, tmp_path)
+    assert contents(tmp_path) == {"train/thesis.txt": b"precious"}
+
+
+@pytest.mark.parametrize("wait_s", [0.3, 0.9, 1.3, 1.6, 1.9])
+def test_killed_run_goes_on_to_the_same_bytes(
+    videos: Path, shards: Path, tmp_path: Path, wait_s: float
+) -> None:
+    call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--videos", videos]
+    call += ["--out", tmp_path, "--workers", "1", "--max-rejects", "1", *SMALL]
+    process = subprocess.Popen(
+        list(map(str, call)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    time.sleep(wait_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "train" / "manifest.json").exists() and (tmp_path / "train").exists():
+        with pytest.raises(ShardError, match=r"no manifest.json; sharding did not finish"):
+            read_manifest(tmp_path / "train")
+    shard(videos, tmp_path)
+    assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_test_fraction_and_no_labels(videos: Path, tmp_path: Path) -> None:
+    shard(videos, tmp_path / "a", "--test-fraction", "0.4")
+    train, test = (read_manifest(tmp_path / "a" / s) for s in ("train", "test"))
+    assert train.classes == test.classes
+    assert len(test.rows) == 4
+    assert not {r.source for r in train.rows} & {r.source for r in test.rows}
+    shard(videos / "run", tmp_path / "b")
+    alone = read_manifest(tmp_path / "b" / "train")
+    assert alone.classes == ()
+    assert {r.label for r in alone.rows} == {-1}
+
+
+def test_too_many_rejects_fail_after_the_work(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"2 of 12 videos of train were rejected \(16.7%\)"):
+        shard(videos, tmp_path, "--max-rejects", "0.1")
+    assert read_manifest(tmp_path / "train").num_samples == 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["folder", "--videos", "nowhere", "--out", "o"], "folder nowhere does not exist"),
+        (["folder", "--videos", ".", "--out", "o", "--width", "171"], "use a positive multiple"),
+        (["folder", "--videos", ".", "--out", "o", "--blur", "1"], "unrecognized arguments"),
+        (["folder", "--videos", ".", "--out", "o", "--workers", "-1"], "workers is -1"),
+        (["vimeo"], "invalid choice: 'vimeo'"),
+    ],
+)
+def test_bad_arguments_are_named(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(argv)
+
+
+def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
+    call = [sys.executable, str(REPOSITORY / "tools" / "shard.py"), "folder"]
+    call += ["--videos", str(tmp_path / "no where"), "--out", str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("no where does not exist; mend --videos")
+
+
+@needs_real_data
+def test_ucf101_official_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ucf = REAL_DATA / "ucf101"
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    # Three clips of each list, and one that is not there.
+    for name in ("classInd.txt", "trainlist01.txt", "testlist01.txt"):
+        lines = (ucf / "splits" / name).read_bytes().splitlines(keepends=True)
+        if name != "classInd.txt":
+            there = [x for x in lines if (ucf / "videos" / x.decode().split()[0]).exists()]
+            lines = [lines[0], *there[:3]]
+        (splits / name).write_bytes(b"".join(lines))
+    argv = ["ucf101", "--videos", str(ucf / "videos"), "--splits", str(splits)]
+    main([*argv, "--split", "1", "--out", str(tmp_path / "out"), "--workers", "1"])
+    for split in ("train01", "test01"):
+        manifest = read_manifest(tmp_path / "out" / split)
+        assert manifest.num_samples == 3
+        assert len(manifest.classes) == 101
+        assert [r.status for r in manifest.rows].count("absent") == 1
+    assert "absent                             1" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="1 of 4 listed videos are not in"):
+        main([*argv, "--split", "1", "--out", str(tmp_path / "strict"), "--strict"])
+
+
+@needs_real_data
+def test_odd_files_are_typed(tmp_path: Path) -> None:
+    odd = REAL_DATA / "odd"
+    if not odd.is_dir():
+        pytest.skip(f"no {odd}")
+    argv = ["folder", "--videos", str(odd), "--out", str(tmp_path), "--workers", "1"]
+    main([*argv, "--min-frames", "2", "--max-rejects", "1"])
+    manifest = read_manifest(tmp_path / "train")
+    reasons = {r.source: r.reason for r in manifest.rows if r.status == "rejected"}
+    assert reasons == {
+        "corrupted.mp4": "truncated",
+        "empty.mp4": "unreadable",
+        "text.mp4": "unreadable",
+        "truncated_no_moov.mp4": "unreadable",
+    }
+    counts = {r.source: r.num_frames for r in manifest.written}
+    assert counts["h265_10bits.mp4"] == 30
+    assert counts["video_90.mov"] == 3

@@ -1,0 +1,67 @@
+"""Makes small real video files for the tests."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+
+def moving_scene(count: int, width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A smooth coloured background that drifts, with a bright square; `[F, H, W, 3]`, uint8."""
+    random = np.random.default_rng(seed)
+    phase = random.uniform(0, 6.28, 3)
+    y, x = np.mgrid[:height, :width]
+    frames = np.empty((count, height, width, 3), np.uint8)
+    for k in range(count):
+        for channel in range(3):
+            wave = np.sin(x / width * 5 + y / height * 3 + phase[channel] + k * 0.15)
+            frames[k, ..., channel] = 128 + 80 * wave
+        left = (k * 3 + int(phase[0] * 20)) % (width - width // 6)
+        top = height // 3
+        frames[k, top : top + height // 5, left : left + width // 6] = (230, 40, 60)
+    return frames
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str = "mpeg4",
+    pixel_format: str = "yuv420p",
+    rate: int = 25,
+    quality: int = 2_000_000,
+    colorspace: int | None = None,
+    full_range: bool = False,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Encode RGB frames; with a colour matrix and range if they are given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        assert isinstance(stream, VideoStream)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pixel_format
+        stream.bit_rate = quality
+        stream.codec_context.time_base = Fraction(1, rate)
+        range_code = 2 if full_range else 1
+        if colorspace is not None:
+            stream.codec_context.colorspace = colorspace
+            stream.codec_context.color_range = range_code
+        for picture in frames:
+            frame = VideoFrame.from_ndarray(picture, format="rgb24")
+            if colorspace is not None:
+                settings: dict[str, Any] = {
+                    "dst_colorspace": {1: 1, 5: 5, 6: 5}[colorspace],
+                    "dst_color_range": range_code,
+                    "interpolation": 4,
+                }
+                frame = frame.reformat(format=pixel_format, **settings)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path

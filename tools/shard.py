@@ -1,0 +1,10 @@
+"""Turn videos into shards: `python tools/shard.py ucf101|folder --help`."""
+
+import sys
+
+from strata.errors import exit_with_one_line
+from strata.preprocess.cli import main
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])

@@ -1,0 +1,103 @@
+"""The configuration of a pretraining run, and the checks between its parts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from strata.dataload.loader import DataConfig
+from strata.distributed import World
+from strata.errors import ConfigError
+from strata.train.checkpoint import CheckpointConfig
+from strata.train.engine import EngineConfig
+from strata.train.method import MethodConfig
+from strata.train.models.backbones import BackboneConfig
+from strata.train.schedules import ScheduleConfig
+
+__all__ = ["MonitorConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What a run tells of itself."""
+
+    port: int = 9480
+    """Port of /metrics on local rank 0; local rank r has this + r. 0 serves nothing."""
+    host: str = "127.0.0.1"
+    """Address that /metrics is bound to."""
+    log_every: int = 10
+    """Steps between log lines, JSON records and readings of the losses."""
+    health_every: int = 50
+    """Steps between readings of the representation's health."""
+    progress: bool = True
+    """Whether rank 0 shows a progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"monitor.port is {self.port}; use 0 to 65535")
+        if self.log_every < 1 or self.health_every < 1:
+            raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A pretraining run."""
+
+    run: Path
+    """The run's folder: config, log, checkpoints."""
+    data: DataConfig
+    """Where batches come from and what they look like."""
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    """The encoder."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """The recipe."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """What changes at which epoch."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """How a step is computed."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What the run tells of itself."""
+    seed: int = 0
+    """Of weights, order and augmentation; in [0, 2^32)."""
+    resume: Literal["never", "auto"] = "never"
+    """auto goes on from the run's newest checkpoint, or starts if there is none."""
+    stop_after_steps: int = 0
+    """End after so many steps since the run's start, with a checkpoint; 0 runs all epochs."""
+
+    def __post_init__(self) -> None:
+        """Check what concerns several parts.
+
+        Raises:
+            ConfigError: Parts contradict each other.
+        """
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
+        if self.stop_after_steps < 0:
+            raise ConfigError(f"stop_after_steps is {self.stop_after_steps}; use 0 or more")
+        if self.method.queue_length < self.data.batch_size:
+            raise ConfigError(
+                f"method.queue_length {self.method.queue_length} is shorter than "
+                f"data.batch_size {self.data.batch_size}; lengthen the queue"
+            )
+        if self.data.batch_size < 2:
+            raise ConfigError(
+                "data.batch_size is 1; a video is contrasted with others, use 2 or more"
+            )
+
+    def check_world(self, world: World) -> None:
+        """Check what depends on the number of ranks.
+
+        Raises:
+            ConfigError: The batch does not divide by the ranks.
+        """
+        if self.data.batch_size % world.size:
+            raise ConfigError(
+                f"data.batch_size {self.data.batch_size} does not divide by {world.size} ranks; "
+                "use a multiple"
+            )

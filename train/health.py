@@ -1,0 +1,153 @@
+"""Label-free health of the representation: what the losses alone do not show.
+
+Every function returns scalars on the device of its input and waits for nothing (except
+`embedding_health`, see there); read them every N steps. method.md, end of Part I, says why.
+
+Shape suffixes: B videos, S videos in the queue, N clips, V = 2 views, A alterations, C embedding
+size, K prototypes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from strata.train.losses.graph import DistributionGraphs
+from strata.train.losses.precision import full_precision, unit_length
+
+__all__ = [
+    "alteration_health",
+    "chance_levels",
+    "embedding_health",
+    "graph_health",
+    "prototype_health",
+]
+
+
+@torch.no_grad()
+def graph_health(graphs: DistributionGraphs) -> dict[str, Tensor]:
+    """How far the graph is from the identity, at which the constraint is a mere InfoNCE.
+
+    Returns:
+        `graph_off_diagonal_mass`: mean over rows of what E gives to other videos, in [0, 1);
+        `graph_semantic_partners`: other videos of the same prototype, mean over rows;
+        `graph_instance_partners`: other videos above eta, mean over rows.
+    """
+    off_diagonal = 1 - graphs.target_BB.diagonal()
+    dtype = graphs.target_BB.dtype
+    return {
+        "graph_off_diagonal_mass": off_diagonal.mean(),
+        "graph_semantic_partners": graphs.semantic_BB.sum(dim=1).to(dtype).mean() - 1,
+        "graph_instance_partners": (graphs.instance_BB > 0).sum(dim=1).to(dtype).mean() - 1,
+    }
+
+
+@full_precision
+@torch.no_grad()
+def prototype_health(scores_SVK: Tensor, assignments_SVK: Tensor) -> dict[str, Tensor]:
+    """How many prototypes are used, before and after Sinkhorn evens them out.
+
+    Sinkhorn spreads even a collapsed representation over all prototypes; the nearest prototypes
+    show the collapse.
+
+    Args:
+        scores_SVK: `[S, V, K]`, what Sinkhorn was given.
+        assignments_SVK: `[S, V, K]`, what it returned.
+
+    Returns:
+        `prototypes_in_use`: distinct prototypes among the samples' largest scores; and
+        `prototype_entropy_nats`: entropy of their use, at most log K;
+        `assigned_prototypes_in_use`, `assigned_prototype_entropy_nats`: the same of the largest
+        assignments.
+    """
+    health: dict[str, Tensor] = {}
+    for prefix, values in (("", scores_SVK), ("assigned_", assignments_SVK)):
+        nearest = values.argmax(dim=2).flatten()
+        # Not bincount: it waits for the device to learn the largest index.
+        counts = values.new_zeros(values.shape[2])
+        counts.scatter_add_(0, nearest, values.new_ones(()).expand_as(nearest))
+        health[f"{prefix}prototypes_in_use"] = (counts > 0).sum().to(values.dtype)
+        share = counts / nearest.numel()
+        health[f"{prefix}prototype_entropy_nats"] = torch.special.entr(share).sum()
+    return health
+
+
+@full_precision
+@torch.no_grad()
+def alteration_health(clips_BVC: Tensor, altered_BAVC: Tensor) -> dict[str, Tensor]:
+    """Cosine between a clip's embedding and that of the same clip altered; 1 means time-blind.
+
+    Args:
+        clips_BVC: `[B, V, C]`.
+        altered_BAVC: `[B, A, V, C]`, the same clips.
+
+    Returns:
+        `cosine_altered_<a>` for each alteration, counted from 0 in the order given.
+    """
+    cosine = (unit_length(clips_BVC)[:, None] * unit_length(altered_BAVC)).sum(dim=3)
+    means = cosine.mean(dim=(0, 2))
+    return {f"cosine_altered_{a}": means[a] for a in range(means.shape[0])}
+
+
+@full_precision
+@torch.no_grad()
+def embedding_health(embeddings_NC: Tensor) -> dict[str, Tensor]:
+    """Spread and effective rank of embeddings brought to unit length.
+
+    The eigenvalues are the one place where a CUDA device is waited for: the solver checks its
+    result. Of a C x C matrix, once every N steps.
+
+    Args:
+        embeddings_NC: `[N, C]`, any length.
+
+    Returns:
+        `embedding_std`: standard deviation per dimension, averaged over dimensions, times sqrt(C):
+        1 for directions uniform on the sphere, 0 if collapsed to a point;
+        `embedding_effective_rank`: exp of the entropy of the covariance's eigenvalues, from 1 to
+        min(C, N - 1); 0 if collapsed (Roy and Vetterli, EUSIPCO 2007, with eigenvalues in place of
+        singular values).
+    """
+    unit = unit_length(embeddings_NC)
+    centred = unit - unit.mean(dim=0)
+    num_clips, size = unit.shape
+    variance = centred.square().mean(dim=0)
+    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / num_clips).clamp(min=0)
+    total = eigenvalues.sum()
+    # Rounding leaves a collapsed covariance at about eps^2, not at 0.
+    collapsed = total <= torch.finfo(unit.dtype).eps ** 2 * size
+    share = torch.where(collapsed, torch.zeros_like(eigenvalues), eigenvalues / total)
+    rank = torch.special.entr(share).sum().exp()
+    return {
+        "embedding_std": variance.sqrt().mean() * math.sqrt(size),
+        "embedding_effective_rank": torch.where(collapsed, torch.zeros_like(rank), rank),
+    }
+
+
+def chance_levels(
+    *,
+    num_videos: int,
+    num_prototypes: int,
+    num_alterations: int,
+    num_long_steps: dict[str, int],
+    divide_by_batch: bool = False,
+) -> dict[str, float]:
+    """What each contrastive loss is if all its candidates look alike, in nats.
+
+    Args:
+        num_videos: B, the global batch.
+        num_prototypes: K.
+        num_alterations: A, altered copies of each clip in L_aug.
+        num_long_steps: Time steps of the long clip for each level, by the level's name.
+        divide_by_batch: As given to `graph_loss`.
+
+    Returns:
+        By the names `instance`, `prototype`, `augmentation`, `graph`, `retrieval_<level>`.
+    """
+    graph = math.log(num_videos)
+    return {
+        "instance": math.log(2 * num_videos - 1),
+        "prototype": math.log(num_prototypes),
+        "augmentation": math.log(2 * num_videos - 1 + 2 * num_alterations),
+        "graph": graph / num_videos if divide_by_batch else graph,
+        **{f"retrieval_{level}": math.log(t) for level, t in num_long_steps.items()},
+    }

@@ -1,0 +1,315 @@
+"""One training step, and the loop over steps; nothing else."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from strata.config import plain
+from strata.dataload.loader import Batch, TrainLoader, open_plan
+from strata.dataload.plan import Plan
+from strata.dataload.reader import ShardReader
+from strata.distributed import World, any_true, barrier
+from strata.errors import CheckpointError, StrataError
+from strata.hardware import GpuCollector
+from strata.logs import get_logger
+from strata.metrics import Metrics
+from strata.train import checkpoint
+from strata.train.checkpoint import RunState
+from strata.train.config import TrainConfig
+from strata.train.engine import Engine
+from strata.train.method import LossTerms, Method, VideoModel
+from strata.train.schedules import phase_at
+from strata.train.throughput import Clock
+
+__all__ = ["Trainer"]
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class _Interval:
+    """What steps leave on the device until it is read."""
+
+    latest: LossTerms | None = None
+    not_finite: Tensor | None = None
+    health: dict[str, float] = field(default_factory=dict)
+
+    def add(self, terms: LossTerms) -> None:
+        self.latest = terms
+        bad = ~torch.isfinite(terms.total.detach())
+        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+
+
+class Trainer:
+    """A run: built once, resumed if asked for, fitted, closed.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers; the process group is formed.
+        device: Where to compute.
+        reader: The data set, opened.
+        metrics: Where figures go.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        world: World,
+        device: torch.device,
+        reader: ShardReader,
+        metrics: Metrics,
+    ) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.reader, self.metrics = reader, metrics
+        self.plan: Plan = open_plan(reader, config.data, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self.engine = Engine(
+            self.model,
+            self.model.groups(),
+            config.engine,
+            batch_size=config.data.batch_size,
+            world=world,
+            device=device,
+            run=config.run,
+        )
+        if config.engine.zero == 0:
+            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO keeps its own copy.
+            self.model.backbone.channels_last()
+        self.method = Method(self.model, config.method, world)
+        self.state = RunState(
+            step=0,
+            epoch=0,
+            epoch_step=0,
+            manifest_digest=reader.manifest.digest,
+            plan_digest=self.plan.digest,
+            world_size=world.size,
+            config=plain(config),
+        )
+        self._progress: Any = None
+        if device.type == "cuda":
+            metrics.add_collector(GpuCollector(str(torch.cuda.get_device_properties(device).uuid)))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, or those until it is told to stop."""
+        steps = self.config.schedule.epochs * self.plan.steps_per_epoch
+        return min(steps, self.config.stop_after_steps or steps)
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, as the config asks.
+
+        Raises:
+            CheckpointError: There is one but none was asked for, or it belongs to other data.
+        """
+        found = checkpoint.find_checkpoint(self.config.run)
+        if found is None:
+            return
+        if self.config.resume == "never":
+            raise CheckpointError(
+                f"{self.config.run} already holds {found.name}; add --resume auto to go on, or "
+                "choose another --run"
+            )
+        state = checkpoint.restore(self.engine, found)
+        for name in ("manifest_digest", "plan_digest"):
+            mine, theirs = getattr(self.state, name), getattr(state, name)
+            if mine != theirs:
+                raise CheckpointError(
+                    f"{found} was trained on other data or in another order ({name} {theirs}, now "
+                    f"{mine}); use the same shards, batch size and seed, or another --run"
+                )
+        self.state = dataclasses.replace(
+            state, world_size=self.world.size, config=plain(self.config)
+        )
+        logger.info("resumed %s at step %d", found, state.step)
+
+    def fit(self) -> None:
+        """Train from the current position to the end."""
+        self._announce()
+        schedule = self.config.schedule
+        loader = TrainLoader(
+            self.reader,
+            self.config.data,
+            self.plan,
+            world=self.world,
+            device=self.device,
+            epochs=(self.state.epoch, schedule.epochs),
+            start_step=self.state.epoch_step,
+            wants_long=lambda e: self.config.method.wants_long(phase_at(schedule, e).stage),
+        )
+        clock, interval = Clock(), _Interval()
+        last_saved = self.state.step
+        try:
+            batches = iter(loader)
+            while self.state.step < self.total_steps:
+                batch = next(batches)
+                clock.data_arrived()
+                self.model.train()
+                interval.add(self.step(batch))
+                clock.step_done()
+                self._advance()
+                self._count(batch, clock)
+                # Read before saving too, so that weights that are not finite are never kept.
+                if self._due(self.config.monitor.log_every) or self._save_due():
+                    self._report(interval, clock, batch)
+                    interval = _Interval()
+                if self._save_due():
+                    self.save()
+                    last_saved = self.state.step
+            if last_saved != self.state.step:
+                self.save()
+        finally:
+            loader.close()
+            if self._progress is not None:
+                self._progress.close()
+
+    def step(self, batch: Batch) -> LossTerms:
+        """Forward, losses, backward, update."""
+        config = self.config
+        phase = phase_at(config.schedule, batch.epoch)
+        orders = [
+            order.to(self.device, non_blocking=True)
+            for order in self.model.orders(
+                batch.samples, batch.epoch, config.seed, config.data.clips.clip_frames
+            )
+        ]
+        out = self.engine(batch.short, batch.long, *orders, phase)
+        health = (self.state.step + 1) % config.monitor.health_every == 0
+        terms = self.method.losses(out, phase, with_health=health)
+        self.engine.step(
+            terms.total, lr_factor=phase.lr_factor, frozen=self.model.frozen_groups(phase)
+        )
+        return terms
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks call it."""
+        start = time.perf_counter()
+        path = checkpoint.save(
+            self.engine,
+            self.model,
+            self.state,
+            self.config.run,
+            self.world,
+            self.config.checkpoint,
+        )
+        took_s = time.perf_counter() - start
+        self.metrics.set("strata_checkpoint_duration_seconds", took_s)
+        self.metrics.set("strata_checkpoint_last_success_timestamp_seconds", time.time())
+        self.metrics.record("checkpoint", step=self.state.step, path=str(path), took_s=took_s)
+
+    def _announce(self) -> None:
+        config, plan = self.config, self.plan
+        parameters = sum(p.numel() for p in self.model.parameters())
+        logger.info(
+            "%s: %d videos, %d steps an epoch, %d steps in all, batch %d on %d ranks (%s), "
+            "%s with %.1f million parameters, order %s",
+            config.run,
+            plan.num_samples,
+            plan.steps_per_epoch,
+            self.total_steps,
+            config.data.batch_size,
+            self.world.size,
+            self.device.type,
+            config.model.name,
+            parameters / 1e6,
+            plan.digest,
+        )
+        clips = config.data.clips
+        chance = self.method.chance(config.data.batch_size, clips.clip_frames, clips.long_frames)
+        for term, value in chance.items():
+            self.metrics.set("strata_loss_chance", value, term=term)
+        self.metrics.record("start", step=self.state.step, chance=chance, config=plain(config))
+        if self.world.is_first and config.monitor.progress:
+            self._progress = tqdm(
+                total=self.total_steps, initial=self.state.step, unit="step", desc="pretrain"
+            )
+
+    def _advance(self) -> None:
+        state, last = self.state, self.state.epoch_step + 1 == self.plan.steps_per_epoch
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            epoch=state.epoch + last,
+            epoch_step=0 if last else state.epoch_step + 1,
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def _save_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        return self.state.step % every == 0 if every else self.state.epoch_step == 0
+
+    def _count(self, batch: Batch, clock: Clock) -> None:
+        metrics = self.metrics
+        num_clips = 2 * len(batch.samples) + (len(batch.samples) if batch.long is not None else 0)
+        metrics.add("strata_steps_total", 1)
+        metrics.add("strata_samples_total", len(batch.samples))
+        metrics.add("strata_clips_total", num_clips)
+        metrics.add("strata_frames_decoded_total", batch.frames_decoded)
+        metrics.add("strata_bytes_read_total", batch.bytes_read)
+        metrics.observe("strata_step_duration_seconds", clock.last_step_s)
+        metrics.add("strata_data_wait_seconds_total", clock.last_wait_s)
+        if self._progress is not None:
+            self._progress.update()
+
+    def _report(self, interval: _Interval, clock: Clock, batch: Batch) -> None:
+        """Read the interval's figures from the device; the only wait for it outside saving."""
+        terms = interval.latest
+        assert terms is not None
+        assert interval.not_finite is not None
+        bad = any_true(bool(interval.not_finite.item()), self.device)
+        losses = self.method.averaged({**terms.terms, "total": terms.total.detach()})
+        health = self.method.averaged(terms.health)
+        if bad:
+            raise StrataError(
+                f"the loss is not finite within the {self.config.monitor.log_every} steps before "
+                f"step {self.state.step}: {losses}; resume from the last checkpoint with a smaller "
+                "--engine.learning_rate or with --engine.grad_clip 1"
+            )
+        times = clock.interval()
+        phase = phase_at(self.config.schedule, batch.epoch)
+        rate = self.config.engine.learning_rate * phase.lr_factor
+        samples_per_s = times.rate(self.config.data.batch_size)
+        metrics = self.metrics
+        for term, value in losses.items():
+            metrics.set("strata_loss", value, term=term)
+        for measure, value in health.items():
+            metrics.set("strata_health", value, measure=measure)
+        metrics.set("strata_learning_rate", rate)
+        metrics.set("strata_stage", phase.stage)
+        metrics.set("strata_epoch", batch.epoch)
+        metrics.set("strata_step", self.state.step)
+        metrics.set("strata_data_wait_ratio", times.data_wait_ratio)
+        metrics.set("strata_samples_per_second", samples_per_s)
+        grad_norm = self.engine.grad_norm
+        if grad_norm is not None:
+            metrics.set("strata_grad_norm", grad_norm)
+        metrics.record(
+            "step",
+            step=self.state.step,
+            epoch=batch.epoch,
+            stage=phase.stage,
+            losses=losses,
+            health=health,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            samples_per_second=samples_per_s,
+            data_wait_ratio=times.data_wait_ratio,
+        )
+        if self._progress is not None:
+            shown = {"loss": f"{losses['total']:.3f}", "ins": f"{losses['instance']:.3f}"}
+            shown |= {"stage": str(phase.stage), "wait": f"{times.data_wait_ratio:.0%}"}
+            self._progress.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Let the peers arrive before the process group goes."""
+        barrier()

@@ -1,0 +1,52 @@
+"""Pretrain a video encoder: parse, build, fit, close.
+
+deepspeed train/main.py --config configs/pretrain/ucf101_r3d18.yaml \
+    --data.shards shards/ucf101/train01 --run runs/a
+"""
+
+import sys
+from collections.abc import Sequence
+
+from strata.config import dump_config, parse_config
+from strata.dataload.reader import ShardReader
+from strata.distributed import all_equal, barrier, current_world, join_world, leave_world
+from strata.errors import exit_with_one_line
+from strata.logs import set_up_logging
+from strata.metrics import Metrics
+from strata.train.config import TrainConfig
+from strata.train.engine import choose_device
+from strata.train.loop import Trainer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one rank of a pretraining run."""
+    set_up_logging()
+    config = parse_config(
+        TrainConfig, argv, prog="train/main.py", description="Pretrain a video encoder."
+    )
+    config.check_world(current_world())
+    reader = ShardReader(config.data.shards, config.data.check)
+    device = choose_device(config.engine, current_world())
+    world = join_world(device, config.engine.world_timeout_s)
+    try:
+        all_equal("data manifest", reader.manifest.digest)
+        if world.is_first:
+            config.run.mkdir(parents=True, exist_ok=True)
+        barrier()
+        metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
+        if config.monitor.port:
+            metrics.serve(config.monitor.host, config.monitor.port + world.local_rank)
+        trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
+        trainer.resume()
+        if world.is_first:
+            dump_config(config, config.run / "config.yaml")
+        trainer.fit()
+        trainer.close()
+        metrics.close()
+    finally:
+        leave_world()
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])

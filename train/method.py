@@ -1,0 +1,496 @@
+"""Multi-level feature optimization: views to features to named loss terms to the weighted total.
+
+Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/design.md says
+where the text is followed. Shape suffixes: b videos of this rank, B of the global batch, V = 2
+short views, A alterations, T time steps of a level, C channels, D embedding size, K prototypes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strata.counter_random import Stream, uniforms
+from strata.distributed import (
+    World,
+    gather,
+    gather_keeping_own_grad,
+    gather_with_grad,
+    mean_over_ranks,
+)
+from strata.errors import ConfigError
+from strata.train.engine import ParameterGroup
+from strata.train.health import (
+    alteration_health,
+    chance_levels,
+    embedding_health,
+    graph_health,
+    prototype_health,
+)
+from strata.train.losses.graph import distribution_graphs, graph_loss
+from strata.train.losses.instance import instance_loss
+from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
+from strata.train.losses.temporal import augmentation_loss, retrieval_loss
+from strata.train.models.alteration import draw_permutations, time_orders
+from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.models.heads import GlobalHead, StepHead, pool_space
+from strata.train.models.motion import MotionExcitation
+from strata.train.models.prototypes import Prototypes
+from strata.train.schedules import Phase
+from strata.train.score_queue import ScoreQueue
+
+__all__ = [
+    "Embeddings",
+    "LossTerms",
+    "Method",
+    "MethodConfig",
+    "TermWeights",
+    "VideoModel",
+    "normalise",
+]
+
+Level = Literal["low", "mid", "high"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_TIME_STRIDE: dict[Level, int] = {"low": 2, "mid": 4, "high": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermWeights:
+    """Weight of each term in the total; 0 leaves the term and its head out. Default: `paper`."""
+
+    instance: float = 1.0
+    """L_ins at the high level."""
+    prototype: float = 0.5
+    """L_pro at the high level."""
+    graph_low: float = 0.3
+    """Graph constraint at the low level."""
+    graph_mid: float = 0.5
+    """Graph constraint at the mid level."""
+    graph_high: float = 0.0
+    """Graph constraint at the high level; the release has 1."""
+    augmentation_low: float = 0.3
+    """L_aug at the low level."""
+    augmentation_mid: float = 0.5
+    """L_aug at the mid level."""
+    retrieval_low: float = 0.3
+    """L_ret at the low level."""
+    retrieval_mid: float = 0.5
+    """L_ret at the mid level."""
+    retrieval_high: float = 1.0
+    """L_ret at the high level."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A weight is negative, or none is positive.
+        """
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ConfigError(f"method.weights.{name} is {value}; use 0 or more")
+        if not self.instance and not self.prototype:
+            raise ConfigError("method.weights: the first stage needs instance or prototype above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The rows of the recipe table; the defaults are the `paper` recipe (method.md Part I)."""
+
+    weights: TermWeights = field(default_factory=TermWeights)
+    """Weight of each term."""
+    temperature: float = 0.07
+    """tau of the contrastive terms. TEXT: 0.07."""
+    prototype_temperature: float = 0.1
+    """Temperature of the prototype prediction. Release: 0.1."""
+    sinkhorn_epsilon: float = 0.05
+    """Regularisation of the assignment. Release: 0.05."""
+    num_prototypes: int = 1000
+    """K. TEXT: 1000."""
+    queue_length: int = 1024
+    """Videos whose scores are kept for Sinkhorn. TEXT: 1024."""
+    graph_threshold: float = 0.05
+    """eta of G_ins. TEXT: 0.05."""
+    shuffle: bool = True
+    """Whether L_aug also has randomly shuffled clips as negatives (TEXT), or reversed ones only."""
+    temporal_from_stage: Literal[1, 2] = 2
+    """Stage in which L_aug and L_ret begin. TEXT: 2; release: 1."""
+    gather_with_grad: bool = True
+    """Whether gradient flows to the embeddings of other ranks; the release's does not."""
+    graph_divides_by_batch: bool = False
+    """Whether the graph constraint is divided by B once more, as in the release."""
+    embedding_size: int = 128
+    """D of all heads. Release: 128."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        for name in ("temperature", "prototype_temperature", "sinkhorn_epsilon"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; use more than 0")
+        for name in ("num_prototypes", "queue_length", "embedding_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"method.{name} is {getattr(self, name)}; use 1 or more")
+        if not 0 <= self.graph_threshold <= 1:
+            raise ConfigError(f"method.graph_threshold is {self.graph_threshold}; use 0 to 1")
+
+    def uses(self, term: str, level: Level) -> bool:
+        """Whether a term has a weight at a level."""
+        return getattr(self.weights, f"{term}_{level}", 0.0) > 0
+
+    def wants_long(self, stage: int) -> bool:
+        """Whether a stage needs the long sequence."""
+        levels: tuple[Level, ...] = ("low", "mid", "high")
+        return stage >= self.temporal_from_stage and any(
+            self.uses("retrieval", level) for level in levels
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """What the model says of a rank's videos; entries that the stage does not use are absent."""
+
+    instance: Tensor
+    """`[b, V, D]`: for L_ins and the graph."""
+    scores: Tensor
+    """`[b, V, K]`: cosines with the prototypes."""
+    graph: dict[str, Tensor] = field(default_factory=dict)
+    """By level, `[b, V, D]`."""
+    clips: dict[str, Tensor] = field(default_factory=dict)
+    """By level, `[b, V, D]`: the originals for L_aug."""
+    altered: dict[str, Tensor] = field(default_factory=dict)
+    """By level, `[b, A, V, D]`."""
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    """By level, `[b, V, T, D]`: the short clips for L_ret."""
+    long_steps: dict[str, Tensor] = field(default_factory=dict)
+    """By level, `[b, L, D]`: the long clips for L_ret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """The named terms of a step, on the device."""
+
+    total: Tensor
+    """Weighted sum; the mean over ranks is the loss of the global batch."""
+    terms: dict[str, Tensor]
+    """Each term before its weight, detached."""
+    health: dict[str, Tensor]
+    """Health of the representation, where it was asked for."""
+
+
+def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decoded clips as the input of the first convolution.
+
+    Args:
+        clips: `[N, T, H, W, 3]`, uint8.
+        in_channels: 3, or 4 to add a plane of zeros.
+        dtype: Of the result.
+
+    Returns:
+        `[N, in_channels, T, H, W]`, by ImageNet's mean and deviation; the memory keeps channels
+        last, so nothing is transposed.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=clips.device) * 255
+    scale = 1 / (torch.tensor(IMAGENET_STD, device=clips.device) * 255)
+    values = ((clips - mean) * scale).to(dtype)
+    if in_channels > 3:
+        values = nn.functional.pad(values, (0, in_channels - 3))
+    return values.permute(0, 4, 1, 2, 3)
+
+
+class VideoModel(nn.Module):
+    """Backbone, motion excitation, heads, prototypes and the queue of scores.
+
+    Args:
+        backbone: Which encoder.
+        config: Which terms there are.
+        clip_frames: Frames of a short clip; checked against what the alterations need.
+
+    Raises:
+        ConfigError: The clips are too short for the shuffle.
+    """
+
+    def __init__(self, backbone: BackboneConfig, config: MethodConfig, clip_frames: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = backbone.in_channels
+        self.backbone = build_backbone(backbone)
+        widths, size = self.backbone.widths, config.embedding_size
+        self.instance_head = StepHead(widths.high, size, average_steps=True)
+        self.global_head = GlobalHead(widths.high, size)
+        self.prototypes = Prototypes(config.num_prototypes, size)
+        self.queue = ScoreQueue(config.queue_length, config.num_prototypes)
+        self.motion = nn.ModuleDict()
+        self.augmentation_heads = nn.ModuleDict()
+        self.retrieval_heads = nn.ModuleDict()
+        self.graph_heads = nn.ModuleDict()
+        for level in ("low", "mid", "high"):
+            width = getattr(widths, level)
+            used = False
+            for term, heads, average in (
+                ("augmentation", self.augmentation_heads, True),
+                ("retrieval", self.retrieval_heads, False),
+                ("graph", self.graph_heads, True),
+            ):
+                if config.uses(term, level):
+                    heads[level] = StepHead(width, size, average_steps=average)
+                    used = True
+            if used and level != "high":
+                self.motion[level] = MotionExcitation(width)
+            num_steps = -(-clip_frames // _TIME_STRIDE[level])
+            if config.shuffle and config.uses("augmentation", level) and num_steps < 3:
+                raise ConfigError(
+                    f"data.clips.clip_frames {clip_frames} leaves {num_steps} time steps at the "
+                    f"{level} level, too few to shuffle; use more frames, method.shuffle false, or "
+                    f"method.weights.augmentation_{level} 0"
+                )
+
+    def groups(self) -> list[ParameterGroup]:
+        """The parameters, by what is frozen together."""
+
+        def group(name: str, *modules: nn.Module) -> ParameterGroup:
+            return ParameterGroup(name, [p for m in modules for p in m.parameters()])
+
+        groups = [
+            group("high", self.backbone, self.instance_head, self.global_head),
+            group("prototypes", self.prototypes),
+            group("motion", self.motion),
+            group("temporal", self.augmentation_heads, self.retrieval_heads),
+            group("graph", self.graph_heads),
+        ]
+        return [g for g in groups if g.parameters]
+
+    def frozen_groups(self, phase: Phase) -> set[str]:
+        """The groups that a phase leaves alone, because none of its terms uses them."""
+        frozen = set()
+        temporal = phase.stage >= self.config.temporal_from_stage
+        if phase.prototypes_frozen:
+            frozen.add("prototypes")
+        if not temporal:
+            frozen.add("temporal")
+        if phase.stage < 2:
+            frozen.add("graph")
+            if not temporal:
+                frozen.add("motion")
+        return frozen & {g.name for g in self.groups()}
+
+    def orders(self, samples: np.ndarray, epoch: int, seed: int, clip_frames: int) -> list[Tensor]:
+        """The altered orders of the low and mid levels' steps, drawn by sample and view.
+
+        Args:
+            samples: `[b]`, sample indices.
+            epoch: The epoch.
+            seed: The run's seed.
+            clip_frames: Frames of a short clip.
+
+        Returns:
+            For low and mid: `[1 + A, b V, T]`, int64, on the CPU: the identity first.
+        """
+        result = []
+        levels: tuple[Level, ...] = ("low", "mid")
+        for number, level in enumerate(levels):
+            num_steps = -(-clip_frames // _TIME_STRIDE[level])
+            shuffled = None
+            if self.config.shuffle and self.config.uses("augmentation", level):
+                draws = [
+                    uniforms(seed, Stream.SHUFFLE, epoch, samples, 2 * view + number, 2)
+                    for view in range(2)
+                ]
+                both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
+                shuffled = draw_permutations(both, num_steps)
+            result.append(
+                time_orders(2 * len(samples), num_steps, reverse=True, permutations_NT=shuffled)
+            )
+        return result
+
+    def forward(
+        self,
+        short: Tensor,
+        long: Tensor | None,
+        orders_low: Tensor,
+        orders_mid: Tensor,
+        phase: Phase,
+    ) -> Embeddings:
+        """Embed a rank's videos as a phase needs it.
+
+        Args:
+            short: `[b, V, T, S, S, 3]`, uint8.
+            long: `[b, L, S, S, 3]`, uint8, or None.
+            orders_low: See `orders`.
+            orders_mid: See `orders`.
+            phase: Of the epoch.
+
+        Returns:
+            Embeddings; not normalised but for the scores.
+        """
+        num_videos = short.shape[0]
+        clips = self.backbone(normalise(short.flatten(0, 1), self.in_channels))
+        high_steps = pool_space(clips.high)
+        scores = self.prototypes(self.global_head(high_steps), frozen=phase.prototypes_frozen)
+        result = Embeddings(
+            instance=self.instance_head(high_steps).unflatten(0, (num_videos, 2)),
+            scores=scores.unflatten(0, (num_videos, 2)),
+        )
+        temporal = phase.stage >= self.config.temporal_from_stage
+        if phase.stage < 2 and not temporal:
+            return result
+        long_levels = None
+        if long is not None and temporal:
+            long_levels = self.backbone(normalise(long, self.in_channels))
+        for level, orders in (("low", orders_low), ("mid", orders_mid), ("high", None)):
+            altered = temporal and level in self.augmentation_heads
+            read: Callable[[Tensor, Tensor | None], Tensor]
+            if level in self.motion:
+                read = self.motion[level]
+            elif level == "high":
+                read = _read_high
+            else:
+                continue
+            # [A', b V, T, C], the originals first
+            steps = read(getattr(clips, level), orders if altered else None)
+            self._embed_level(result, level, steps, num_videos, phase=phase, temporal=temporal)
+            if long_levels is not None and level in self.retrieval_heads:
+                long_steps = read(getattr(long_levels, level), None)[0]
+                result.long_steps[level] = self.retrieval_heads[level](long_steps)
+        return result
+
+    def _embed_level(
+        self,
+        result: Embeddings,
+        level: str,
+        steps: Tensor,
+        num_videos: int,
+        *,
+        phase: Phase,
+        temporal: bool,
+    ) -> None:
+        split = (num_videos, 2)
+        if temporal and level in self.augmentation_heads:
+            embedded = self.augmentation_heads[level](steps).unflatten(1, split)
+            result.clips[level] = embedded[0]
+            result.altered[level] = embedded[1:].transpose(0, 1)
+        if temporal and level in self.retrieval_heads:
+            result.steps[level] = self.retrieval_heads[level](steps[0]).unflatten(0, split)
+        if phase.stage >= 2 and level in self.graph_heads:
+            result.graph[level] = self.graph_heads[level](steps[0]).unflatten(0, split)
+
+
+def _read_high(maps: Tensor, _: Tensor | None) -> Tensor:
+    """The high level has no motion excitation and no altered orders."""
+    return pool_space(maps)[None]
+
+
+class Method:
+    """Embeddings to loss terms over the global batch.
+
+    Args:
+        model: Holds the queue.
+        config: The recipe.
+        world: This rank and its peers.
+    """
+
+    def __init__(self, model: VideoModel, config: MethodConfig, world: World) -> None:
+        self._model, self._config, self._world = model, config, world
+        self._gather = gather_with_grad if config.gather_with_grad else gather_keeping_own_grad
+
+    def losses(self, out: Embeddings, phase: Phase, *, with_health: bool) -> LossTerms:
+        """All terms of a step, outside autocast.
+
+        The queue takes the global batch's scores before the assignment, as in the release.
+
+        Args:
+            out: This rank's embeddings.
+            phase: Of the epoch.
+            with_health: Whether to measure the health of the representation too.
+
+        Returns:
+            The terms; every rank must call this at every step.
+        """
+        config = self._config
+        num_local = out.instance.shape[0]
+        own = slice(self._world.rank * num_local, (self._world.rank + 1) * num_local)
+        instance = self._gather(out.instance.float())
+
+        self._model.queue.push(gather(out.scores.float()))
+        num_rows = len(self._model.queue) if phase.queue else num_local * self._world.size
+        rows = self._model.queue.rows()[-num_rows:]
+        assignments = sinkhorn(rows, epsilon=config.sinkhorn_epsilon)
+        batch_assignments = assignments[-num_local * self._world.size :]
+
+        terms = {
+            "instance": instance_loss(instance, temperature=config.temperature, anchors=own),
+            "prototype": prototype_loss(
+                out.scores, batch_assignments[own], temperature=config.prototype_temperature
+            ),
+        }
+        health: dict[str, Tensor] = {}
+        if out.graph or with_health:
+            graphs = distribution_graphs(
+                instance.detach(),
+                hard_labels(batch_assignments),
+                temperature=config.temperature,
+                threshold=config.graph_threshold,
+            )
+            for level, embedded in out.graph.items():
+                terms[f"graph_{level}"] = graph_loss(
+                    self._gather(embedded.float()),
+                    graphs.target_BB,
+                    temperature=config.temperature,
+                    anchors=own,
+                    divide_by_batch=config.graph_divides_by_batch,
+                )
+            if with_health:
+                health |= graph_health(graphs) | prototype_health(rows, assignments)
+                health |= embedding_health(instance.detach().flatten(0, 1))
+        for level, clips in out.clips.items():
+            terms[f"augmentation_{level}"] = augmentation_loss(
+                self._gather(clips.float()),
+                out.altered[level].float(),
+                temperature=config.temperature,
+                anchors=own,
+            )
+            if with_health:
+                cosines = alteration_health(clips.detach(), out.altered[level].detach())
+                health |= {f"{name}_{level}": value for name, value in cosines.items()}
+        for level, long_steps in out.long_steps.items():
+            terms[f"retrieval_{level}"] = retrieval_loss(
+                out.steps[level], long_steps, temperature=config.temperature
+            )
+        weighted = [getattr(config.weights, name) * value for name, value in terms.items()]
+        return LossTerms(
+            total=torch.stack(weighted).sum(),
+            terms={name: value.detach() for name, value in terms.items()},
+            health=health,
+        )
+
+    def chance(self, num_videos: int, clip_frames: int, long_frames: int) -> dict[str, float]:
+        """What each term is at chance, in nats, by the term's name."""
+        levels: tuple[Level, ...] = ("low", "mid", "high")
+        by_kind = chance_levels(
+            num_videos=num_videos,
+            num_prototypes=self._config.num_prototypes,
+            num_alterations=2 if self._config.shuffle else 1,
+            num_long_steps={v: -(-long_frames // _TIME_STRIDE[v]) for v in levels},
+            divide_by_batch=self._config.graph_divides_by_batch,
+        )
+        chance = {"instance": by_kind["instance"], "prototype": by_kind["prototype"]}
+        for level in levels:
+            chance[f"graph_{level}"] = by_kind["graph"]
+            chance[f"augmentation_{level}"] = by_kind["augmentation"]
+            chance[f"retrieval_{level}"] = by_kind[f"retrieval_{level}"]
+        return {k: v for k, v in chance.items() if getattr(self._config.weights, k, 0.0) > 0}
+
+    @staticmethod
+    def averaged(values: dict[str, Tensor]) -> dict[str, float]:
+        """Mean over ranks of named scalars, on the host: one transfer, and all ranks call it."""
+        if not values:
+            return {}
+        mean = mean_over_ranks(torch.stack([v.float() for v in values.values()])).tolist()
+        return dict(zip(values, mean, strict=True))

@@ -1,0 +1,99 @@
+"""Altered orders of time steps: reversal and random shuffle of feature maps.
+
+Shape suffixes: A orders, N clips, T time steps, C channels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from strata.errors import ConfigError
+
+__all__ = ["MAX_SHUFFLED_STEPS", "alter_time", "draw_permutations", "time_orders"]
+
+MAX_SHUFFLED_STEPS = 18
+"""18! fits the 53 bits of a float64 draw; 19! does not."""
+
+
+def alter_time(features: Tensor, orders_NT: Tensor) -> Tensor:
+    """Reorder each clip along time: step t of the result is step `orders_NT[n, t]` of the clip.
+
+    Args:
+        features: `[N, C, T, ...]`.
+        orders_NT: `[N, T]`, int64.
+
+    Returns:
+        The shape of `features`.
+    """
+    index = orders_NT.view(orders_NT.shape[0], 1, -1, *(1 for _ in features.shape[3:]))
+    return torch.take_along_dim(features, index, dim=2)
+
+
+def draw_permutations(uniforms_N2: Tensor, num_steps: int) -> Tensor:
+    """Uniform draws among the orders other than the identity and the reversal.
+
+    Those two are the first and the last in lexicographic order, so a uniform rank between them is
+    unranked by its factorial digits: no rejection, hence a fixed number of draws for each clip.
+
+    Args:
+        uniforms_N2: `[N, 2]`, float64 in [0, 1), two draws of 32 random bits for each clip, as
+            `strata.counter_random.uniforms` gives them.
+        num_steps: T, from 3 to `MAX_SHUFFLED_STEPS`.
+
+    Returns:
+        `[N, T]`, int64, each row a permutation of 0..T-1.
+
+    Raises:
+        ConfigError: No such permutation exists (T below 3), or T is too large to draw exactly.
+    """
+    if not 3 <= num_steps <= MAX_SHUFFLED_STEPS:
+        raise ConfigError(
+            f"cannot shuffle {num_steps} time steps: 3 to {MAX_SHUFFLED_STEPS} are needed (two "
+            "steps have no order besides identity and reversal); use longer clips, or turn the "
+            "shuffle off"
+        )
+    num_orders = math.factorial(num_steps) - 2
+    draw_N = uniforms_N2[:, 0] + uniforms_N2[:, 1] * 2.0**-32
+    # The sum of the two can round up to 1.
+    rank_N = 1 + (draw_N * num_orders).long().clamp(max=num_orders - 1)
+    columns: list[Tensor] = []
+    for position in range(num_steps):
+        weight = math.factorial(num_steps - 1 - position)
+        columns.append(rank_N // weight)
+        rank_N = rank_N % weight
+    orders_NT = torch.stack(columns, dim=1)
+    # A digit counts among the steps not yet used: make room for it among those that follow.
+    for position in reversed(range(num_steps - 1)):
+        later = orders_NT[:, position + 1 :]
+        later += later >= orders_NT[:, position, None]
+    return orders_NT
+
+
+def time_orders(
+    num_clips: int,
+    num_steps: int,
+    *,
+    reverse: bool,
+    permutations_NT: Tensor | None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The orders in which a level is read: as it is, then altered.
+
+    Args:
+        num_clips: N.
+        num_steps: T.
+        reverse: Whether to add the reversal.
+        permutations_NT: `[N, T]`, added as they are; None for no shuffle.
+        device: Where the result shall be.
+
+    Returns:
+        `[A, N, T]`, int64: the identity, then the reversal and the permutations as asked for.
+    """
+    identity = torch.arange(num_steps, device=device).expand(num_clips, -1)
+    orders = [identity]
+    if reverse:
+        orders.append(identity.flip(1))
+    if permutations_NT is not None:
+        orders.append(permutations_NT.to(identity.device))
+    return torch.stack(orders)

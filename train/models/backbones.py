@@ -1,0 +1,265 @@
+"""Video encoders that give three levels: R3D-18 and S3D, from torchvision's own blocks.
+
+Shape suffixes: N clips, C channels, T frames or time steps, H rows, W columns.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.video.resnet import BasicBlock, Conv3DSimple
+from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableConv
+from torchvision.ops import Conv3dNormActivation
+
+from strata.errors import ConfigError
+
+__all__ = [
+    "R3D18",
+    "S3D",
+    "Backbone",
+    "BackboneConfig",
+    "LevelWidths",
+    "Levels",
+    "build_backbone",
+]
+
+
+class Levels(NamedTuple):
+    """Feature maps of a batch of clips, `[N, C, T, H, W]` each."""
+
+    low: Tensor
+    mid: Tensor
+    high: Tensor
+
+
+class LevelWidths(NamedTuple):
+    """Channels of each level."""
+
+    low: int
+    mid: int
+    high: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which encoder."""
+
+    name: Literal["r3d18", "s3d"] = "r3d18"
+    """The architecture."""
+    width: int = 64
+    """Channels of the stem, a positive multiple of 8; all other widths are in proportion. 64 is
+    the published size, less is for small machines."""
+    in_channels: Literal[3, 4] = 3
+    """Channels of a clip. 4 stands for RGB and a plane of zeros, which changes no result and
+    suits the kernels of GPUs better; exported weights have 3."""
+    bn_momentum: float = 0.1
+    """Weight of a batch in the running statistics of batch norm, in (0, 1]. torchvision's S3D has
+    0.001, at which short runs end with statistics of the initial weights."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if self.name not in ("r3d18", "s3d"):
+            raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
+        if self.width < 8 or self.width % 8:
+            raise ConfigError(f"backbone: width is {self.width}; use a positive multiple of 8")
+        if self.in_channels not in (3, 4):
+            raise ConfigError(f"backbone: in_channels is {self.in_channels}; use 3 or 4")
+        if not 0 < self.bn_momentum <= 1:
+            raise ConfigError(
+                f"backbone: bn_momentum is {self.bn_momentum}; use a number in (0, 1]"
+            )
+
+
+class Backbone(nn.Module):
+    """An encoder with three levels.
+
+    Attributes:
+        widths: Channels of each level.
+    """
+
+    widths: LevelWidths
+
+    def forward(self, clips_NCTHW: Tensor) -> Levels:
+        """Encode clips.
+
+        Args:
+            clips_NCTHW: `[N, C, T, H, W]`, C as configured; channels-last strides are kept.
+
+        Returns:
+            The three levels; time is divided by 2, 4 and 8, rows and columns by 8, 16 and 32
+            (rounded up).
+        """
+        raise NotImplementedError
+
+    def channels_last(self) -> None:
+        """Lay the convolutions' weights out as the clips are: channels last, no copies between."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                weight = module.weight.data
+                module.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
+
+    def input_conv(self) -> nn.Conv3d:
+        """The convolution that reads the clips."""
+        raise NotImplementedError
+
+
+class R3D18(Backbone):
+    """3D ResNet-18 with max-pool and a 7x7x7 stem, both of which keep time (method.md 2).
+
+    Differs from torchvision's `r3d_18` in the stem (3x7x7 there) and the max-pool (none there, so
+    its levels have four times the positions); the four stages are the same, names included. Hara's
+    own pools time too. A clip of 3x16x112x112 gives 128x8x14x14, 256x4x7x7 and 512x2x4x4; the
+    encoder has 33,203,904 parameters.
+
+    Source: Hara et al., arXiv 1708.07632; initialisation: convolutions Kaiming normal by fan out,
+    batch norm 1 and 0.
+
+    Args:
+        width: Channels of the stem and of stage 1.
+        in_channels: 3 or 4, see `BackboneConfig`.
+        bn_momentum: See `BackboneConfig`.
+    """
+
+    def __init__(self, width: int = 64, *, in_channels: int = 3, bn_momentum: float = 0.1) -> None:
+        super().__init__()
+        self.widths = LevelWidths(2 * width, 4 * width, 8 * width)
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, width, kernel_size=7, stride=(1, 2, 2), padding=3, bias=False),
+            nn.BatchNorm3d(width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+        )
+        self.layer1 = _stage(width, width, stride=1)
+        self.layer2 = _stage(width, 2 * width, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, stride=2)
+        self.layer4 = _stage(4 * width, 8 * width, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _finish(self, in_channels, bn_momentum)
+
+    def forward(self, clips_NCTHW: Tensor) -> Levels:
+        """See `Backbone.forward`."""
+        low = self.layer2(self.layer1(self.stem(clips_NCTHW)))
+        mid = self.layer3(low)
+        return Levels(low, mid, self.layer4(mid))
+
+    def input_conv(self) -> nn.Conv3d:
+        """See `Backbone.input_conv`."""
+        return _first_conv(self.stem)
+
+
+class S3D(Backbone):
+    """S3D whose last max-pool pads ("SAME"), so that 7x7 becomes 4x4 (TEXT Table 2).
+
+    torchvision's `s3d` without its classifier, names included; there the last max-pool drops the
+    odd row and column, and 112 pixels end in 3x3. A clip of 3x16x112x112 gives 480x8x14x14
+    (Mixed-3c), 832x4x7x7 (Mixed-4f) and 1024x2x4x4 (Mixed-5c).
+
+    Source: Xie et al., arXiv 1712.04851.
+
+    Args:
+        width: Channels of the stem; a multiple of 8, so that all widths stay whole in proportion.
+        in_channels: 3 or 4, see `BackboneConfig`.
+        bn_momentum: See `BackboneConfig`.
+    """
+
+    def __init__(self, width: int = 64, *, in_channels: int = 3, bn_momentum: float = 0.1) -> None:
+        super().__init__()
+        norm = partial(nn.BatchNorm3d, eps=0.001)
+
+        def scaled(*widths: int) -> Iterable[int]:
+            return (w * width // 64 for w in widths)
+
+        def mixed(*widths: int) -> nn.Module:
+            return SepInceptionBlock3D(*scaled(*widths), norm_layer=norm)
+
+        stem, second = scaled(64, 192)
+        self.widths = LevelWidths(*scaled(480, 832, 1024))
+        self.features = nn.Sequential(
+            TemporalSeparableConv(3, stem, 7, 2, 3, norm),
+            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            Conv3dNormActivation(stem, stem, kernel_size=1, stride=1, norm_layer=norm),
+            TemporalSeparableConv(stem, second, 3, 1, 1, norm),
+            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            mixed(192, 64, 96, 128, 16, 32, 32),
+            mixed(256, 128, 128, 192, 32, 96, 64),
+            nn.MaxPool3d(kernel_size=3, stride=2, padding=1),
+            mixed(480, 192, 96, 208, 16, 48, 64),
+            mixed(512, 160, 112, 224, 24, 64, 64),
+            mixed(512, 128, 128, 256, 24, 64, 64),
+            mixed(512, 112, 144, 288, 32, 64, 64),
+            mixed(528, 256, 160, 320, 32, 128, 128),
+            # Windows that begin in the map but end beyond it: "SAME" for kernel 2, stride 2.
+            nn.MaxPool3d(kernel_size=2, stride=2, ceil_mode=True),
+            mixed(832, 256, 160, 320, 32, 128, 128),
+            mixed(832, 384, 192, 384, 48, 128, 128),
+        )
+        _finish(self, in_channels, bn_momentum)
+
+    def forward(self, clips_NCTHW: Tensor) -> Levels:
+        """See `Backbone.forward`."""
+        low = self.features[:_AFTER_MIXED_3C](clips_NCTHW)
+        mid = self.features[_AFTER_MIXED_3C:_AFTER_MIXED_4F](low)
+        return Levels(low, mid, self.features[_AFTER_MIXED_4F:](mid))
+
+    def input_conv(self) -> nn.Conv3d:
+        """See `Backbone.input_conv`."""
+        return _first_conv(self.features)
+
+
+_AFTER_MIXED_3C = 7
+_AFTER_MIXED_4F = 13
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """The encoder that the configuration names."""
+    match config.name:
+        case "r3d18":
+            kind = R3D18
+        case "s3d":
+            kind = S3D
+    return kind(config.width, in_channels=config.in_channels, bn_momentum=config.bn_momentum)
+
+
+def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
+    """Two basic blocks; a 1x1x1 convolution where the shortcut changes shape (type B)."""
+    shortcut = None
+    if stride != 1 or in_width != width:
+        shortcut = nn.Sequential(
+            nn.Conv3d(in_width, width, kernel_size=1, stride=stride, bias=False),
+            nn.BatchNorm3d(width),
+        )
+    return nn.Sequential(
+        BasicBlock(in_width, width, Conv3DSimple, stride, shortcut),
+        BasicBlock(width, width, Conv3DSimple),
+    )
+
+
+def _first_conv(module: nn.Module) -> nn.Conv3d:
+    return next(m for m in module.modules() if isinstance(m, nn.Conv3d))
+
+
+def _finish(backbone: Backbone, in_channels: int, bn_momentum: float) -> None:
+    """Set the momentum, and widen the first convolution by zero planes to `in_channels`.
+
+    The zero plane stays zero in training: it meets only zeros, so its gradient is zero, and weight
+    decay leaves zero where it is. Padding after initialisation keeps the other planes' draws.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = bn_momentum
+    conv = backbone.input_conv()
+    extra = in_channels - conv.in_channels
+    if extra:
+        with torch.no_grad():
+            planes = conv.weight.new_zeros(conv.out_channels, extra, *conv.kernel_size)
+            conv.weight = nn.Parameter(torch.cat([conv.weight, planes], dim=1))
+        conv.in_channels = in_channels

@@ -1,0 +1,63 @@
+"""What changes during a run, as pure functions of the epoch: no state, so nothing to restore."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from strata.errors import ConfigError
+
+__all__ = ["Phase", "ScheduleConfig", "phase_at"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Epochs at which something changes, counted from 0. Defaults: TEXT and release for UCF101."""
+
+    epochs: int = 300
+    """Length of the run. TEXT: 300 on UCF101, 100 on Kinetics-400."""
+    lr_drop_epochs: tuple[int, ...] = (200,)
+    """Epochs at whose start the learning rate falls. TEXT: 200, or 70 on Kinetics-400."""
+    lr_drop_factor: float = 0.1
+    """What the learning rate is multiplied with at each drop."""
+    second_stage_epoch: int = 50
+    """First epoch of the second stage. Release: 50, or 20 on Kinetics-400."""
+    queue_epoch: int = 10
+    """First epoch whose prototype assignment uses the queue of scores. Release: 10."""
+    frozen_prototype_epochs: int = 1
+    """Epochs at the start in which the prototypes are not updated. Release: 1."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if self.epochs < 1:
+            raise ConfigError(f"schedule.epochs is {self.epochs}; use 1 or more")
+        if not 0 < self.lr_drop_factor <= 1:
+            raise ConfigError(f"schedule.lr_drop_factor is {self.lr_drop_factor}; use 0 to 1")
+        for name in ("second_stage_epoch", "queue_epoch", "frozen_prototype_epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What holds during one epoch."""
+
+    stage: Literal[1, 2]
+    lr_factor: float
+    """Learning rate over its initial value."""
+    queue: bool
+    """Whether Sinkhorn sees the queue's scores beside the batch's."""
+    prototypes_frozen: bool
+
+
+def phase_at(config: ScheduleConfig, epoch: int) -> Phase:
+    """The phase of an epoch, counted from 0."""
+    drops = sum(epoch >= drop for drop in config.lr_drop_epochs)
+    return Phase(
+        stage=2 if epoch >= config.second_stage_epoch else 1,
+        lr_factor=config.lr_drop_factor**drops,
+        queue=epoch >= config.queue_epoch,
+        prototypes_frozen=epoch < config.frozen_prototype_epochs,
+    )

@@ -1,0 +1,81 @@
+"""The queue of prototype scores: more samples for Sinkhorn than one batch has; persistent state.
+
+Shape suffixes: Q rows of the queue, B videos of the global batch, S filled rows, V = 2 views, K
+prototypes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from strata.errors import ConfigError
+
+__all__ = ["ScoreQueue"]
+
+
+class ScoreQueue(nn.Module):
+    """The scores of the last Q videos, oldest first, the current batch last (method.md 4.3).
+
+    Scores are kept as they were computed, with the prototypes of their time. Deviation from the
+    release: it starts with random content, different on each rank, which takes part until it is
+    pushed out; here only rows that were pushed are ever used. Pushed is the global batch, so the
+    queue is the same on all ranks; its buffers are saved with the model.
+
+    Args:
+        num_rows: Q.
+        num_prototypes: K.
+        num_views: V.
+
+    Raises:
+        ConfigError: The queue has no rows.
+    """
+
+    scores: Tensor
+    filled: Tensor
+
+    def __init__(
+        self, num_rows: int = 1024, num_prototypes: int = 1000, num_views: int = 2
+    ) -> None:
+        super().__init__()
+        if num_rows < 1:
+            raise ConfigError(f"score queue: {num_rows} rows; use at least the global batch")
+        # Infinity where nothing was pushed: whoever reads it sees it, and it equals itself.
+        self.register_buffer("scores", torch.full((num_rows, num_views, num_prototypes), torch.inf))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        # The same count on the host, so that reading it makes no device wait.
+        self._num_filled = 0
+        self.register_load_state_dict_post_hook(_count_rows)
+
+    def __len__(self) -> int:
+        """S, the number of rows pushed and not yet dropped."""
+        return self._num_filled
+
+    @torch.no_grad()
+    def push(self, scores_BVK: Tensor) -> None:
+        """Append the global batch's scores at the end; the oldest rows leave.
+
+        Args:
+            scores_BVK: `[B, V, K]`, the same on all ranks; gradient is dropped.
+
+        Raises:
+            ConfigError: The batch has more videos than the queue has rows.
+        """
+        num_rows, batch = self.scores.shape[0], scores_BVK.shape[0]
+        if batch > num_rows:
+            raise ConfigError(
+                f"score queue: a global batch of {batch} does not fit {num_rows} rows; "
+                "lengthen the queue or shrink the batch"
+            )
+        # cat makes a new tensor first: source and target overlap. 8 MB at the published size.
+        self.scores.copy_(torch.cat([self.scores[batch:], scores_BVK.to(self.scores.dtype)]))
+        self._num_filled = min(self._num_filled + batch, num_rows)
+        self.filled.fill_(self._num_filled)
+
+    def rows(self) -> Tensor:
+        """The filled rows, `[S, V, K]`, the latest last; a view of the buffer."""
+        return self.scores[self.scores.shape[0] - self._num_filled :]
+
+
+def _count_rows(queue: nn.Module, _: object) -> None:
+    """After a load, bring the count on the host in line with the saved one."""
+    assert isinstance(queue, ScoreQueue)
+    queue._num_filled = int(queue.filled)
