@@ -1,8 +1,8 @@
 """Read a written strip back and hold it against the frames that went in.
 
-The bounds are not chosen but follow from the quantisation table: the DCT of JPEG is orthonormal, so
-no coefficient is further off than half its step, and no pixel's mean square error is above that of
-the coefficients.
+The bounds are not chosen but follow from the quantisation table: no DCT coefficient is further off
+than half its step. As the transform is orthonormal, the mean square error of the pixels is that of
+the coefficients, and a mean of pixels is off by no more than the means of the basis functions say.
 """
 
 import io
@@ -69,9 +69,9 @@ def verify_strip(
         for channel, name in enumerate(("luma", "Cb", "Cr")):
             means = _block_means(planes, channel, height, width)
             error = _root_mean_square(small[..., channel] - means)
-            # A block's mean is its DC coefficient divided by 8.
-            table = steps[min(channel, 1)]
-            _compare(error, table[0] / 16 + _ROUNDING, source, f"block means of {name}")
+            # A JPEG block of 8 x 8 chroma values covers 2 x 2 of the means.
+            bound = _bound_of_means(steps[min(channel, 1)], 8 if channel == 0 else 4)
+            _compare(error, bound + _ROUNDING, source, f"block means of {name}")
 
         chosen = np.arange(0, count, full_every)
         table = FrameTable(0, height, width, form.frames_per_segment, offsets, lengths)
@@ -89,6 +89,15 @@ def _quantisation_steps(picture: Image.Image) -> dict[int, list[int]]:
     if not isinstance(picture, JpegImagePlugin.JpegImageFile):
         raise ShardError(f"{picture.format} instead of JPEG")
     return picture.quantization
+
+
+def _bound_of_means(steps: list[int], side: int) -> float:
+    """How far quantisation can move the mean of `side` x `side` neighbours in an 8 x 8 block."""
+    frequency, place = np.mgrid[:8, :8]
+    basis = np.cos((2 * place + 1) * frequency * np.pi / 16) / 2
+    basis[0] /= np.sqrt(2)
+    means = np.abs(basis.reshape(8, 8 // side, side).mean(2)).max(1)
+    return float(means @ (np.array(steps).reshape(8, 8) / 2) @ means)
 
 
 def _block_means(planes: np.ndarray, channel: int, height: int, width: int) -> np.ndarray:

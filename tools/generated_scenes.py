@@ -22,7 +22,7 @@ Rng = np.random.Generator
 Floats = np.ndarray
 
 
-# --- outlines: signed distance-like fields, negative inside, in units of the object's radius ------
+# --- outlines: signed distance-like fields, negative inside, in units of the object's radius ----
 
 
 def _star(rng: Rng) -> Callable[[Floats, Floats], Floats]:
@@ -102,7 +102,7 @@ def _block(rng: Rng) -> Callable[[Floats, Floats], Floats]:
     return field
 
 
-# --- textures: fields over the unit torus, any range; `_tile` brings all to one distribution ------
+# --- textures: fields over the unit torus, any range; `_tile` brings all to one distribution ----
 
 
 def _points(rng: Rng, side: int, jitter: float) -> Floats:
@@ -210,7 +210,7 @@ def _tile(rng: Rng, texture: _TextureField) -> np.ndarray:
     return np.clip(128 + 48 * soft, 0, 255).astype(np.uint8)
 
 
-# --- ways of moving: place (x, y), angle and size over time ----------------------------------------
+# --- ways of moving: place (x, y), angle and size over time -------------------------------------
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _dart(rng: Rng, cycle: Floats, sign: float) -> _Path:
     return _Path(way * np.sin(tilt), -way * np.cos(tilt), still, still + 1)
 
 
-# --- classes ---------------------------------------------------------------------------------------
+# --- classes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ SCENE_CLASSES = (
 """All classes, in the order in which `--classes` takes them."""
 
 
-# --- a video -----------------------------------------------------------------------------------------
+# --- a video ------------------------------------------------------------------------------------
 
 
 def _palette(rng: Rng) -> Floats:

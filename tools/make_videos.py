@@ -1,4 +1,4 @@
-"""Make a small data set of real video files by drawing them: `python tools/make_videos.py --out DIR`.
+"""Make a small data set of video files by drawing them: `python tools/make_videos.py --out DIR`.
 
 Writes `DIR/<class>/<class>-<number>.mp4` (H.264). For demonstrations and tests without a download:
 no camera took these pictures.
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
     defaults = VideoSettings()
     parser = argparse.ArgumentParser(
         prog="make_videos.py",
-        description="Generate a small data set of H.264 videos of moving shapes, for trying Strata.",
+        description="Generate a small data set of H.264 videos of moving shapes to try Strata on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     say = parser.add_argument

@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strata.distributed import World, barrier
 from strata.errors import CheckpointError, ConfigError
 from strata.train.engine import Engine
+from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 
 __all__ = [
     "CheckpointConfig",
     "RunState",
+    "backbone_config",
     "find_checkpoint",
-    "load_model",
+    "load_backbone",
     "read_state",
     "restore",
     "save",
@@ -45,6 +47,7 @@ _MODEL = "model.safetensors"
 _STATE = "state.json"
 _COMPLETE = "complete.json"
 _TEMPORARY = ".writing-"
+_BACKBONE = "backbone."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,36 +233,75 @@ def read_state(folder: Path) -> RunState:
         raise CheckpointError(f"{path} is not a run's state: {error}; use another") from error
 
 
-def restore(engine: Engine, folder: Path) -> RunState:
+def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     """Load everything from a checkpoint after comparing all its hashes. All ranks call it.
 
     DeepSpeed's files are pickled: resume only from runs that you trust. Evaluation and export read
     `model.safetensors` instead.
 
+    Args:
+        engine: What holds the optimizer.
+        model: The module inside the engine.
+        folder: A whole checkpoint.
+
     Raises:
         CheckpointError: A file is missing or altered, or does not fit the model.
     """
     _check_hashes(folder)
+    _check_architecture(folder / _MODEL, model)
     engine.load(folder, _ENGINE)
     return read_state(folder)
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
-    """Load the weights and buffers alone, strictly, without executing anything from the file.
+def load_backbone(folder: Path) -> Backbone:
+    """The encoder of a checkpoint, built from its own config; nothing in the file is executed.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or belongs to another architecture.
+        CheckpointError: A file is missing, altered or damaged.
     """
+    _check_hashes(folder)
+    backbone = build_backbone(backbone_config(read_state(folder).config))
     path = folder / _MODEL
     try:
         with safe_open(path, framework="pt") as tensors:
+            names = [k for k in tensors.keys() if k.startswith(_BACKBONE)]
+            weights = {k.removeprefix(_BACKBONE): tensors.get_tensor(k) for k in names}
+        backbone.load_state_dict(weights, strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold this encoder: {error}; use another checkpoint"
+        ) from error
+    return backbone
+
+
+def backbone_config(config: dict[str, Any]) -> BackboneConfig:
+    """The encoder's part of a run's resolved configuration.
+
+    Raises:
+        CheckpointError: The configuration is of another version.
+    """
+    try:
+        return BackboneConfig(**config["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint's config does not describe an encoder: {error}; use another"
+        ) from error
+
+
+def _check_architecture(path: Path, model: nn.Module) -> None:
+    """Compare names and shapes, to name the first that differs.
+
+    Raises:
+        CheckpointError: The file is not readable, or belongs to another architecture.
+    """
+    try:
+        with safe_open(path, framework="pt") as tensors:
             found = {k: tuple(tensors.get_slice(k).get_shape()) for k in tensors.keys()}
-        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        if found != wanted:
-            raise CheckpointError(_difference(path, found, wanted))
-        model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not readable: {error}; use another checkpoint") from error
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    if found != wanted:
+        raise CheckpointError(_difference(path, found, wanted))
 
 
 def _difference(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

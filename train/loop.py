@@ -118,7 +118,7 @@ class Trainer:
                 f"{self.config.run} already holds {found.name}; add --resume auto to go on, or "
                 "choose another --run"
             )
-        state = checkpoint.restore(self.engine, found)
+        state = checkpoint.restore(self.engine, self.model, found)
         for name in ("manifest_digest", "plan_digest"):
             mine, theirs = getattr(self.state, name), getattr(state, name)
             if mine != theirs:
