@@ -117,7 +117,7 @@ def _draw_boxes(spec: AugmentSpec, height: int, width: int, draws: np.ndarray) -
     crop_w, crop_h = np.where(swap, crop_h, crop_w), np.where(swap, crop_w, crop_h)
     fits = (crop_w <= width) & (crop_h <= height)
     first = fits.argmax(axis=1)
-    some = fits.any(axis=1)
+    some = np.any(fits, axis=1)
     rows = np.arange(num)
     # The fallback is the largest centred square, as in the release.
     side = min(height, width)

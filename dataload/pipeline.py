@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import pipeline_def
+from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from torch import Tensor
 
 from strata.dataload.augment import ViewParameters
@@ -77,7 +78,7 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
     cut = spec.views[view]
     stop = cut.start + (cut.num_frames - 1) * cut.step + 1
     # A strided slice along frames is a gather; sequence_rearrange does it without resampling.
-    clip = fn.sequence_rearrange(frames, new_order=list(range(cut.start, stop, cut.step)))
+    clip: Any = fn.sequence_rearrange(frames, new_order=list(range(cut.start, stop, cut.step)))
     clip = fn.resize(
         clip,
         size=[spec.size, spec.size],
@@ -112,7 +113,7 @@ class ClipPipeline:
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec
-        self._pipe = self._build()
+        self._pipe: Any = self._build()
 
     def _build(self) -> Any:
         spec = self.spec

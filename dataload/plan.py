@@ -100,9 +100,9 @@ class Plan:
 def _epoch_order(
     shard_sizes: tuple[int, ...], pool_samples: int, seed: int, epoch: int
 ) -> np.ndarray:
-    first = np.concatenate([[0], np.cumsum(shard_sizes)])
+    runs = np.split(np.arange(sum(shard_sizes)), np.cumsum(shard_sizes)[:-1])
     shards = permutation(seed, Stream.SHARD_ORDER, epoch, len(shard_sizes))
-    line = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards])
+    line = np.concatenate([runs[s] for s in shards])
     for number, start in enumerate(range(0, len(line), pool_samples)):
         pool = line[start : start + pool_samples]
         # The pool's number is part of the counter, so that pools are shuffled independently.

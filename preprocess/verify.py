@@ -88,7 +88,7 @@ def verify_strip(
 def _quantisation_steps(picture: Image.Image) -> dict[int, list[int]]:
     if not isinstance(picture, JpegImagePlugin.JpegImageFile):
         raise ShardError(f"{picture.format} instead of JPEG")
-    return picture.quantization
+    return picture.quantization  # pyright: ignore[reportAttributeAccessIssue] # types-Pillow lacks it
 
 
 def _bound_of_means(steps: list[int], side: int) -> float:

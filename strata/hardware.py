@@ -14,7 +14,7 @@ _MILLI = 0.001
 
 
 def _utilization(handle: Any) -> float:
-    return pynvml.nvmlDeviceGetUtilizationRates(handle).gpu * _PERCENT
+    return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) * _PERCENT
 
 
 def _memory_used(handle: Any) -> float:

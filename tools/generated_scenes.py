@@ -331,9 +331,9 @@ SCENE_CLASSES = (
 
 def _palette(rng: Rng) -> Floats:
     """256 colours on a line through a random colour, shape `[256, 3]`, 0 to 255."""
-    middle = rng.uniform(30, 225, 3)
-    way = rng.choice([-1.0, 1.0]) * np.ones(3) + rng.uniform(-0.8, 0.8, 3)
-    reach = rng.uniform(25, 75)
+    middle = 128 + rng.uniform(-20, 20) + rng.uniform(-20, 20, 3)
+    way = rng.choice([-1.0, 1.0]) + rng.uniform(-0.3, 0.3, 3)
+    reach = rng.uniform(60, 80)
     line = np.linspace(-2.6, 2.6, 256)[:, None] * way * reach * 0.5
     return np.clip(middle + line, 0, 255).astype(np.float32)
 

@@ -24,6 +24,9 @@ from strata.tools.generated_scenes import SCENE_CLASSES, draw_video
 
 __all__ = ["VideoSettings", "encode_video", "main", "make_videos"]
 
+_ENCODER = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
+"""Without `mbtree=0` libx264's bytes differ from run to run for small pictures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
@@ -72,9 +75,7 @@ def encode_video(frames: np.ndarray, path: Path, fps: int) -> None:
     """
     temporary = path.with_suffix(".part")
     with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps), options={"preset": "veryfast", "crf": "18"}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=_ENCODER)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for picture in frames:

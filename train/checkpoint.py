@@ -305,10 +305,9 @@ def _check_architecture(path: Path, model: nn.Module) -> None:
 
 
 def _difference(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            break
+    names = found.keys() | wanted.keys()
+    first = min(n for n in names if found.get(n) != wanted.get(n))
     return (
-        f"{path} belongs to another architecture: {name} is {found.get(name, 'absent')} in the "
-        f"checkpoint and {wanted.get(name, 'absent')} in the model; use the config of its run"
+        f"{path} belongs to another architecture: {first} is {found.get(first, 'absent')} in the "
+        f"checkpoint and {wanted.get(first, 'absent')} in the model; use the config of its run"
     )

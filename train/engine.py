@@ -156,6 +156,8 @@ class Engine:
         self._config = config
         self._zero = config.zero
         self.device = device
+        # Any: DeepSpeed's declared types name every optimizer that it could have made.
+        self.engine: Any
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),
             model_parameters=[{"name": g.name, "params": list(g.parameters)} for g in groups],  # pyright: ignore[reportArgumentType]

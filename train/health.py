@@ -111,7 +111,9 @@ def embedding_health(embeddings_NC: Tensor) -> dict[str, Tensor]:
     centred = unit - unit.mean(dim=0)
     num_clips, size = unit.shape
     variance = centred.square().mean(dim=0)
-    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / num_clips).clamp(min=0)
+    # The solver raises on NaN; that a loss is not finite is the loop's to say.
+    covariance = (centred.T @ centred / num_clips).nan_to_num()
+    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = eigenvalues.sum()
     # Rounding leaves a collapsed covariance at about eps^2, not at 0.
     collapsed = total <= torch.finfo(unit.dtype).eps ** 2 * size

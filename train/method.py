@@ -1,11 +1,11 @@
 """Multi-level feature optimization: views to features to named loss terms to the weighted total.
 
-Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/design.md says
-where the text is followed. Shape suffixes: b videos of this rank, B of the global batch, V = 2
-short views, A alterations, T time steps of a level, C channels, D embedding size, K prototypes.
+Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/method.md says
+what is followed. Shape suffixes: b videos of this rank, B of the global batch, V = 2 short views,
+A alterations, T time steps of a level, L those of the long sequence, C channels, D embedding size,
+K prototypes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,10 +32,11 @@ from strata.train.health import (
 )
 from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
+from strata.train.losses.precision import widen
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.models.alteration import draw_permutations, time_orders
-from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.models.backbones import BackboneConfig, Levels, build_backbone
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.prototypes import Prototypes
@@ -53,10 +54,13 @@ __all__ = [
 ]
 
 Level = Literal["low", "mid", "high"]
+_LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _TIME_STRIDE: dict[Level, int] = {"low": 2, "mid": 4, "high": 8}
+_NUM_VIEWS = 3
+"""Two short clips and the long sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +149,24 @@ class MethodConfig:
         """Whether a term has a weight at a level."""
         return getattr(self.weights, f"{term}_{level}", 0.0) > 0
 
+    def active(self, stage: int) -> frozenset[str]:
+        """Names of the terms of a stage, those of `TermWeights`; the others are not computed."""
+        first_stage = {
+            "instance": 1,
+            "prototype": 1,
+            "graph": 2,
+            "augmentation": self.temporal_from_stage,
+            "retrieval": self.temporal_from_stage,
+        }
+        return frozenset(
+            name
+            for name, weight in vars(self.weights).items()
+            if weight > 0 and stage >= first_stage[name.partition("_")[0]]
+        )
+
     def wants_long(self, stage: int) -> bool:
         """Whether a stage needs the long sequence."""
-        levels: tuple[Level, ...] = ("low", "mid", "high")
-        return stage >= self.temporal_from_stage and any(
-            self.uses("retrieval", level) for level in levels
-        )
+        return any(name.startswith("retrieval_") for name in self.active(stage))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +247,7 @@ class VideoModel(nn.Module):
         self.augmentation_heads = nn.ModuleDict()
         self.retrieval_heads = nn.ModuleDict()
         self.graph_heads = nn.ModuleDict()
-        for level in ("low", "mid", "high"):
+        for level in _LEVELS:
             width = getattr(widths, level)
             used = False
             for term, heads, average in (
@@ -259,9 +275,11 @@ class VideoModel(nn.Module):
             return ParameterGroup(name, [p for m in modules for p in m.parameters()])
 
         groups = [
-            group("high", self.backbone, self.instance_head, self.global_head),
+            group("backbone", self.backbone),
+            group("instance", self.instance_head),
+            group("global", self.global_head),
             group("prototypes", self.prototypes),
-            group("motion", self.motion),
+            *(group(f"motion_{level}", module) for level, module in self.motion.items()),
             group("temporal", self.augmentation_heads, self.retrieval_heads),
             group("graph", self.graph_heads),
         ]
@@ -269,20 +287,23 @@ class VideoModel(nn.Module):
 
     def frozen_groups(self, phase: Phase) -> set[str]:
         """The groups that a phase leaves alone, because none of its terms uses them."""
-        frozen = set()
-        temporal = phase.stage >= self.config.temporal_from_stage
-        if phase.prototypes_frozen:
-            frozen.add("prototypes")
-        if not temporal:
-            frozen.add("temporal")
-        if phase.stage < 2:
-            frozen.add("graph")
-            if not temporal:
-                frozen.add("motion")
-        return frozen & {g.name for g in self.groups()}
+        active = self.config.active(phase.stage)
+        moving = {"backbone"}
+        if "instance" in active:
+            moving.add("instance")
+        if "prototype" in active:
+            moving |= {"global"} if phase.prototypes_frozen else {"global", "prototypes"}
+        for name in active:
+            term, _, level = name.partition("_")
+            if level:
+                moving |= {"graph" if term == "graph" else "temporal", f"motion_{level}"}
+        return {g.name for g in self.groups()} - moving
 
     def orders(self, samples: np.ndarray, epoch: int, seed: int, clip_frames: int) -> list[Tensor]:
-        """The altered orders of the low and mid levels' steps, drawn by sample and view.
+        """The orders in which the low and mid levels' steps are read, drawn by sample and view.
+
+        There is an order for the long sequence too: where it is encoded together with the short
+        clips, its altered copies take part in the statistics of motion excitation.
 
         Args:
             samples: `[b]`, sample indices.
@@ -291,22 +312,23 @@ class VideoModel(nn.Module):
             clip_frames: Frames of a short clip.
 
         Returns:
-            For low and mid: `[1 + A, b V, T]`, int64, on the CPU: the identity first.
+            For low and mid: `[1 + A, b (V + 1), T]`, int64, on the CPU: the identity first.
         """
         result = []
-        levels: tuple[Level, ...] = ("low", "mid")
-        for number, level in enumerate(levels):
+        for number, level in enumerate(_LEVELS[:2]):
             num_steps = -(-clip_frames // _TIME_STRIDE[level])
             shuffled = None
             if self.config.shuffle and self.config.uses("augmentation", level):
                 draws = [
                     uniforms(seed, Stream.SHUFFLE, epoch, samples, 2 * view + number, 2)
-                    for view in range(2)
+                    for view in range(_NUM_VIEWS)
                 ]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
             result.append(
-                time_orders(2 * len(samples), num_steps, reverse=True, permutations_NT=shuffled)
+                time_orders(
+                    _NUM_VIEWS * len(samples), num_steps, reverse=True, permutations_NT=shuffled
+                )
             )
         return result
 
@@ -320,6 +342,10 @@ class VideoModel(nn.Module):
     ) -> Embeddings:
         """Embed a rank's videos as a phase needs it.
 
+        A long sequence of as many frames as a short clip (data.clips.long_stride 2) is encoded in
+        one pass with the short clips, as the release does: one set of batch statistics for all
+        three, also in the heads and in motion excitation. A longer one has a pass of its own.
+
         Args:
             short: `[b, V, T, S, S, 3]`, uint8.
             long: `[b, L, S, S, 3]`, uint8, or None.
@@ -331,60 +357,58 @@ class VideoModel(nn.Module):
             Embeddings; not normalised but for the scores.
         """
         num_videos = short.shape[0]
-        clips = self.backbone(normalise(short.flatten(0, 1), self.in_channels))
-        high_steps = pool_space(clips.high)
+        active = self.config.active(phase.stage)
+        if not self.config.wants_long(phase.stage):
+            long = None
+        together = long is not None and long.shape[1] == short.shape[2]
+        if together:
+            short = torch.cat([short, long[:, None]], dim=1)
+        split = (num_videos, short.shape[1])
+        maps = self._encode(short.flatten(0, 1))
+        long_maps = None if together or long is None else self._encode(long)
+
+        high_steps = pool_space(maps.high)
         scores = self.prototypes(self.global_head(high_steps), frozen=phase.prototypes_frozen)
         result = Embeddings(
-            instance=self.instance_head(high_steps).unflatten(0, (num_videos, 2)),
-            scores=scores.unflatten(0, (num_videos, 2)),
+            instance=self.instance_head(high_steps).unflatten(0, split)[:, :2],
+            scores=scores.unflatten(0, split)[:, :2],
         )
-        temporal = phase.stage >= self.config.temporal_from_stage
-        if phase.stage < 2 and not temporal:
-            return result
-        long_levels = None
-        if long is not None and temporal:
-            long_levels = self.backbone(normalise(long, self.in_channels))
-        for level, orders in (("low", orders_low), ("mid", orders_mid), ("high", None)):
-            altered = temporal and level in self.augmentation_heads
-            read: Callable[[Tensor, Tensor | None], Tensor]
-            if level in self.motion:
-                read = self.motion[level]
-            elif level == "high":
-                read = _read_high
-            else:
+        orders: dict[str, Tensor] = {
+            level: order.unflatten(1, (num_videos, _NUM_VIEWS))[:, :, : split[1]].flatten(1, 2)
+            for level, order in (("low", orders_low), ("mid", orders_mid))
+        }
+        for level in _LEVELS:
+            terms = {t for t in ("augmentation", "retrieval", "graph") if f"{t}_{level}" in active}
+            if not terms:
                 continue
-            # [A', b V, T, C], the originals first
-            steps = read(getattr(clips, level), orders if altered else None)
-            self._embed_level(result, level, steps, num_videos, phase=phase, temporal=temporal)
-            if long_levels is not None and level in self.retrieval_heads:
-                long_steps = read(getattr(long_levels, level), None)[0]
+            altered = orders[level] if "augmentation" in terms else None
+            # [1 + A, b, V or V + 1, T, C], the originals first
+            steps = self._steps(level, getattr(maps, level), altered).unflatten(1, split)
+            if "augmentation" in terms:
+                embedded = self.augmentation_heads[level](steps[:, :, :2])
+                result.clips[level] = embedded[0]
+                result.altered[level] = embedded[1:].transpose(0, 1)
+            if "graph" in terms:
+                result.graph[level] = self.graph_heads[level](steps[0, :, :2])
+            if "retrieval" in terms:
+                if together:
+                    long_steps = steps[0, :, 2]
+                else:
+                    assert long_maps is not None
+                    long_steps = self._steps(level, getattr(long_maps, level), None)[0]
+                result.steps[level] = self.retrieval_heads[level](steps[0, :, :2])
                 result.long_steps[level] = self.retrieval_heads[level](long_steps)
         return result
 
-    def _embed_level(
-        self,
-        result: Embeddings,
-        level: str,
-        steps: Tensor,
-        num_videos: int,
-        *,
-        phase: Phase,
-        temporal: bool,
-    ) -> None:
-        split = (num_videos, 2)
-        if temporal and level in self.augmentation_heads:
-            embedded = self.augmentation_heads[level](steps).unflatten(1, split)
-            result.clips[level] = embedded[0]
-            result.altered[level] = embedded[1:].transpose(0, 1)
-        if temporal and level in self.retrieval_heads:
-            result.steps[level] = self.retrieval_heads[level](steps[0]).unflatten(0, split)
-        if phase.stage >= 2 and level in self.graph_heads:
-            result.graph[level] = self.graph_heads[level](steps[0]).unflatten(0, split)
+    def _encode(self, clips: Tensor) -> Levels:
+        weight = self.backbone.input_conv().weight
+        return self.backbone(normalise(clips, self.in_channels, weight.dtype))
 
-
-def _read_high(maps: Tensor, _: Tensor | None) -> Tensor:
-    """The high level has no motion excitation and no altered orders."""
-    return pool_space(maps)[None]
+    def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
+        """`[A', N, T, C]`: averages over space; the high level has no motion excitation."""
+        if level == "high":
+            return pool_space(maps)[None]
+        return self.motion[level](maps, orders)
 
 
 class Method:
@@ -416,9 +440,9 @@ class Method:
         config = self._config
         num_local = out.instance.shape[0]
         own = slice(self._world.rank * num_local, (self._world.rank + 1) * num_local)
-        instance = self._gather(out.instance.float())
+        instance = self._gather(widen(out.instance))
 
-        self._model.queue.push(gather(out.scores.float()))
+        self._model.queue.push(gather(widen(out.scores)))
         num_rows = len(self._model.queue) if phase.queue else num_local * self._world.size
         rows = self._model.queue.rows()[-num_rows:]
         assignments = sinkhorn(rows, epsilon=config.sinkhorn_epsilon)
@@ -440,7 +464,7 @@ class Method:
             )
             for level, embedded in out.graph.items():
                 terms[f"graph_{level}"] = graph_loss(
-                    self._gather(embedded.float()),
+                    self._gather(widen(embedded)),
                     graphs.target_BB,
                     temperature=config.temperature,
                     anchors=own,
@@ -451,8 +475,8 @@ class Method:
                 health |= embedding_health(instance.detach().flatten(0, 1))
         for level, clips in out.clips.items():
             terms[f"augmentation_{level}"] = augmentation_loss(
-                self._gather(clips.float()),
-                out.altered[level].float(),
+                self._gather(widen(clips)),
+                out.altered[level],
                 temperature=config.temperature,
                 anchors=own,
             )
@@ -463,7 +487,9 @@ class Method:
             terms[f"retrieval_{level}"] = retrieval_loss(
                 out.steps[level], long_steps, temperature=config.temperature
             )
-        weighted = [getattr(config.weights, name) * value for name, value in terms.items()]
+        weights = {name: w for name, w in vars(config.weights).items() if w > 0}
+        terms = {name: value for name, value in terms.items() if name in weights}
+        weighted = [weights[name] * value for name, value in terms.items()]
         return LossTerms(
             total=torch.stack(weighted).sum(),
             terms={name: value.detach() for name, value in terms.items()},
@@ -472,16 +498,15 @@ class Method:
 
     def chance(self, num_videos: int, clip_frames: int, long_frames: int) -> dict[str, float]:
         """What each term is at chance, in nats, by the term's name."""
-        levels: tuple[Level, ...] = ("low", "mid", "high")
         by_kind = chance_levels(
             num_videos=num_videos,
             num_prototypes=self._config.num_prototypes,
             num_alterations=2 if self._config.shuffle else 1,
-            num_long_steps={v: -(-long_frames // _TIME_STRIDE[v]) for v in levels},
+            num_long_steps={v: -(-long_frames // _TIME_STRIDE[v]) for v in _LEVELS},
             divide_by_batch=self._config.graph_divides_by_batch,
         )
         chance = {"instance": by_kind["instance"], "prototype": by_kind["prototype"]}
-        for level in levels:
+        for level in _LEVELS:
             chance[f"graph_{level}"] = by_kind["graph"]
             chance[f"augmentation_{level}"] = by_kind["augmentation"]
             chance[f"retrieval_{level}"] = by_kind[f"retrieval_{level}"]

@@ -2,10 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -196,6 +199,76 @@ def test_killed_run_goes_on_to_the_same_bytes(
             read_manifest(tmp_path / "train")
     shard(videos, tmp_path)
     assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_fault_after_the_first_segment_takes_its_members_back(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "videos" / "bad.avi", moving_scene(300, 32, 32))
+    content = whole.read_bytes()
+    whole.write_bytes(content[: len(content) * 3 // 4])
+    write_video(tmp_path / "videos" / "good.avi", moving_scene(20, 32, 32))
+    # 512 rows: 127 frames to a segment, so one is sent before the fault shows.
+    for seed in ("0", "1", "2"):
+        out = tmp_path / seed
+        shard(tmp_path / "videos", out, "--height", "512", "--seed", seed)
+        manifest = read_manifest(out / "train")
+        assert {r.source: r.reason for r in manifest.rows} == {
+            "bad.avi": "truncated",
+            "good.avi": None,
+        }
+        with tarfile.open(out / "train" / manifest.shards[0].name) as tar:
+            keys = {m.name.partition(".")[0] for m in tar.getmembers()}
+        assert keys == {manifest.written[0].key}
+
+
+def test_hung_codec_costs_one_video(tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / "videos" / f"{number}.mp4"
+        write_video(path, moving_scene(8, 96, 64, seed=number))
+    os.mkfifo(tmp_path / "videos" / "hangs.mp4")  # Reading it never returns.
+    shard(tmp_path / "videos", tmp_path / "out", "--timeout", "3")
+    rows = {r.source: r for r in read_manifest(tmp_path / "out" / "train").rows}
+    assert rows["hangs.mp4"].reason == "timeout"
+    assert rows["hangs.mp4"].detail == "no segment in 3 s"
+    assert [rows[f"{n}.mp4"].status for n in range(3)] == ["written"] * 3
+
+
+class ChildKiller(threading.Thread):
+    """Kills this process's children, a given number of times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__(daemon=True)
+        self.times = times
+
+    def run(self) -> None:
+        killed = set()
+        while len(killed) < self.times:
+            time.sleep(0.05)
+            for child in multiprocessing.active_children():
+                if child.pid not in killed and child.pid is not None:
+                    time.sleep(0.5)
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed.add(child.pid)
+                    break
+
+
+def test_killed_worker_changes_nothing(videos: Path, shards: Path, tmp_path: Path) -> None:
+    killer = ChildKiller(1)
+    killer.start()
+    shard(videos, tmp_path, workers=2)
+    killer.join(10)
+    assert not killer.is_alive()
+    assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_crash_twice_costs_the_video(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    os.mkfifo(tmp_path / "videos" / "kills.mp4")
+    killer = ChildKiller(2)
+    killer.start()
+    shard(tmp_path / "videos", tmp_path / "out")
+    (row,) = read_manifest(tmp_path / "out" / "train").rows
+    assert row.reason == "crash"
+    assert row.detail == "the codec ended its process (-9)"
 
 
 def test_test_fraction_and_no_labels(videos: Path, tmp_path: Path) -> None:

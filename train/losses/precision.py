@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from strata.errors import ConfigError
 
-__all__ = ["EPSILON", "full_precision", "require_pairs", "unit_length"]
+__all__ = ["EPSILON", "full_precision", "require_pairs", "unit_length", "widen"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,10 +22,13 @@ vector at 1/EPSILON, where torch's own 1e-12 would let one dead clip outweigh th
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """A half-precision tensor in float32; others, float64 too, as they are."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
 def _widen(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in _HALF:
-        return value.float()
-    return value
+    return widen(value) if isinstance(value, Tensor) else value
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

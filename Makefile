@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine: make demo, make test.
+.POSIX:
+SHELL = /bin/bash
+.SHELLFLAGS = -euo pipefail -c
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+SETUP = $(VENV)/.installed
+SETUP_DEV = $(VENV)/.installed-dev
+# A path with a space breaks the first line of the scripts that pip writes, so none is run directly.
+RUN = $(BIN)/python
+
+.PHONY: help setup demo test lint types format clean
+
+help:
+	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
+	@echo "make test   set up, then the tests"
+	@echo "make setup  create $(VENV) and install Strata with all it needs (about 7 GB)"
+	@echo "make lint | types | format | clean"
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Strata and its packages into $(VENV) (the first time several minutes)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@touch $(SETUP)
+
+$(SETUP_DEV): $(SETUP)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $(SETUP_DEV)
+
+demo: $(SETUP)
+	@$(RUN) tools/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)") $(DEMO_ARGS)
+
+test: $(SETUP)
+	@$(RUN) -m pytest $(TEST_ARGS)
+
+lint: $(SETUP_DEV)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: $(SETUP_DEV)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+# The folders are subpackages of strata by pyproject.toml; a type checker wants to see them so.
+types: $(SETUP_DEV)
+	@rm -rf $(VENV)/typecheck && mkdir -p $(VENV)/typecheck/strata
+	@for f in strata/*.py; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
+	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
+	@$(RUN) -m pyright --warnings
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,217 @@
+"""The whole objective on several processes equals the objective on one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from strata.dataload.loader import DataConfig
+from strata.distributed import World, mean_over_ranks
+from strata.errors import ConfigError
+from strata.train.config import TrainConfig
+from strata.train.losses.graph import distribution_graphs, graph_loss
+from strata.train.losses.instance import instance_loss
+from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
+from strata.train.losses.temporal import augmentation_loss, retrieval_loss
+from strata.train.method import Embeddings, Method, MethodConfig, TermWeights, VideoModel
+from strata.train.models.backbones import BackboneConfig
+from strata.train.schedules import Phase
+from tests.gloo import run_ranks
+
+BATCH = 8
+PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
+SIZE = 16
+
+
+def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodConfig:
+    """Every term of the method, the release's graph at the high level too."""
+    return MethodConfig(
+        weights=TermWeights(graph_high=1.0),
+        num_prototypes=6,
+        queue_length=3 * BATCH,
+        embedding_size=8,
+        gather_with_grad=gather_with_grad,
+        graph_threshold=threshold,
+    )
+
+
+def build(config: MethodConfig) -> VideoModel:
+    """In float64, batch norms in evaluation mode: their statistics are each rank's own."""
+    torch.manual_seed(0)
+    model = VideoModel(BackboneConfig(width=8), config, clip_frames=16).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        noise = torch.randn(BATCH, 2, config.num_prototypes, generator=generator)
+        model.queue.push(noise.double() / 3)
+    return model
+
+
+def videos(rows: slice) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Short and long clips and indices of the global batch's rows; smooth in space and time."""
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.rand(BATCH, 3, 6, 4, 4, generator=generator) * 255
+    window = torch.nn.functional.interpolate(coarse, (32, SIZE, SIZE), mode="trilinear")
+    window = window.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    samples = np.arange(100, 100 + BATCH)
+    return window.unflatten(1, (2, 16))[rows], window[rows], samples[rows]
+
+
+def embed(model: VideoModel, rows: slice) -> Embeddings:
+    short, long, samples = videos(rows)
+    return model(short, long, *model.orders(samples, 3, 0, 16), PHASE)
+
+
+@dataclass(frozen=True)
+class Step:
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor]
+    """Averaged over ranks, as the engine averages them."""
+    queue: Tensor
+    assignments: Tensor
+    health: dict[str, Tensor]
+
+
+def step(world: World, config: MethodConfig) -> Step:
+    model = build(config)
+    share = BATCH // world.size
+    out = embed(model, slice(world.rank * share, (world.rank + 1) * share))
+    result = Method(model, config, world).losses(out, PHASE, with_health=True)
+    result.total.backward()
+    values = {**result.terms, "total": result.total}
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return Step(
+        values={k: mean_over_ranks(v) for k, v in values.items()},
+        grads={k: mean_over_ranks(v) for k, v in grads.items()},
+        queue=model.queue.rows(),
+        assignments=sinkhorn(model.queue.rows()),
+        health=result.health,
+    )
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest error of a tensor in its norm."""
+    assert found.keys() == expected.keys()
+    return max(float((found[k] - e).norm() / e.norm()) for k, e in expected.items())
+
+
+@pytest.fixture(scope="module")
+def alone() -> Step:
+    return run_ranks(step, 1, recipe())[0]
+
+
+@pytest.fixture(scope="module")
+def four() -> list[Step]:
+    return run_ranks(step, 4, recipe())
+
+
+def test_two_processes_give_the_values_and_gradients_of_one(alone: Step):
+    _assert_equal(run_ranks(step, 2, recipe()), alone)
+
+
+def test_four_processes_give_the_values_and_gradients_of_one(four: list[Step], alone: Step):
+    _assert_equal(four, alone)
+
+
+def _assert_equal(ranks: list[Step], alone: Step) -> None:
+    assert set(alone.values) == {*vars(recipe().weights), "total"}
+    # Every parameter has a gradient, so that none is compared as nothing with nothing.
+    assert set(alone.grads) == {k for k, _ in build(recipe()).named_parameters()}
+    assert alone.health["graph_off_diagonal_mass"] > 0.1
+    for found in ranks:
+        assert relative(found.values, alone.values) < 1e-9
+        assert relative(found.grads, alone.grads) < 1e-6
+
+
+def test_queue_and_graph_are_the_same_on_all_ranks(four: list[Step], alone: Step):
+    for found in four:
+        assert torch.equal(found.queue, four[0].queue)
+        assert torch.equal(found.assignments, four[0].assignments)
+        for name in ("graph_off_diagonal_mass", "graph_semantic_partners", "prototypes_in_use"):
+            assert torch.equal(found.health[name], four[0].health[name])
+    torch.testing.assert_close(four[0].queue, alone.queue)
+    torch.testing.assert_close(four[0].assignments, alone.assignments)
+
+
+def objective(world: World, num_parts: int, with_grad: bool) -> Step:
+    """In one process: each part's anchors against all, others' embeddings with gradient or not."""
+    config = recipe()
+    model = build(config)
+    out = embed(model, slice(None))
+    model.queue.push(out.scores)
+    assignments = sinkhorn(model.queue.rows())[-BATCH:]
+    target = distribution_graphs(out.instance, hard_labels(assignments)).target_BB
+    share = BATCH // num_parts
+    total = out.instance.new_zeros(())
+    for part in range(num_parts):
+        own = slice(part * share, (part + 1) * share)
+
+        def seen(embedded: Tensor, own: slice = own) -> Tensor:
+            if with_grad:
+                return embedded
+            others = embedded.detach()
+            return torch.cat([others[: own.start], embedded[own], others[own.stop :]])
+
+        loss = instance_loss(seen(out.instance), anchors=own)
+        loss = loss + 0.5 * prototype_loss(out.scores[own], assignments[own])
+        for level, weight in (("low", 0.3), ("mid", 0.5), ("high", 1.0)):
+            loss = loss + weight * graph_loss(seen(out.graph[level]), target, anchors=own)
+            steps, long = out.steps[level][own], out.long_steps[level][own]
+            loss = loss + weight * retrieval_loss(steps, long)
+            if level != "high":
+                clips, altered = out.clips[level], out.altered[level][own]
+                loss = loss + weight * augmentation_loss(seen(clips), altered, anchors=own)
+        total = total + loss / num_parts
+    total.backward()
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return Step(
+        values={"total": total.detach()},
+        grads=grads,
+        queue=model.queue.rows(),
+        assignments=assignments,
+        health={},
+    )
+
+
+def test_the_total_is_the_weighted_sum_of_the_equations(alone: Step):
+    written_out = objective(World(), 1, True)
+    torch.testing.assert_close(alone.values["total"], written_out.values["total"])
+    assert relative(alone.grads, written_out.grads) < 1e-9
+
+
+def test_without_gradient_from_other_ranks_exactly_that_part_is_missing(alone: Step):
+    ranks = run_ranks(step, 4, recipe(gather_with_grad=False))
+    expected = objective(World(), 4, False)
+    assert relative(ranks[2].values, alone.values) < 1e-9
+    assert relative(ranks[2].grads, expected.grads) < 1e-6
+    assert relative(ranks[2].grads, alone.grads) > 1e-2
+
+
+def test_shuffles_do_not_depend_on_the_rank():
+    model = build(recipe())
+    whole = model.orders(np.arange(8), 3, 0, 16)
+    for order, low, high in zip(
+        whole,
+        model.orders(np.arange(3), 3, 0, 16),
+        model.orders(np.arange(3, 8), 3, 0, 16),
+        strict=True,
+    ):
+        assert torch.equal(order, torch.cat([low, high], dim=1))
+
+
+def one_video(world: World) -> Any:
+    model = build(recipe())
+    return Method(model, recipe(), world).losses(embed(model, slice(0, 1)), PHASE, with_health=True)
+
+
+def test_uneven_and_empty_batches_are_refused():
+    config = TrainConfig(run=Path("runs/a"), data=DataConfig(shards=Path("shards"), batch_size=8))
+    with pytest.raises(ConfigError, match="batch_size 8 does not divide by 3 ranks"):
+        config.check_world(World(size=3))
+    with pytest.raises(ConfigError, match="does not divide by 16 ranks"):
+        config.check_world(World(size=16))
+    with pytest.raises(ConfigError, match="the global batch has 1; use a global batch of at least"):
+        one_video(World())
