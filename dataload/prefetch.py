@@ -71,7 +71,7 @@ class Prefetcher(Generic[ItemT]):
         except queue.Empty:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             raise ShardError(
-                f"no batch for {self._stall_s:.0f} s: the storage or the decoder hangs (the stacks "
+                f"no batch for {self._stall_s:g} s: the storage or the decoder hangs (the stacks "
                 "of all threads are above); mend it, or raise data.stall_s"
             ) from None
         if isinstance(item, _End):

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -16,25 +15,18 @@ from strata.config import plain
 
 __all__ = ["DemoResult", "curves", "write_report"]
 
-_ROWS = (
-    ("retrieval", "R@1", "Retrieval R@1"),
-    ("retrieval", "R@5", "Retrieval R@5"),
-    ("linear", "Top-1", "Linear probe Top-1"),
-)
+_ROWS = (("R@1", "Retrieval R@1"), ("R@5", "Retrieval R@5"), ("Top-1", "Linear probe Top-1"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What a demo measured: figures by protocol for each network.
-
-    Every entry of `trained` and `untrained` maps a protocol to its `figures`, each of which maps
-    `measured` and `chance` to shares in [0, 1] by name.
-    """
+    """What a demo measured: shares in [0, 1] by the figure's name, for each network."""
 
     generated: bool
     """Whether the videos are drawn by a program."""
-    trained: tuple[dict[str, Any], ...]
-    untrained: tuple[dict[str, Any], ...]
+    trained: tuple[dict[str, float], ...]
+    untrained: tuple[dict[str, float], ...]
+    chance: dict[str, float]
     logs: tuple[Path, ...]
     """JSON lines of the pretraining runs."""
     wall_s: float
@@ -42,18 +34,15 @@ class DemoResult:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Name, pretrained, untrained, chance, as text."""
-        rows = []
-        for protocol, figure, name in _ROWS:
-            chance = self.trained[0][protocol]["chance"][figure]
-            rows.append(
-                (
-                    name,
-                    _spread([r[protocol]["measured"][figure] for r in self.trained]),
-                    _spread([r[protocol]["measured"][figure] for r in self.untrained]),
-                    f"{chance:.1%}",
-                )
+        return [
+            (
+                name,
+                _spread([r[figure] for r in self.trained]),
+                _spread([r[figure] for r in self.untrained]),
+                f"{self.chance[figure]:.1%}",
             )
-        return rows
+            for figure, name in _ROWS
+        ]
 
     def note(self) -> str:
         """What a reader must know before believing the figures."""

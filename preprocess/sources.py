@@ -1,4 +1,4 @@
-"""Find the videos of a data set, their labels and their official splits."""
+"""What a source is; plain folders of videos; the same video twice."""
 
 import hashlib
 import os
@@ -17,10 +17,15 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Source",
     "SourceSet",
+    "files_below",
     "find_folder",
-    "find_ucf101",
+    "make_set",
     "mark_duplicates",
+    "read_lines",
+    "require_folder",
     "sample_key",
+    "some_of",
+    "source_at",
 ]
 
 VIDEO_SUFFIXES = frozenset(
@@ -80,18 +85,28 @@ def sample_key(name: str) -> str:
     return f"{head[-_KEY_HEAD_CHARS:]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
-def _require_folder(folder: Path, option: str) -> None:
+def require_folder(folder: Path, option: str) -> None:
+    """See that a folder is there.
+
+    Raises:
+        ConfigError: It is not.
+    """
     if not folder.is_dir():
         raise ConfigError(f"folder {folder} does not exist; mend {option}")
 
 
-def _make_set(
+def make_set(
     dataset: str,
     split: str,
     classes: Sequence[str],
     sources: Iterable[Source],
     notes: Sequence[str] = (),
 ) -> SourceSet:
+    """Put sources in the order of their names.
+
+    Raises:
+        ConfigError: A name is there twice.
+    """
     ordered = sorted(sources, key=lambda s: s.name)
     for first, second in pairwise(ordered):
         if first.name == second.name:
@@ -107,7 +122,7 @@ def _make_set(
     )
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, option: str = "--splits") -> list[str]:
     """Non-empty lines of an official list, whatever its line ends.
 
     Raises:
@@ -116,14 +131,12 @@ def _read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the list {path} ({error}); mend --splits: it is the folder of the "
-            "official lists"
-        ) from error
+        raise ConfigError(f"cannot read the list {path} ({error}); mend {option}") from error
     return [line.strip() for line in lines if line.strip()]
 
 
-def _files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """All files but hidden ones, in no particular order."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -131,70 +144,8 @@ def _files_below(folder: Path) -> list[Path]:
     return found
 
 
-def find_ucf101(videos: Path, splits: Path, split: str) -> list[SourceSet]:
-    """Read UCF101's official lists.
-
-    Args:
-        videos: Folder of `<class>/v_*.avi`, or of the files without class folders.
-        splits: Folder of `classInd.txt`, `trainlist0N.txt` and `testlist0N.txt`.
-        split: `1`, `2`, `3` or `all`.
-
-    Returns:
-        For each split the training set and the test set, `train0N` and `test0N`.
-
-    Raises:
-        ConfigError: A folder or list is missing, a list contradicts the class list or itself, or
-            none of its videos is on disk.
-    """
-    _require_folder(videos, "--videos")
-    _require_folder(splits, "--splits")
-    labels: dict[str, int] = {}
-    index_path = splits / "classInd.txt"
-    for line in _read_lines(index_path):
-        number, _, name = line.partition(" ")
-        if not number.isdigit() or not name.strip():
-            raise ConfigError(f"{index_path}: {line!r} is not a number and a class name")
-        labels[name.strip()] = int(number) - 1
-    if sorted(labels.values()) != list(range(len(labels))):
-        raise ConfigError(f"{index_path}: the class numbers are not 1 to {len(labels)}")
-    classes = sorted(labels, key=labels.__getitem__)
-
-    # One walk instead of a look for each of 13,320 names: network disks answer slowly.
-    on_disk = {p.relative_to(videos).as_posix(): p for p in _files_below(videos)}
-    listed: set[str] = set()
-    sets = []
-    for number in ("1", "2", "3") if split == "all" else (split,):
-        for part in ("train", "test"):
-            path = splits / f"{part}list0{number}.txt"
-            sources = []
-            for line in _read_lines(path):
-                name, _, given = line.partition(" ")
-                class_name, _, file_name = name.partition("/")
-                if class_name not in labels:
-                    raise ConfigError(f"{path}: class {class_name!r} is not in {index_path.name}")
-                if given and given.strip() != str(labels[class_name] + 1):
-                    raise ConfigError(
-                        f"{path}: {name} has label {given.strip()}, "
-                        f"{index_path.name} says {labels[class_name] + 1}"
-                    )
-                place = name if name in on_disk else file_name
-                listed.add(place)
-                sources.append(_source(name, on_disk.get(place), labels[class_name]))
-            sets.append(_make_set("ucf101", f"{part}0{number}", classes, sources))
-    if not any(s.present for s in sets):
-        raise ConfigError(
-            f"none of the {sum(len(s.sources) for s in sets):,} listed videos is in {videos}; "
-            "--videos is the folder that holds the class folders"
-        )
-    notes = []
-    if split == "all":
-        unlisted = sorted(set(on_disk) - listed)
-        if unlisted:
-            notes.append(f"{len(unlisted)} files in {videos} are in no list: {_some(unlisted)}")
-    return [replace(s, notes=(*s.notes, *notes)) for s in sets]
-
-
-def _source(name: str, path: Path | None, label: int) -> Source:
+def source_at(name: str, path: Path | None, label: int) -> Source:
+    """A source with the size of its file, if there is one."""
     if path is None:
         return Source(name=name, path=None, label=label)
     try:
@@ -204,7 +155,8 @@ def _source(name: str, path: Path | None, label: int) -> Source:
     return Source(name=name, path=path, label=label, num_bytes=num_bytes)
 
 
-def _some(names: Sequence[str], count: int = 3) -> str:
+def some_of(names: Sequence[str], count: int = 3) -> str:
+    """The first names, for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
@@ -222,25 +174,25 @@ def find_folder(videos: Path, *, test_fraction: float = 0.0, seed: int = 0) -> l
     Raises:
         ConfigError: The folder is missing, holds no video, or holds videos beside class folders.
     """
-    _require_folder(videos, "--videos")
+    require_folder(videos, "--videos")
     if not 0 <= test_fraction < 1:
         raise ConfigError(f"--test-fraction is {test_fraction}; use a share from 0 to below 1")
     sources: list[Source] = []
     others: list[str] = []
     names: set[str] = set()
-    for path in _files_below(videos):
+    for path in files_below(videos):
         relative = path.relative_to(videos)
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             others.append(relative.as_posix())
             continue
         names.add(relative.parts[0] if len(relative.parts) > 1 else "")
-        sources.append(_source(relative.as_posix(), path, NO_LABEL))
+        sources.append(source_at(relative.as_posix(), path, NO_LABEL))
     if not sources:
         raise ConfigError(f"no videos in {videos}; mend --videos")
     if "" in names and len(names) > 1:
         beside = sorted(s.name for s in sources if "/" not in s.name)
         raise ConfigError(
-            f"{videos} holds both class folders and videos beside them ({_some(beside)}); "
+            f"{videos} holds both class folders and videos beside them ({some_of(beside)}); "
             "move those into a class folder, or give a folder of videos alone"
         )
     classes = sorted(names - {""})
@@ -249,8 +201,10 @@ def find_folder(videos: Path, *, test_fraction: float = 0.0, seed: int = 0) -> l
         sources = [replace(s, label=labels[s.name.partition("/")[0]]) for s in sources]
     notes = []
     if others:
-        notes.append(f"{len(others)} files are not videos by their names: {_some(sorted(others))}")
-    whole = mark_duplicates(_make_set("folder", "train", classes, sources, notes))
+        notes.append(
+            f"{len(others)} files are not videos by their names: {some_of(sorted(others))}"
+        )
+    whole = mark_duplicates(make_set("folder", "train", classes, sources, notes))
     if not test_fraction:
         return [whole]
 
@@ -306,7 +260,7 @@ def mark_duplicates(source_set: SourceSet, *, reject: bool = True) -> SourceSet:
             continue
         conflict = len({s.label for s in group}) > 1
         told = "with differing labels" if conflict else "kept once" if reject else "kept"
-        notes.append(f"the same video, {told}: {_some([s.name for s in group], 5)}")
+        notes.append(f"the same video, {told}: {some_of([s.name for s in group], 5)}")
         if not reject:
             continue
         for source in group if conflict else group[1:]:

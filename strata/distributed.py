@@ -160,7 +160,7 @@ class _GatherWithGrad(torch.autograd.Function):
         (grad,) = grads
         # Not reduce_scatter: gloo has none. The tensors are small: B x C floats a term.
         grad = grad.contiguous().clone()
-        pass
+        dist.all_reduce(grad)
         start = dist.get_rank() * ctx.num_rows
         return grad[start : start + ctx.num_rows]
 

@@ -63,6 +63,8 @@ class FaultKind(StrEnum):
     """The codec ended its process."""
     DUPLICATE = "duplicate"
     """The same video, byte for byte, was listed before under another name."""
+    CONFLICT = "conflict"
+    """Lists, folders and files disagree about which video this is, or of which class."""
 
 
 class VideoFault(StrataError):

@@ -8,6 +8,8 @@ beside it. A sample is a run of members whose names share the part before the fi
     <key>.frames.i32   what the loader needs, little-endian int32, see `FrameTable`
     <key>.json         facts for people and other programs, see `SampleFacts`
 
+With the `mp4` payload the segments are `<key>.000.mp4` and so on, short videos of their own.
+
 Every JPEG has a restart marker exactly at each frame's end and standard Huffman tables, and all
 segments of a data set share their quantisation tables. So the coded bytes of any selection of
 frames, in any order, are a valid JPEG behind the common header: the loader cuts out the frames it
@@ -37,6 +39,7 @@ __all__ = [
     "FrameTable",
     "Manifest",
     "NormalForm",
+    "Payload",
     "SampleFacts",
     "ShardEntry",
     "SourceRow",
@@ -56,9 +59,12 @@ MAX_JPEG_ROWS = 65_500
 """The tallest picture that libjpeg writes and reads."""
 
 
-def segment_ext(segment: int) -> str:
-    """The member extension of a segment, `000.jpg` for the first."""
-    return f"{segment:03d}.jpg"
+Payload = Literal["jpeg", "mp4", "foreign"]
+
+
+def segment_ext(segment: int, payload: Payload = "jpeg") -> str:
+    """The member extension of a segment, `000.jpg` for the first, `1000.jpg` for the 1001st."""
+    return f"{segment:03d}.{'jpg' if payload == 'jpeg' else 'mp4'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +77,20 @@ class NormalForm:
     """Pixels, a multiple of 16."""
     fit: Literal["stretch", "crop"] = "stretch"
     """How another aspect ratio becomes this one: stretched, or the centre cut out."""
-    payload: Literal["jpeg"] = "jpeg"
-    """How pictures are stored."""
+    payload: Payload = "jpeg"
+    """How pictures are stored. `foreign` is what `tools/shard.py index` found: anything."""
     quality: int = 90
     """JPEG quality, 1 to 95."""
+    codec: Literal["h264", "vp9", "mjpeg"] = "h264"
+    """Of the mp4 payload."""
+    quantizer: int = 20
+    """Of the mp4 payload, lower is better: CRF of h264 (0 to 51) and vp9 (0 to 63), qscale of mjpeg
+    (1 to 31)."""
+    gop: int = 16
+    """Of the mp4 payload: frames from one key frame to the next. Every group is closed."""
+    segment_frames: int = 0
+    """Most frames in a segment; 0 for as many as one JPEG holds, or 64 for mp4, as DALI decodes from
+    a segment's beginning."""
     min_frames: int = 33
     """Videos with fewer frames are rejected; the published method drops those of 32 and fewer."""
 
@@ -84,7 +100,7 @@ class NormalForm:
         Raises:
             ShardError: A field is out of its range.
         """
-        for name in ("width", "height"):
+        for name in ("width", "height") if self.payload != "foreign" else ():
             value = getattr(self, name)
             if value <= 0 or value % 16:
                 raise ShardError(f"normal form: {name} is {value}; use a positive multiple of 16")
@@ -93,10 +109,25 @@ class NormalForm:
         if self.min_frames < 1:
             raise ShardError(f"normal form: min_frames is {self.min_frames}; use 1 or more")
 
+        coarsest = {"h264": 51, "vp9": 63, "mjpeg": 31}[self.codec]
+        finest = 1 if self.codec == "mjpeg" else 0
+        if self.payload == "mp4" and not finest <= self.quantizer <= coarsest:
+            raise ShardError(
+                f"normal form: quantizer is {self.quantizer}; {self.codec} has {finest} to {coarsest}"
+            )
+        if self.gop < 1:
+            raise ShardError(f"normal form: gop is {self.gop}; use 1 or more")
+        most = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 1 << 20
+        if not 0 <= self.segment_frames <= most:
+            raise ShardError(
+                f"normal form: segment_frames is {self.segment_frames}; use 0 to {most}"
+            )
+
     @property
     def frames_per_segment(self) -> int:
-        """As many frames as fit one JPEG."""
-        return MAX_JPEG_ROWS // self.height
+        """Frames in every segment of a sample but the last."""
+        whole = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 64
+        return self.segment_frames or whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +146,10 @@ class SampleFacts:
     """Frames stored."""
     fps: float
     """Frames per second of the source, kept."""
+    resampled: bool
+    """Whether the source's rate varied and frames were repeated or dropped to make it constant."""
+    deinterlaced: bool
+    """Whether the source had interlaced frames, which were made whole."""
     source_width: int
     source_height: int
     source_codec: str

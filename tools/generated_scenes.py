@@ -331,9 +331,9 @@ SCENE_CLASSES = (
 
 def _palette(rng: Rng) -> Floats:
     """256 colours on a line through a random colour, shape `[256, 3]`, 0 to 255."""
-    middle = 128 + rng.uniform(-20, 20) + rng.uniform(-20, 20, 3)
-    way = rng.choice([-1.0, 1.0]) + rng.uniform(-0.3, 0.3, 3)
-    reach = rng.uniform(60, 80)
+    middle = 128 + rng.uniform(-12, 12) + rng.uniform(-15, 15, 3)
+    way = rng.choice([-1.0, 1.0]) + rng.uniform(-0.2, 0.2, 3)
+    reach = rng.uniform(75, 90)
     line = np.linspace(-2.6, 2.6, 256)[:, None] * way * reach * 0.5
     return np.clip(middle + line, 0, 255).astype(np.float32)
 

@@ -66,7 +66,7 @@ def _program(name: str) -> list[str]:
     if name == "python":
         return [sys.executable]
     # Not the script itself: its first line breaks where the environment's path has a space.
-    return [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
 
 
 def _prepare(config: DemoConfig) -> Path:
@@ -86,35 +86,27 @@ def _prepare(config: DemoConfig) -> Path:
     return out
 
 
-def _figures(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))["figures"]
-
-
-def _evaluate(run: Path, train: Path, test: Path, config: DemoConfig, seed: int | None) -> dict:
-    """Both protocols on one network; `seed` asks for an untrained one."""
-    name = "pretrained" if seed is None else f"untrained-{seed}"
-    options = ["--features.num_clips", str(config.num_clips)]
-    if seed is not None:
-        options += ["--weights", "untrained", "--seed", str(seed)]
-    results = {}
-    for protocol, first, second in (("retrieval", "gallery", "query"), ("linear", "train", "test")):
-        out = run / "eval" / f"{protocol}-{name}.json"
-        _command(
-            "deepspeed",
-            "eval/main.py",
-            protocol,
-            "--checkpoint",
-            run,
-            f"--{first}",
-            train,
-            f"--{second}",
-            test,
-            "--out",
-            out,
-            *options,
-        )
-        results[protocol] = _figures(out)
-    return results
+def _compare(run: Path, train: Path, test: Path, seeds: Sequence[int], num_clips: int) -> Any:
+    """Both protocols on a run's network and on untrained ones; the figures by network."""
+    out = run / "eval" / "compare.json"
+    _command(
+        "deepspeed",
+        "eval/main.py",
+        "compare",
+        "--checkpoint",
+        run,
+        "--train",
+        train,
+        "--test",
+        test,
+        "--untrained_seeds",
+        json.dumps(list(seeds)),
+        "--features.num_clips",
+        str(num_clips),
+        "--out",
+        out,
+    )
+    return json.loads(out.read_text(encoding="utf-8"))["figures"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -156,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         *_shard_options(config),
     )
     train, test = shards / "train", shards / "test"
-    trained, runs = [], []
+    runs = []
     for seed in config.seeds:
         _say(f"3 of 4: pretrain without labels (seed {seed})")
         run = out / f"run-{seed}"
@@ -174,13 +166,18 @@ def main(argv: Sequence[str]) -> None:
         )
         runs.append(run)
     _say("4 of 4: evaluate, against untrained networks and chance")
+    trained, untrained, chance = [], [], {}
     for run in runs:
-        trained.append(_evaluate(run, train, test, config, None))
-    untrained = [_evaluate(runs[0], train, test, config, s) for s in config.untrained_seeds]
+        seeds = config.untrained_seeds if run == runs[0] else ()
+        figures = _compare(run, train, test, seeds, config.num_clips)
+        trained.append(figures["pretrained"])
+        untrained += [figures[name] for name in figures if name.startswith("untrained")]
+        chance = figures["chance"]
     result = DemoResult(
         generated=config.videos is None,
         trained=tuple(trained),
         untrained=tuple(untrained),
+        chance=chance,
         logs=tuple(run / "log.jsonl" for run in runs),
         wall_s=time.perf_counter() - start,
         manifest_digest=json.loads((train / "manifest.json").read_text())["digest"],

@@ -360,12 +360,11 @@ class VideoModel(nn.Module):
         active = self.config.active(phase.stage)
         if not self.config.wants_long(phase.stage):
             long = None
-        together = long is not None and long.shape[1] == short.shape[2]
-        if together:
-            short = torch.cat([short, long[:, None]], dim=1)
+        if long is not None and long.shape[1] == short.shape[2]:
+            short, long = torch.cat([short, long[:, None]], dim=1), None
         split = (num_videos, short.shape[1])
         maps = self._encode(short.flatten(0, 1))
-        long_maps = None if together or long is None else self._encode(long)
+        long_maps = None if long is None else self._encode(long)
 
         high_steps = pool_space(maps.high)
         scores = self.prototypes(self.global_head(high_steps), frozen=phase.prototypes_frozen)
@@ -391,10 +390,9 @@ class VideoModel(nn.Module):
             if "graph" in terms:
                 result.graph[level] = self.graph_heads[level](steps[0, :, :2])
             if "retrieval" in terms:
-                if together:
+                if long_maps is None:
                     long_steps = steps[0, :, 2]
                 else:
-                    assert long_maps is not None
                     long_steps = self._steps(level, getattr(long_maps, level), None)[0]
                 result.steps[level] = self.retrieval_heads[level](steps[0, :, :2])
                 result.long_steps[level] = self.retrieval_heads[level](long_steps)

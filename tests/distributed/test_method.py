@@ -20,11 +20,11 @@ from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.method import Embeddings, Method, MethodConfig, TermWeights, VideoModel
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import Phase
+from tests.clips import smooth_videos
 from tests.gloo import run_ranks
 
 BATCH = 8
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
-SIZE = 16
 
 
 def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodConfig:
@@ -51,11 +51,8 @@ def build(config: MethodConfig) -> VideoModel:
 
 
 def videos(rows: slice) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Short and long clips and indices of the global batch's rows; smooth in space and time."""
-    generator = torch.Generator().manual_seed(2)
-    coarse = torch.rand(BATCH, 3, 6, 4, 4, generator=generator) * 255
-    window = torch.nn.functional.interpolate(coarse, (32, SIZE, SIZE), mode="trilinear")
-    window = window.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    """Short and long clips and indices of the global batch's rows."""
+    window = smooth_videos(BATCH)
     samples = np.arange(100, 100 + BATCH)
     return window.unflatten(1, (2, 16))[rows], window[rows], samples[rows]
 

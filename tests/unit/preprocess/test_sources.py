@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError, FaultKind
-from strata.preprocess.sources import find_folder, find_ucf101, mark_duplicates, sample_key
+from strata.preprocess.official import find_ucf101
+from strata.preprocess.sources import find_folder, mark_duplicates, sample_key
 
 LINE_END = "\r\n"
 

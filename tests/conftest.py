@@ -1,0 +1,43 @@
+"""What tests share: small shard folders, made once a session; the real data where they are."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.made import make_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Several tests start processes; torch's threads would fight over the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train` with 24 videos of 4 classes in 3 shards and `test` with 12 in one."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder / "train", num_videos=24, num_classes=4, shard_size=9, seed=1)
+    make_shards(folder / "test", num_videos=12, num_classes=4, shard_size=12, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real videos; tests that need it are skipped where it is not."""
+    folder = Path(os.environ.get("STRATA_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "ucf101").is_dir():
+        pytest.skip(f"no real videos at {folder}; set STRATA_TEST_DATA to the folder that has them")
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(0)

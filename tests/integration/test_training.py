@@ -1,0 +1,216 @@
+"""Training as a user starts it: resume to the bit, two ranks, metrics, errors of one line."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.commands import (
+    ROOT,
+    TINY,
+    fail_with_one_line,
+    free_port,
+    records,
+    scrape,
+    succeed,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run: 18 steps, 3 epochs, both stages, a learning-rate drop."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    succeed("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
+    return run
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    name = (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(run / "checkpoints" / name / "model.safetensors")
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    return {r["step"]: r["losses"] for r in records(run, "step")}
+
+
+def test_both_stages_run(whole: Path):
+    steps = records(whole, "step")
+    assert [r["step"] for r in steps] == list(range(1, 19))
+    assert [r["stage"] for r in steps] == [1] * 6 + [2] * 12
+    assert set(steps[0]["losses"]) == {"instance", "prototype", "total"}
+    assert set(steps[6]["losses"]) == {
+        "instance",
+        "prototype",
+        "total",
+        *(f"{t}_{v}" for t in ("graph", "augmentation") for v in ("low", "mid")),
+        *(f"retrieval_{v}" for v in ("low", "mid", "high")),
+    }
+    assert [r["learning_rate"] for r in steps] == pytest.approx([1e-3] * 12 + [1e-4] * 6)
+    assert "graph_off_diagonal_mass" in steps[1]["health"]
+    weights = {"instance": 1, "prototype": 0.5}
+    for level, weight in (("mid", 0.5), ("low", 0.3)):
+        weights |= {f"{t}_{level}": weight for t in ("graph", "augmentation", "retrieval")}
+    weights["retrieval_high"] = 1
+    total = sum(w * steps[-1]["losses"][name] for name, w in weights.items())
+    assert steps[-1]["losses"]["total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_run_leaves_what_tells_of_it(whole: Path):
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert config["data"]["batch_size"] == 4
+    assert json.loads((whole / "deepspeed.json").read_text())["train_batch_size"] == 4
+    folders = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert folders == ["latest", "step-000000006", "step-000000012", "step-000000018"]
+    (start,) = records(whole, "start")
+    assert start["chance"]["instance"] == pytest.approx(1.9459101)  # log 7
+
+
+# In the middle of an epoch, and at the switch of stages, where new heads wake.
+@pytest.mark.parametrize("stop", [6, 9])
+def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
+    stop: int, whole: Path, tiny: Path, shards: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    command = ("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
+    succeed(*command, "--stop_after_steps", str(stop))
+    succeed(*command, "--resume", "auto")
+    assert losses(run) == losses(whole)
+    mine, theirs = last_weights(run), last_weights(whole)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_two_ranks_share_the_batch_and_resume(tiny: Path, shards: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    command = ("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
+    succeed(*command, "--stop_after_steps", "3", launcher=True, ranks=2)
+    succeed(*command, "--stop_after_steps", "8", "--resume", "auto", launcher=True, ranks=2)
+    mine = losses(run)
+    assert sorted(mine) == list(range(1, 9))
+    # That two ranks compute one rank's objective is proven in tests/distributed.
+    assert all(math.isfinite(value) for step in mine.values() for value in step.values())
+    (state,) = (run / "checkpoints" / "step-000000008").glob("state.json")
+    assert json.loads(state.read_text())["world_size"] == 2
+
+
+def test_metrics_are_served_while_training(tiny: Path, shards: Path, tmp_path: Path):
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train/main.py",
+            *("--config", str(tiny), "--data.shards", str(shards / "train")),
+            *("--run", str(tmp_path / "run"), "--monitor.port", str(port)),
+            *("--schedule.epochs", "200"),
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        found: dict[str, float] = {}
+        deadline = time.monotonic() + 90
+        while found.get("strata_step", 0) < 8 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.2)
+            try:
+                found = scrape(port)
+            except (urllib.error.URLError, ConnectionError):
+                continue
+    finally:
+        process.kill()
+        process.wait()
+    steps = found["strata_steps_total"]
+    assert found["strata_samples_total"] == 4 * steps
+    assert found["strata_frames_decoded_total"] == 4 * 32 * steps
+    assert found["strata_clips_total"] == 8 * 6 + 12 * (steps - 6)
+    assert found["strata_step_duration_seconds_count"] == steps
+    assert found["strata_bytes_read_total"] > 0
+    assert 0 <= found["strata_data_wait_ratio"] <= 1
+    assert found['strata_loss{term="instance"}'] > 0
+    assert found['strata_loss_chance{term="instance"}'] == pytest.approx(1.9459101)
+    assert found["strata_learning_rate"] == pytest.approx(1e-3)
+    assert found["strata_stage"] == 2
+    assert not any("gpu" in name for name in found)
+
+
+def train(tiny: Path, shards: Path, run: Path, *more: str | Path) -> str:
+    return fail_with_one_line(
+        "train/main.py", "--config", tiny, "--data.shards", shards, "--run", run, *more
+    )
+
+
+def test_an_unknown_key_is_named(tiny: Path, shards: Path, tmp_path: Path):
+    line = train(tiny, shards / "train", tmp_path / "r", "--data.batchsize", "4")
+    assert "data.batchsize" in line
+    assert "--help" in line
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("modle: {width: 8}\n")
+    line = train(tiny, shards / "train", tmp_path / "r", "--config", wrong)
+    assert "modle" in line
+
+
+def test_a_value_out_of_range_is_named(tiny: Path, shards: Path, tmp_path: Path):
+    line = train(tiny, shards / "train", tmp_path / "r", "--method.temperature", "0")
+    assert "method.temperature" in line
+
+
+def test_missing_folders_are_named(tiny: Path, shards: Path, tmp_path: Path):
+    assert "does not exist" in train(tiny, tmp_path / "nowhere", tmp_path / "r")
+    (tmp_path / "empty").mkdir()
+    line = train(tiny, tmp_path / "empty", tmp_path / "r")
+    assert "has no manifest.json" in line
+    assert "tools/shard.py" in line
+
+
+def test_a_finished_run_is_not_overwritten(whole: Path, tiny: Path, shards: Path):
+    line = train(tiny, shards / "train", whole)
+    assert "already holds step-000000018" in line
+    assert "--resume auto" in line
+
+
+def test_another_architecture_is_refused(whole: Path, tiny: Path, shards: Path):
+    line = train(tiny, shards / "train", whole, "--resume", "auto", "--model.width", "16")
+    assert "belongs to another architecture" in line
+    assert "in the checkpoint and" in line
+
+
+def test_other_data_are_refused(whole: Path, tiny: Path, shards: Path):
+    line = train(tiny, shards / "test", whole, "--resume", "auto")
+    assert "was trained on other data" in line
+
+
+def test_an_evaluation_without_checkpoint_says_so(shards: Path, tmp_path: Path):
+    line = fail_with_one_line(
+        "eval/main.py",
+        "retrieval",
+        *("--checkpoint", tmp_path, "--gallery", shards / "train", "--query", shards / "test"),
+    )
+    assert "holds no whole checkpoint" in line
+    assert "not known; use retrieval" in fail_with_one_line("eval/main.py", "retrievel")
+
+
+def test_an_altered_checkpoint_is_refused(whole: Path, tiny: Path, shards: Path, tmp_path: Path):
+    run = Path(shutil.copytree(whole, tmp_path / "copy"))
+    path = run / "checkpoints" / "step-000000018" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    line = train(tiny, shards / "train", run, "--resume", "auto")
+    assert "model.safetensors is missing or altered" in line

@@ -1,0 +1,123 @@
+"""Data that tests make: a shard folder written by hand, from the format's description alone."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from strata.schema import FrameTable, NormalForm, SampleFacts, ShardEntry, SourceRow
+from strata.strip import parse_strip
+
+HEIGHT, WIDTH = 48, 64
+
+
+def moving_picture(seed: int, num_frames: int, height: int = HEIGHT, width: int = WIDTH):
+    """Smooth noise that slides: `[F, height, width, 3]`, uint8."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 9, 3), dtype=np.uint8)
+    wide = Image.fromarray(small).resize((width + 2 * num_frames, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(wide)
+    return np.stack([pixels[:, 2 * t : 2 * t + width] for t in range(num_frames)])
+
+
+def encode_strip(frames: np.ndarray) -> bytes:
+    """Frames below each other in one JPEG with a restart marker after each."""
+    out = io.BytesIO()
+    Image.fromarray(np.concatenate(frames)).save(
+        out, "JPEG", quality=90, subsampling="4:2:0", restart_marker_rows=frames.shape[1] // 16
+    )
+    return out.getvalue()
+
+
+def make_shards(
+    folder: Path, *, num_videos: int, num_classes: int, shard_size: int, seed: int
+) -> None:
+    """A small labelled data set; video i has 33 + i % 5 frames and the class i % num_classes."""
+    folder.mkdir(parents=True)
+    form = NormalForm(width=WIDTH, height=HEIGHT)
+    rows, shards = [], []
+    for number, start in enumerate(range(0, num_videos, shard_size)):
+        name = f"shard-{number:06d}"
+        lines, total = [], 0
+        path = folder / f"{name}.tar"
+        members = range(start, min(start + shard_size, num_videos))
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for place, video in enumerate(members):
+                frames = moving_picture(1000 * seed + video, 33 + video % 5)
+                key, label = f"video-{video:04d}", video % num_classes
+                line = []
+                for ext, content in _members(key, label, frames):
+                    info = tarfile.TarInfo(f"{key}.{ext}")
+                    info.size = len(content)
+                    offset = tar.offset + 512
+                    tar.addfile(info, io.BytesIO(content))
+                    line += [ext, str(offset), str(len(content)), f"{key}.{ext}"]
+                lines.append(" ".join(line))
+                total += len(frames)
+                rows.append(
+                    SourceRow(
+                        source=f"{key}.avi",
+                        status="written",
+                        key=key,
+                        label=label,
+                        num_frames=len(frames),
+                        shard=number,
+                        position=place,
+                    )
+                )
+        (folder / f"{name}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
+        content = path.read_bytes()
+        shards.append(
+            ShardEntry(
+                name=path.name,
+                num_samples=len(lines),
+                num_frames=total,
+                num_bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+        )
+    lines = [json.dumps(vars(row)) for row in rows]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    head = {
+        "schema": 1,
+        "dataset": "made",
+        "split": folder.name,
+        "form": vars(form),
+        "classes": [f"class-{k}" for k in range(num_classes)],
+        "shards": [vars(s) for s in shards],
+        "settings": {},
+        "digest": hashlib.sha256(f"{folder.name}-{num_videos}-{seed}".encode()).hexdigest(),
+    }
+    (folder / "manifest.json").write_text(json.dumps(head))
+
+
+def _members(key: str, label: int, frames: np.ndarray) -> list[tuple[str, bytes]]:
+    strip = encode_strip(frames)
+    offsets, lengths = parse_strip(strip)
+    table = FrameTable(
+        label=label,
+        height=HEIGHT,
+        width=WIDTH,
+        frames_per_segment=NormalForm(width=WIDTH, height=HEIGHT).frames_per_segment,
+        offsets=offsets,
+        lengths=lengths,
+    )
+    facts = SampleFacts(
+        key=key,
+        source=f"{key}.avi",
+        source_sha256="0" * 64,
+        source_bytes=0,
+        label=label,
+        class_name=f"class-{label}",
+        num_frames=len(frames),
+        fps=25.0,
+        source_width=WIDTH,
+        source_height=HEIGHT,
+        source_codec="made",
+        source_pixel_format="rgb24",
+        rotation_degrees=0,
+    )
+    return [("000.jpg", strip), ("frames.i32", table.to_bytes()), ("json", facts.to_json())]

@@ -1,0 +1,240 @@
+"""Streams of batches: equal whatever the rank, the resume and the run; faults are named."""
+
+import dataclasses
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from strata.counter_random import Stream, uniforms
+from strata.dataload.augment import draw_view
+from strata.dataload.clips import ClipSpec, training_window
+from strata.dataload.loader import (
+    Batch,
+    DataConfig,
+    EvaluationLoader,
+    TrainLoader,
+    open_plan,
+)
+from strata.dataload.pipeline import ViewSlice
+from strata.dataload.prefetch import Prefetcher
+from strata.dataload.reader import ShardReader
+from strata.dataload.reference import decode_strip, reference_view
+from strata.distributed import World
+from strata.errors import ConfigError, ShardError
+from tests.made import HEIGHT, WIDTH
+
+CPU = torch.device("cpu")
+SEED = 5
+
+
+def config_for(shards: Path, **changes) -> DataConfig:
+    return DataConfig(shards=shards, batch_size=4, size=32, threads=1, **changes)
+
+
+def batches(
+    config: DataConfig,
+    *,
+    world: World | None = None,
+    epochs: tuple[int, int] = (0, 2),
+    start_step: int = 0,
+    count: int | None = None,
+    **options,
+) -> list[Batch]:
+    reader = ShardReader(config.shards)
+    loader = TrainLoader(
+        reader,
+        config,
+        open_plan(reader, config, SEED),
+        world=world or World(),
+        device=CPU,
+        epochs=epochs,
+        start_step=start_step,
+        **options,
+    )
+    try:
+        return list(itertools.islice(loader, count))
+    finally:
+        loader.close()
+
+
+def test_batches_are_those_of_the_reference(shards: Path):
+    config = config_for(shards / "train")
+    reader = ShardReader(config.shards)
+    plan = open_plan(reader, config, SEED)
+    (batch,) = batches(config, epochs=(3, 4), start_step=2, count=1)
+    samples = plan.batch(3, 2, 0, 1)
+    assert batch.long is not None
+    assert batch.short.shape == (4, 2, 16, 32, 32, 3)
+    assert batch.long.shape == (4, 32, 32, 32, 3)
+    np.testing.assert_array_equal(batch.samples, samples)
+    draws = uniforms(SEED, Stream.WINDOW, 3, samples, 0, 2)
+    windows = training_window(reader.num_frames[samples], config.clips, draws)
+    cuts = (ViewSlice(0, 16), ViewSlice(16, 16), ViewSlice(0, 32))
+    for view, cut in enumerate(cuts):
+        parameters = draw_view(
+            config.views,
+            height=HEIGHT,
+            width=WIDTH,
+            size=32,
+            seed=SEED,
+            epoch=3,
+            samples=samples,
+            view=view,
+        )
+        for row, sample in enumerate(samples):
+            frames = decode_strip(reader.strip(int(sample), windows[row]), HEIGHT)
+            want = reference_view(frames, cut, parameters, row, 32, photometric=True)
+            got = batch.short[row, view] if view < 2 else batch.long[row]
+            gap = np.abs(got.numpy().astype(int) - want.astype(int))
+            assert gap.max() <= 4
+            assert gap.mean() <= 0.6
+
+
+def same(one: Batch, two: Batch) -> bool:
+    longs = (one.long is None) == (two.long is None)
+    if one.long is not None and two.long is not None:
+        longs = torch.equal(one.long, two.long)
+    return (
+        longs
+        and torch.equal(one.short, two.short)
+        and np.array_equal(one.samples, two.samples)
+        and (one.epoch, one.step) == (two.epoch, two.step)
+    )
+
+
+def test_two_runs_are_the_same_and_epochs_differ(shards: Path):
+    config = config_for(shards / "train")
+    one, two = batches(config), batches(config)
+    assert len(one) == 12
+    assert all(map(same, one, two))
+    assert not torch.equal(one[0].short, one[6].short)
+
+
+@pytest.mark.parametrize("stop", [1, 6, 8])
+def test_a_stopped_stream_goes_on_as_if_it_had_not(shards: Path, stop: int):
+    config = config_for(shards / "train")
+    whole = batches(config)
+    rest = batches(config, epochs=(stop // 6, 2), start_step=stop % 6)
+    assert len(rest) == 12 - stop
+    assert all(map(same, whole[stop:], rest))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_one_rank_is_the_union_of_several(shards: Path, num_ranks: int):
+    config = config_for(shards / "train")
+    whole = batches(config, count=3)
+    worlds = [World(rank=r, size=num_ranks) for r in range(num_ranks)]
+    parts = [batches(config, world=w, count=3) for w in worlds]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.short, torch.cat([p[step].short for p in parts]))
+        joined = torch.cat([p[step].long for p in parts])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        assert batch.long is not None
+        assert torch.equal(batch.long, joined)
+
+
+def test_the_long_sequence_comes_where_it_is_wanted(shards: Path):
+    config = config_for(shards / "train", clips=ClipSpec(long_stride=2))
+    stream = batches(config, wants_long=lambda epoch: epoch == 1)
+    assert [b.long is not None for b in stream] == [False] * 6 + [True] * 6
+    long = stream[6].long
+    assert long is not None
+    assert long.shape == (4, 16, 32, 32, 3)
+
+
+def test_evaluation_takes_every_sample_once_on_any_number_of_ranks(shards: Path):
+    reader = ShardReader(shards / "test")
+    config = config_for(shards / "test")
+
+    def clips(rank: int, size: int) -> dict[int, torch.Tensor]:
+        loader = EvaluationLoader(
+            reader,
+            config,
+            world=World(rank=rank, size=size),
+            device=CPU,
+            videos_per_batch=5,
+            num_clips=3,
+            stride=1,
+        )
+        found = {}
+        for batch in loader:
+            for row in np.flatnonzero(batch.valid):
+                assert int(batch.samples[row]) not in found
+                found[int(batch.samples[row])] = batch.clips[row]
+        loader.close()
+        return found
+
+    alone, first, second = clips(0, 1), clips(0, 2), clips(1, 2)
+    assert sorted(alone) == list(range(12))
+    assert sorted([*first, *second]) == list(range(12))
+    for sample, seen in (first | second).items():
+        assert seen.shape == (3, 16, 32, 32, 3)
+        assert torch.equal(seen, alone[sample])
+
+
+def test_a_damaged_sample_is_named(shards: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(shards / "train", tmp_path / "train"))
+    reader = ShardReader(copy)
+    members = reader._shards[0].members[3]
+    offset, size = members["000.jpg"]
+    content = bytearray((copy / "shard-000000.tar").read_bytes())
+    # The tables in the header, so that every frame of the sample is lost.
+    content[offset + 2 : offset + 300] = bytes(298)
+    assert size > 300
+    (copy / "shard-000000.tar").write_bytes(bytes(content))
+    with pytest.raises(ShardError, match=r"video-0003 in shard-000000\.tar"):
+        batches(config_for(copy))
+
+
+def test_videos_shorter_than_the_window_are_refused(shards: Path):
+    config = config_for(shards / "train", clips=ClipSpec(clip_frames=20))
+    with pytest.raises(ConfigError, match="videos of 33 frames, the window takes 40"):
+        batches(config)
+
+
+def test_a_gpu_that_is_not_there_is_refused(shards: Path):
+    config = dataclasses.replace(config_for(shards / "train"), decode="gpu")
+    with pytest.raises(ConfigError, match=r"data\.decode is gpu, but this rank has no GPU"):
+        batches(config)
+
+
+def test_a_late_batch_ends_the_run_with_stacks(capfd: pytest.CaptureFixture[str]):
+    let_go = threading.Event()
+
+    def stuck() -> Iterator[int]:
+        yield 1
+        let_go.wait(30)
+
+    prefetcher = Prefetcher(stuck(), depth=1, stall_s=0.5)
+    assert next(prefetcher) == 1
+    with pytest.raises(ShardError, match=r"no batch for 0\.5 s"):
+        next(prefetcher)
+    let_go.set()
+    prefetcher.close()
+    assert "stuck" in capfd.readouterr().err
+
+
+def test_the_makers_error_reaches_the_consumer():
+    def failing() -> Iterator[int]:
+        yield 1
+        raise ShardError("sample x: broken")
+
+    prefetcher = Prefetcher(failing(), depth=1, stall_s=5)
+    assert next(prefetcher) == 1
+    with pytest.raises(ShardError, match="sample x: broken"):
+        next(prefetcher)
+
+
+def test_closing_early_ends_the_thread():
+    prefetcher = Prefetcher(iter(range(1000)), depth=2, stall_s=5)
+    assert next(prefetcher) == 0
+    before = time.monotonic()
+    prefetcher.close()
+    assert time.monotonic() - before < 4
+    assert not any(t.name == "strata-loader" and t.is_alive() for t in threading.enumerate())

@@ -1,0 +1,85 @@
+"""The order of samples, over a grid, without input or output."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from strata.dataload.plan import Plan, evaluation_slots
+from strata.errors import ConfigError
+
+SIZES = [(1,), (5,), (7, 1, 9), (64,) * 4, (100, 3, 50)]
+
+
+def plans():
+    for sizes, batch, pool in itertools.product(SIZES, (1, 2, 8), (4, 32, 4096)):
+        if sum(sizes) >= batch:
+            yield Plan(shard_sizes=sizes, batch_size=batch, seed=3, pool_samples=pool)
+
+
+@pytest.mark.parametrize("plan", list(plans()), ids=str)
+def test_every_epoch_holds_every_sample_once_in_another_order(plan: Plan):
+    orders = [plan.epoch_order(e) for e in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(plan.num_samples))
+    if plan.num_samples > 16:
+        assert (orders[0] != orders[1]).any()
+        assert (orders[1] != orders[2]).any()
+
+
+@pytest.mark.parametrize("plan", list(plans()), ids=str)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):
+    if plan.batch_size % num_ranks:
+        with pytest.raises(ConfigError, match="does not divide"):
+            plan.batch(0, 0, 0, num_ranks)
+        return
+    for epoch, step in itertools.product(range(2), range(min(plan.steps_per_epoch, 4))):
+        whole = plan.batch(epoch, step, 0, 1)
+        parts = [plan.batch(epoch, step, r, num_ranks) for r in range(num_ranks)]
+        assert {len(p) for p in parts} == {plan.batch_size // num_ranks}
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_reads_stay_within_a_pool_of_whole_shards():
+    plan = Plan(shard_sizes=(100,) * 20, batch_size=10, seed=0, pool_samples=400)
+    for start in range(0, 2000, 400):
+        shards = {s // 100 for s in plan.epoch_order(1)[start : start + 400].tolist()}
+        assert len(shards) == 4
+
+
+def test_neighbours_in_a_pool_are_independent():
+    plan = Plan(shard_sizes=(4096,), batch_size=1, seed=0)
+    order = plan.epoch_order(0).astype(float)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.06
+    assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.06
+
+
+def test_digest_tells_orders_apart():
+    base = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
+    same = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
+    others = [
+        Plan(shard_sizes=(8, 8), batch_size=4, seed=1),
+        Plan(shard_sizes=(16,), batch_size=4, seed=0),
+        Plan(shard_sizes=(8, 8), batch_size=2, seed=0),
+    ]
+    assert base.digest == same.digest
+    assert len({base.digest, *(o.digest for o in others)}) == 4
+
+
+def test_a_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(ConfigError, match="hold 3 samples, fewer than one batch of 4"):
+        Plan(shard_sizes=(3,), batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("num", "batch", "ranks"), list(itertools.product((1, 7, 64, 65), (1, 4), (1, 2, 3)))
+)
+def test_evaluation_takes_every_sample_once(num: int, batch: int, ranks: int):
+    seen, steps = [], set()
+    for rank in range(ranks):
+        slots, valid = evaluation_slots(num, batch, rank, ranks)
+        seen += slots[valid].tolist()
+        steps.add(len(slots))
+    assert sorted(seen) == list(range(num))
+    assert len(steps) == 1
