@@ -273,7 +273,6 @@ def _read_clips(path: Path) -> Iterator[tuple[str, _Clip]]:
 
 
 def _kinetics_classes(
-    
     dataset: str, labels: set[str], splits: Path, given: Path | None
 ) -> list[str]:
     if given is not None:

@@ -1,20 +1,23 @@
 """Read a container's facts, or say why it cannot be used."""
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import av.error
+import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from strata.errors import FaultKind, VideoFault
 
-__all__ = ["VideoFacts", "hash_file", "open_video", "read_facts"]
+__all__ = ["Timing", "VideoFacts", "hash_file", "open_video", "read_facts", "read_timing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,8 @@ class VideoFacts:
     """Pixels, before rotation."""
     codec: str
     pixel_format: str
-    fps: float
-    """Average frames per second."""
+    rate: Fraction
+    """Average frames per second; 0 where the container does not say."""
     claimed_frames: int
     """0 where the container does not say."""
     sample_aspect: float
@@ -90,10 +93,105 @@ def read_facts(stream: VideoStream) -> VideoFacts:
         height=stream.codec_context.height,
         codec=stream.codec_context.name,
         pixel_format=stream.codec_context.pix_fmt or "unknown",
-        fps=float(rate) if rate else 0.0,
+        rate=Fraction(rate) if rate else Fraction(0),
         claimed_frames=stream.frames,
         sample_aspect=float(aspect) if aspect else 1.0,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What the timestamps of a stream say, without decoding it."""
+
+    is_variable: bool
+    """Whether the frames do not come at a constant rate."""
+    rate: Fraction
+    """Frames per second that a constant rate should have; 0 where nobody can say."""
+    missing_share: float
+    """Share of the promised duration that the file does not have; 0 if nothing was promised."""
+
+
+_MAX_IRREGULAR_SHARE = 0.02
+"""Share of intervals that may differ from the usual one by more than half: lost frames and jitter
+of a stream that is constant all the same."""
+
+_MAX_STRETCH = 2.0
+"""A constant rate that would need so many times the frames, or so many times fewer, speaks of
+broken timestamps, and the frames are taken as they come."""
+
+
+def read_timing(path: Path, source: str) -> Timing:
+    """Read the timestamps of all packets, which costs a pass over the file and no decoding.
+
+    Raises:
+        VideoFault: The container does not open.
+    """
+    ticks = array("q")
+    complete = True
+    with open_video(path, source) as (container, stream):
+        base = stream.time_base or Fraction(1, 1000)
+        rate = Fraction(stream.guessed_rate or stream.average_rate or 0)
+        promised_s = _promised_seconds(container, stream)
+        try:
+            for packet in container.demux(stream):
+                if packet.size:
+                    if packet.pts is None:
+                        complete = False
+                    else:
+                        ticks.append(packet.pts)
+        except (av.error.FFmpegError, OSError):
+            pass  # Decoding meets it again and says where.
+    times = np.sort(np.frombuffer(ticks, np.int64)) if ticks else np.zeros(0, np.int64)
+    missing = 0.0
+    if promised_s and len(times):
+        missing = 1 - float(times[-1] * base) / promised_s
+        if missing > 0 and _last_second_of_all(path, source) >= (1 - missing / 2) * promised_s:
+            missing = 0.0  # Sound goes on where the pictures end: they are all there.
+    steps = np.diff(times)
+    if not complete or len(steps) < 2:
+        return Timing(is_variable=False, rate=rate, missing_share=missing)
+    usual = float(np.median(steps))
+    irregular = np.mean((steps < 0.5 * usual) | (steps > 1.5 * usual))
+    if usual <= 0 or irregular <= _MAX_IRREGULAR_SHARE:
+        return Timing(is_variable=False, rate=rate, missing_share=missing)
+    constant = 1 / (Fraction(usual) * base)
+    # Containers with coarse clocks blur the usual interval; the guess of FFmpeg is round.
+    if rate and abs(rate / constant - 1) < 0.05:
+        constant = rate
+    constant = constant.limit_denominator(1001)
+    stretch = float(steps.sum() * base * constant) / len(steps)
+    return Timing(
+        is_variable=1 / _MAX_STRETCH <= stretch <= _MAX_STRETCH,
+        rate=constant,
+        missing_share=missing,
+    )
+
+
+def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """How long the header says that a stream without a number of frames is; 0 if it does not."""
+    if stream.frames:
+        return 0.0
+    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
+    try:
+        hours, minutes, seconds = map(float, tag.split(":"))
+        return hours * 3600 + minutes * 60 + seconds
+    except ValueError:
+        return (container.duration or 0) / av.time_base
+
+
+def _last_second_of_all(path: Path, source: str) -> float:
+    """The last timestamp of any stream, in seconds."""
+    last = 0.0
+    with open_video(path, source) as (container, _):
+        try:
+            for packet in container.demux():
+                if packet.pts is not None and packet.time_base:
+                    last = max(
+                        last, float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    )
+        except (av.error.FFmpegError, OSError):
+            pass
+    return last
 
 
 def _is_empty(path: Path) -> bool:

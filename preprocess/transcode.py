@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
-from strata.preprocess.probe import VideoFacts, open_video, read_facts
+from strata.preprocess.probe import Timing, VideoFacts, open_video, read_facts, read_timing
 from strata.schema import NormalForm
 
 __all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
@@ -121,12 +121,28 @@ class FrameSource:
         self._form = form
         self._min_decoded_share = min_decoded_share
         self._matrix: np.ndarray | None = None
+        self._timing: Timing | None = None
+        self.deinterlaced = False
+        """Whether there was an interlaced frame so far."""
+        self._num_decoded = 0
         self.num_frames = 0
         """Frames given out so far."""
         self.rotation_degrees = 0
         """Counter-clockwise rotation of the display matrix; known after the first segment."""
         self.facts: VideoFacts | None = None
         """Known after the first segment."""
+
+    @property
+    def resampled(self) -> bool:
+        """Whether frames are repeated or dropped to make a varying rate constant."""
+        return self._timing is not None and self._timing.is_variable
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second of what is given out; known after the first segment."""
+        if self._timing is not None and self._timing.is_variable:
+            return self._timing.rate
+        return self.facts.rate if self.facts else Fraction(0)
 
     def segments(self) -> Iterator[np.ndarray]:
         """Give all frames, a segment at a time.
@@ -156,11 +172,18 @@ class FrameSource:
 
     def _check_count(self) -> None:
         claimed = self.facts.claimed_frames if self.facts else 0
-        if self.num_frames < self._min_decoded_share * claimed:
+        if self._num_decoded < self._min_decoded_share * claimed:
             raise VideoFault(
                 FaultKind.TRUNCATED,
                 self._source,
-                f"the header promises {claimed} frames, {self.num_frames} decode",
+                f"the header promises {claimed} frames, {self._num_decoded} decode",
+            )
+        missing = self._timing.missing_share if self._timing else 0.0
+        if missing > 1 - self._min_decoded_share:
+            raise VideoFault(
+                FaultKind.TRUNCATED,
+                self._source,
+                f"the last {missing:.0%} of the duration that the header promises are not there",
             )
         if self.num_frames < self._form.min_frames:
             raise VideoFault(
@@ -173,14 +196,16 @@ class FrameSource:
         """Decoded frames, scaled and turned, as full-range BT.601 4:2:0."""
         graph: Graph | None = None
         shape: tuple[object, ...] = ()
-        decoded = 0
+        self._timing = read_timing(self._path, self._source)
         with open_video(self._path, self._source) as (container, stream):
             facts = self.facts = read_facts(stream)
             try:
                 for frame in container.decode(stream):
-                    decoded += 1
+                    self._num_decoded += 1
+                    # Sticky: a stream that mixes both must not start anew at every change.
+                    self.deinterlaced |= frame.interlaced_frame
                     now = (frame.width, frame.height, frame.format.name, frame.colorspace)
-                    now = (*now, frame.color_range, frame.rotation)
+                    now = (*now, frame.color_range, frame.rotation, self.deinterlaced)
                     # A stream may change its size or colours half-way.
                     if graph is None or now != shape:
                         if graph is not None:
@@ -192,6 +217,7 @@ class FrameSource:
                     yield from _drain(graph)
             except (FFmpegError, OSError) as error:
                 claimed = facts.claimed_frames or "an unknown number"
+                decoded = self._num_decoded
                 raise VideoFault(
                     FaultKind.TRUNCATED if decoded else FaultKind.UNREADABLE,
                     self._source,
@@ -205,6 +231,11 @@ class FrameSource:
         # Scaling comes before turning, as there is less to turn then.
         wide, high = (form.height, form.width) if turn in (90, 270) else (form.width, form.height)
         steps = []
+        if self.deinterlaced:
+            # One frame for each that comes in; those that are whole already pass unchanged.
+            steps.append("bwdif=mode=send_frame:deint=interlaced")
+        if self.resampled:
+            steps.append(f"fps={self.rate.numerator}/{self.rate.denominator}")
         if form.fit == "crop":
             steps.append(_centre_crop(frame.width, frame.height, facts.sample_aspect, wide / high))
         # Equal matrices keep the scaler from converting; see matrix_to_bt601.

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -13,6 +14,7 @@ import av.logging
 import numpy as np
 
 from strata.errors import FaultKind, VideoFault
+from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.preprocess.probe import hash_file
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.verify import verify_strip
@@ -25,7 +27,7 @@ from strata.schema import (
     segment_ext,
 )
 
-__all__ = ["Done", "Member", "Rejected", "Task", "make_sample", "serve"]
+__all__ = ["Done", "Member", "Rejected", "Task", "make_sample", "make_segment", "serve"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,34 @@ class Rejected:
 Message = Member | Done | Rejected
 
 
+def make_segment(
+    planes: np.ndarray, form: NormalForm, rate: Fraction, source: str
+) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
+    """Encode frames in the form's payload and read them back.
+
+    Args:
+        planes: Shape `[F, height * 3 / 2, width]`, uint8, as `FrameSource.segments` gives them.
+        form: The normal form.
+        rate: Frames per second; 25 is taken where it is 0.
+        source: The video as the user would name it.
+
+    Returns:
+        The member, and the offset in it and the length of each frame's coded bytes, both `[F]`.
+
+    Raises:
+        VideoFault: What was written does not read back.
+    """
+    match form.payload:
+        case "jpeg":
+            content = encode_strip(planes, form)
+            return content, verify_strip(content, planes, form, source)
+        case "mp4":
+            content = encode_mp4(planes, form, rate or Fraction(25))
+            return content, verify_mp4(content, planes, form, source)
+        case "foreign":
+            raise AssertionError("foreign samples are indexed, not made")
+
+
 def make_sample(task: Task, form: NormalForm) -> Iterator[Message]:
     """Transcode and verify one video, giving each member as soon as it is ready.
 
@@ -81,11 +111,10 @@ def make_sample(task: Task, form: NormalForm) -> Iterator[Message]:
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     for number, planes in enumerate(frames.segments()):
-        jpeg = encode_strip(planes, form)
-        found = verify_strip(jpeg, planes, form, task.name)
-        offsets.append(found[0])
-        lengths.append(found[1])
-        yield Member(segment_ext(number), jpeg)
+        content, places = make_segment(planes, form, frames.rate, task.name)
+        offsets.append(places[0])
+        lengths.append(places[1])
+        yield Member(segment_ext(number, form.payload), content)
     table = FrameTable(
         label=task.label,
         height=form.height,
@@ -106,7 +135,9 @@ def make_sample(task: Task, form: NormalForm) -> Iterator[Message]:
         label=task.label,
         class_name=task.class_name,
         num_frames=frames.num_frames,
-        fps=round(source.fps, 6),
+        fps=round(float(frames.rate), 6),
+        resampled=frames.resampled,
+        deinterlaced=frames.deinterlaced,
         source_width=source.width,
         source_height=source.height,
         source_codec=source.codec,

@@ -38,13 +38,16 @@ def parse_config(
     Raises:
         ConfigError: A key is unknown, a value does not fit its type or range, or a file is missing.
     """
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    # No abbreviations: a key that is almost right is a mistake, not a wish.
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="A YAML file; may be given repeatedly.")
     parser.add_class_arguments(root, fail_untyped=True, sub_configs=False)
     args = [a for a in argv if not a.startswith("--local_rank=")]
     try:
         namespace = parser.parse_args(args)
-        built = parser.instantiate_classes(namespace)
+        built = parser.instantiate(namespace)
         fields = {f.name: built[f.name] for f in dataclasses.fields(root)}  # pyright: ignore[reportArgumentType]
         return root(**fields)
     except ConfigError as error:

@@ -146,9 +146,9 @@ class SampleFacts:
     """Frames stored."""
     fps: float
     """Frames per second of the source, kept."""
-    resampled: bool
+    resampled: bool = False
     """Whether the source's rate varied and frames were repeated or dropped to make it constant."""
-    deinterlaced: bool
+    deinterlaced: bool = False
     """Whether the source had interlaced frames, which were made whole."""
     source_width: int
     source_height: int

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import strata.train.method
 from strata.distributed import World
+from strata.errors import ConfigError
 from strata.train.engine import Engine, EngineConfig
 from strata.train.losses.prototypical import sinkhorn
 from strata.train.method import Embeddings, LossTerms, Method, MethodConfig, TermWeights, VideoModel
@@ -417,30 +418,97 @@ def test_a_resumed_run_crosses_the_boundaries_like_an_uninterrupted_one(crossed,
 
 
 # Precision
+#
+# On the CPU without oneDNN: its bfloat16 Conv3d (torch 2.14) gives NaN in weight gradients where
+# the input has two time steps, and writes beyond its memory.
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _terms_and_grads(autocast: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
-    model = build(recipe(weights=TermWeights(graph_high=1.0)), width=16)
-    short, long = batch(8, size=32)
-    orders = model.orders(np.arange(8), 0, 0, 16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(short, long, *orders, SECOND)
-    terms = Method(model, model.config, World()).losses(out, SECOND, with_health=False)
-    terms.total.backward()
-    grads = {
-        g.name: torch.cat([p.grad.flatten() for p in g.parameters if p.grad is not None])
-        for g in model.groups()
-    }
-    return {k: float(v) for k, v in terms.terms.items()}, grads
+def _under_autocast(
+    config: MethodConfig, window: Tensor, *, autocast: bool
+) -> tuple[VideoModel, LossTerms]:
+    model = build(config).to(_DEVICE)
+    orders = [o.to(_DEVICE) for o in model.orders(np.arange(len(window)), 0, 0, 16)]
+    window = window.to(_DEVICE)
+    with torch.backends.mkldnn.flags(enabled=not autocast):
+        with torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast):
+            out = model(window.unflatten(1, (2, 16)), window, *orders, SECOND)
+        result = Method(model, config, World()).losses(out, SECOND, with_health=True)
+        result.total.backward()
+    return model, result
 
 
 def test_bf16_autocast_is_close_to_fp32():
-    exact, exact_grads = _terms_and_grads(autocast=False)
-    rounded, rounded_grads = _terms_and_grads(autocast=True)
-    errors = {k: abs(rounded[k] / v - 1) for k, v in exact.items()}
-    print(errors)
-    for name, grad in exact_grads.items():
-        error = float((rounded_grads[name] - grad).norm() / grad.norm())
-        cosine = float(torch.cosine_similarity(rounded_grads[name], grad, dim=0))
-        print(name, error, cosine)
-    assert max(errors.values()) < 0.02
+    """Measured: terms within 1 %, gradients at a cosine of 0.92 (backbone) to 0.99 (heads).
+
+    An untrained network with 8 clips in its batch norms; its embeddings are close together, and
+    1 / tau enlarges what is left.
+    """
+    window = smooth_videos(8, size=32)
+    config = recipe(weights=TermWeights(graph_high=1.0))
+    exact_model, exact = _under_autocast(config, window, autocast=False)
+    model, rounded = _under_autocast(config, window, autocast=True)
+    assert {v.dtype for v in rounded.terms.values()} == {torch.float32}
+    for name, value in exact.terms.items():
+        # Labels and eta decide E, and rounding can move a video across either.
+        bound = 0.1 if name.startswith("graph") else 0.03
+        print(name, float(rounded.terms[name] / value - 1))
+        assert float(rounded.terms[name]) == pytest.approx(float(value), rel=bound), name
+    for group, exact_group in zip(model.groups(), exact_model.groups(), strict=True):
+        found, expected = (
+            torch.cat([p.grad.flatten() for p in g.parameters if p.grad is not None])
+            for g in (group, exact_group)
+        )
+        cosine = float(torch.cosine_similarity(found, expected, dim=0))
+        ratio = float(found.norm() / expected.norm())
+        print(group.name, cosine, ratio, float((found - expected).norm() / expected.norm()))
+        assert cosine > (0.85 if group.name == "backbone" else 0.9), group.name
+        assert 0.8 < ratio < 1.25, group.name
+
+
+_ADVERSARIAL = {
+    "identical": torch.full((1, 32, 16, 16, 3), 90, dtype=torch.uint8).expand(4, -1, -1, -1, -1),
+    "black": torch.zeros(2, 32, 16, 16, 3, dtype=torch.uint8),
+    "one-video": smooth_videos(1).expand(3, -1, -1, -1, -1),
+    "still": smooth_videos(2)[:, :1].expand(-1, 32, -1, -1, -1),
+    "two": smooth_videos(2),
+    "noise": torch.randint(0, 2, (2, 32, 16, 16, 3), dtype=torch.uint8) * 255,
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", _ADVERSARIAL)
+@pytest.mark.parametrize("extreme", [{}, {"temperature": 0.01, "sinkhorn_epsilon": 0.01}], ids=str)
+def test_no_batch_makes_a_term_or_a_gradient_not_finite(name: str, autocast: bool, extreme):
+    config = recipe(weights=TermWeights(graph_high=1.0), **extreme)
+    model, result = _under_autocast(config, _ADVERSARIAL[name], autocast=autocast)
+    for term, value in {**result.terms, **result.health}.items():
+        assert value.isfinite(), term
+    for parameter, values in model.named_parameters():
+        assert values.grad is not None
+        assert values.grad.isfinite().all(), parameter
+
+
+def test_features_that_are_zero_stay_finite():
+    model = build(recipe(num_prototypes=1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "heads" in name or "head" in name:
+                parameter.zero_()
+    result = losses(model, SECOND)
+    result.total.backward()
+    chance = Method(model, model.config, World()).chance(4, 16, 32)
+    assert {k: float(v) for k, v in result.terms.items()} == pytest.approx(chance, abs=1e-5)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="leaves 2 time steps at the mid level, too few to shuf"):
+        VideoModel(BackboneConfig(width=8), recipe(), clip_frames=8)
+    with pytest.raises(ConfigError, match="first stage needs instance or prototype above 0"):
+        TermWeights(instance=0.0, prototype=0.0)
+    with pytest.raises(ConfigError, match="graph_low is -1; use 0 or more"):
+        TermWeights(graph_low=-1)
+    with pytest.raises(ConfigError, match="graph_threshold is 2; use 0 to 1"):
+        recipe(graph_threshold=2)

@@ -1,0 +1,137 @@
+"""The direction of imports, the one import name, and names that would shadow others."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STAGES = ("preprocess", "dataload", "train", "eval", "tools")
+MAY_IMPORT = {
+    "strata": set(),
+    "preprocess": {"strata"},
+    "dataload": {"strata"},
+    "train": {"strata", "dataload"},
+    "eval": {"strata", "dataload", "train"},
+    "tools": {"strata", "preprocess", "dataload", "train", "eval"},
+}
+RUN_BY_PATH = ("train", "eval", "tools")
+
+
+def sources() -> list[Path]:
+    return [p for folder in MAY_IMPORT for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def room_of(module: str) -> str | None:
+    """The folder that a module of ours lives in."""
+    parts = module.split(".")
+    if parts[0] != "strata":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in STAGES else "strata"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path):
+    room = path.relative_to(ROOT).parts[0]
+    for module in imported(path):
+        other = room_of(module)
+        if other is not None:
+            assert other in MAY_IMPORT[room] | {room}, f"{path} imports {module}"
+        assert module not in ("strata.train.main", "strata.eval.main"), f"{path} imports {module}"
+        assert module.split(".")[0] not in STAGES, f"{path}: write strata.{module}"
+
+
+@pytest.mark.parametrize(
+    ("package", "owners"),
+    [
+        ("torch.distributed", {"strata/distributed.py"}),
+        ("nvidia.dali", {"dataload/pipeline.py"}),
+        ("deepspeed", {"train/engine.py"}),
+        ("prometheus_client", {"strata/metrics.py", "strata/hardware.py"}),
+    ],
+)
+def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
+    users = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if path.relative_to(ROOT).parts[:2] != ("tools", "bench")
+        for module in imported(path)
+        if module == package or module.startswith(f"{package}.")
+    }
+    assert {u for u in users if not u.startswith("tools/bench")} == owners
+
+
+def test_packages_are_the_folders():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"strata"}
+    for stage in STAGES:
+        for path in [ROOT / stage, *(ROOT / stage).rglob("*")]:
+            if path.is_dir() and (path / "__init__.py").exists():
+                folders.add("strata." + ".".join(path.relative_to(ROOT).parts))
+    assert set(settings["packages"]) == folders
+    for name, folder in settings["package-dir"].items():
+        expected = name.removeprefix("strata.").replace(".", "/")
+        assert folder == expected
+
+
+def test_no_file_in_a_run_by_path_folder_shadows_a_module():
+    taken = set(sys.stdlib_module_names)
+    taken |= set(importlib.metadata.packages_distributions())
+    for folder in RUN_BY_PATH:
+        for path in (ROOT / folder).iterdir():
+            if path.suffix == ".py" and path.stem not in ("__init__", "main"):
+                assert path.stem not in taken, f"{path} shadows the module {path.stem}"
+
+
+def test_imports_work_from_any_folder(tmp_path: Path):
+    command = [sys.executable, "-c", "import strata.train.models.backbones as b; print(b.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("train/models/backbones.py")
+
+
+def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
+    copy = tmp_path / "copy"
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.splitlines()
+    if not names:
+        pytest.skip("not a git checkout: which files belong to the project is not known")
+    for name in names:
+        source = ROOT / name
+        if source.is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(source.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    built = subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path), str(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = archive.namelist()
+    top = {name.split("/")[0] for name in inside}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
+    assert "strata/train/losses/graph.py" in inside
+    assert "strata/dataload/pipeline.py" in inside
