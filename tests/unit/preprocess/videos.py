@@ -1,11 +1,13 @@
 """Makes small real video files for the tests."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -26,6 +28,23 @@ def moving_scene(count: int, width: int, height: int, seed: int = 0) -> np.ndarr
     return frames
 
 
+def with_fields(frame: VideoFrame, order: str) -> VideoFrame:
+    """Flag a frame as interlaced."""
+    graph = Graph()
+    nodes = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
+        )
+    ]
+    nodes += [graph.add("setfield", order), graph.add("buffersink")]
+    graph.link_nodes(*nodes).configure()
+    graph.push(frame)
+    flagged = graph.pull()
+    assert isinstance(flagged, VideoFrame)
+    flagged.pts = None
+    return flagged
+
+
 def write_video(
     path: Path,
     frames: np.ndarray,
@@ -37,8 +56,11 @@ def write_video(
     colorspace: int | None = None,
     full_range: bool = False,
     options: dict[str, str] | None = None,
+    times_ms: Sequence[int] | None = None,
+    sample_aspect: Fraction | None = None,
+    field_order: str | None = None,
 ) -> Path:
-    """Encode RGB frames; with a colour matrix and range if they are given."""
+    """Encode RGB frames; with colours, times, pixel shape, field order as they are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -51,7 +73,11 @@ def write_video(
         if colorspace is not None:
             stream.codec_context.colorspace = colorspace
             stream.codec_context.color_range = range_code
-        for picture in frames:
+        if times_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if sample_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = sample_aspect
+        for place, picture in enumerate(frames):
             frame = VideoFrame.from_ndarray(picture, format="rgb24")
             if colorspace is not None:
                 settings: dict[str, Any] = {
@@ -60,6 +86,10 @@ def write_video(
                     "interpolation": 4,
                 }
                 frame = frame.reformat(format=pixel_format, **settings)
+            if times_ms is not None:
+                frame.pts, frame.time_base = times_ms[place], Fraction(1, 1000)
+            if field_order is not None:
+                frame = with_fields(frame.reformat(format=pixel_format), field_order)
             for packet in stream.encode(frame):
                 container.mux(packet)
         for packet in stream.encode():

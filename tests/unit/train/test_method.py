@@ -3,7 +3,7 @@ import dataclasses
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -279,7 +279,7 @@ def test_every_altered_order_is_a_change_of_order_and_drawn_by_view():
 def test_the_assignment_sees_the_batch_or_the_queue(monkeypatch, queue, rows: list[int]):
     seen: list[Tensor] = []
 
-    def recorded(scores: Tensor, **settings: float) -> Tensor:
+    def recorded(scores: Tensor, **settings: Any) -> Tensor:
         seen.append(scores.clone())
         return sinkhorn(scores, **settings)
 
@@ -309,7 +309,7 @@ SCHEDULE = ScheduleConfig(
 RATE = 1e-3
 
 
-def _engine(zero: int, folder: Path) -> tuple[VideoModel, Engine]:
+def _engine(zero: Literal[0, 1], folder: Path) -> tuple[VideoModel, Engine]:
     model = build(recipe())
     config = EngineConfig(
         device="cpu",
@@ -340,7 +340,7 @@ def _step(model: VideoModel, engine: Engine, epoch: int, *, freeze: bool = True)
     engine.step(terms.total, lr_factor=phase.lr_factor, frozen=frozen)
 
 
-def cross_boundaries(_: World, zero: int) -> dict[str, Any]:
+def cross_boundaries(_: World, zero: Literal[0, 1]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, engine = _engine(zero, folder)
@@ -422,6 +422,7 @@ def test_a_resumed_run_crosses_the_boundaries_like_an_uninterrupted_one(crossed,
 # On the CPU without oneDNN: its bfloat16 Conv3d (torch 2.14) gives NaN in weight gradients where
 # the input has two time steps, and writes beyond its memory.
 
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -440,10 +441,10 @@ def _under_autocast(
 
 
 def test_bf16_autocast_is_close_to_fp32():
-    """Measured: terms within 1 %, gradients at a cosine of 0.92 (backbone) to 0.99 (heads).
+    """Measured: terms within 2 %, cosine of gradients 0.94 (backbone) and above 0.98 (others).
 
-    An untrained network with 8 clips in its batch norms; its embeddings are close together, and
-    1 / tau enlarges what is left.
+    Of an untrained network with 16 clips in its batch norms, whose embeddings are close together:
+    1 / tau enlarges the rounding of what is left.
     """
     window = smooth_videos(8, size=32)
     config = recipe(weights=TermWeights(graph_high=1.0))
@@ -452,8 +453,7 @@ def test_bf16_autocast_is_close_to_fp32():
     assert {v.dtype for v in rounded.terms.values()} == {torch.float32}
     for name, value in exact.terms.items():
         # Labels and eta decide E, and rounding can move a video across either.
-        bound = 0.1 if name.startswith("graph") else 0.03
-        print(name, float(rounded.terms[name] / value - 1))
+        bound = 0.1 if name.startswith("graph") else 0.04
         assert float(rounded.terms[name]) == pytest.approx(float(value), rel=bound), name
     for group, exact_group in zip(model.groups(), exact_model.groups(), strict=True):
         found, expected = (
@@ -462,9 +462,8 @@ def test_bf16_autocast_is_close_to_fp32():
         )
         cosine = float(torch.cosine_similarity(found, expected, dim=0))
         ratio = float(found.norm() / expected.norm())
-        print(group.name, cosine, ratio, float((found - expected).norm() / expected.norm()))
-        assert cosine > (0.85 if group.name == "backbone" else 0.9), group.name
-        assert 0.8 < ratio < 1.25, group.name
+        assert cosine > (0.9 if group.name == "backbone" else 0.95), group.name
+        assert 0.9 < ratio < 1.1, group.name
 
 
 _ADVERSARIAL = {
@@ -477,9 +476,12 @@ _ADVERSARIAL = {
 }
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("autocast", "extreme"),
+    [(False, {}), (True, {"temperature": 0.01, "sinkhorn_epsilon": 0.01})],
+    ids=["fp32", "bf16-tau-0.01"],
+)
 @pytest.mark.parametrize("name", _ADVERSARIAL)
-@pytest.mark.parametrize("extreme", [{}, {"temperature": 0.01, "sinkhorn_epsilon": 0.01}], ids=str)
 def test_no_batch_makes_a_term_or_a_gradient_not_finite(name: str, autocast: bool, extreme):
     config = recipe(weights=TermWeights(graph_high=1.0), **extreme)
     model, result = _under_autocast(config, _ADVERSARIAL[name], autocast=autocast)
