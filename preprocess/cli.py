@@ -1,21 +1,27 @@
 """The command behind `tools/shard.py`: arguments in, shard folders and a closing table out."""
 
 import argparse
+import os
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
 from strata.errors import ConfigError, ShardError
-from strata.preprocess.run import ShardSettings, shard_set
-from strata.preprocess.sources import SourceSet, find_folder, find_ucf101, mark_duplicates
-from strata.schema import NO_LABEL, Manifest, NormalForm
+from strata.preprocess.estimate import estimate_table
+from strata.preprocess.foreign import index_folder
+from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
+from strata.preprocess.progress import LogKind
+from strata.preprocess.run import ShardSettings, merge_set, shard_slice
+from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
+from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
 
-__all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command"]
+__all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
 
-Dataset = Literal["ucf101", "folder"]
+Dataset = Literal["ucf101", "hmdb51", "kinetics400", "kinetics600", "kinetics700", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +34,54 @@ class ShardCommand:
     out: Path
     """Gets one folder for each set."""
     splits: Path | None = None
-    """Folder of the official lists."""
+    """Folder of the official lists; for Kinetics also one list."""
     split: str = "1"
     """Which official split."""
+    classes: Path | None = None
+    """For Kinetics: the classes, one a line."""
     test_fraction: float = 0.0
     """For plain folders: share of each class for the test set."""
     strict: bool = False
     """Whether a listed video that is not on disk is an error."""
     max_rejects: float = 0.05
     """Share of rejected videos above which the command fails, after writing all the others."""
+    dry_run: bool = False
+    """Whether only to tell what would be done."""
+    log: LogKind = "bar"
+    """What to write on stderr as it goes."""
     settings: ShardSettings
+
+
+def slice_of(given: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which part of the shards this process makes, from 0, and how many parts there are.
+
+    Args:
+        given: The option, `i/n`, if there is one; it goes before what a launcher says.
+        environment: Where torchrun and DeepSpeed leave RANK and WORLD_SIZE, and Slurm's srun
+            SLURM_PROCID and SLURM_STEP_NUM_TASKS.
+
+    Raises:
+        ConfigError: Not a part of a whole.
+    """
+    if given is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", given)
+        if match is None:
+            raise ConfigError(f"--slice is {given!r}; use i/n with i from 0 to n-1, like 0/4")
+        index, count, origin = int(match[1]), int(match[2]), f"--slice {given}"
+    else:
+        names = ("RANK", "WORLD_SIZE")
+        if not all(n in environment for n in names):
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        if not all(n in environment for n in names):
+            return 0, 1
+        origin = " ".join(f"{n}={environment[n]}" for n in names)
+        try:
+            index, count = (int(environment[n]) for n in names)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: not numbers; mend the launcher or use --slice") from error
+    if not 0 <= index < count:
+        raise ConfigError(f"{origin} is no part of a whole; use 0/n to (n-1)/n")
+    return index, count
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,12 +97,31 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, default=form.width, help="pixels, a multiple of 16")
     add("--height", type=int, default=form.height, help="pixels, a multiple of 16")
     add("--fit", choices=("stretch", "crop"), default=form.fit, help="for other aspect ratios")
+    add("--payload", choices=("jpeg", "mp4"), default=form.payload, help="how pictures are kept")
     add("--quality", type=int, default=form.quality, help="JPEG quality, 1 to 95")
+    add("--codec", choices=("h264", "vp9", "mjpeg"), default=form.codec, help="of mp4")
+    add(
+        "--quantizer",
+        type=int,
+        default=form.quantizer,
+        help="of mp4: CRF or qscale",
+    )
+    add("--gop", type=int, default=form.gop, help="of mp4: frames between key frames")
+    add(
+        "--segment-frames",
+        type=int,
+        default=form.segment_frames,
+        help="0: 64 for mp4, else a JPEG's most",
+    )
     add("--min-frames", type=int, default=form.min_frames, help="shorter videos are rejected")
     add("--samples-per-shard", type=int, default=settings.samples_per_shard)
     add("--seed", type=int, default=settings.seed, help="of the shuffle and the test share")
     add("--workers", type=int, default=settings.workers, help="processes; 0: one for each CPU")
     add("--timeout", type=float, default=settings.timeout_s, metavar="S", help="for a hung codec")
+    add("--dry-run", action="store_true", help="tell what would be done, time it on a few videos")
+    add("--slice", metavar="I/N", help="make only part I of N; default: RANK and WORLD_SIZE if set")
+    add("--log", choices=get_args(LogKind), default="bar", help="what to write on stderr")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed adds it.
     add("--strict", action="store_true", help="a listed video that is not on disk is an error")
     add("--max-rejects", type=float, default=0.05, metavar="SHARE", help="more: exit status 2")
 
@@ -72,10 +135,23 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     show_default = argparse.ArgumentDefaultsHelpFormatter
     parser = _Parser(prog="tools/shard.py", description="Turn videos into shards.")
     datasets = parser.add_subparsers(dest="dataset", required=True)
-    ucf = datasets.add_parser("ucf101", help="UCF101", formatter_class=show_default)
-    _add_common(ucf)
-    ucf.add_argument("--splits", type=Path, required=True, help="folder of the official lists")
-    ucf.add_argument("--split", choices=("1", "2", "3", "all"), default="1")
+    for name in ("ucf101", "hmdb51"):
+        official = datasets.add_parser(name, help=name.upper(), formatter_class=show_default)
+        _add_common(official)
+        official.add_argument(
+            "--splits", type=Path, required=True, help="folder of the official lists"
+        )
+        official.add_argument("--split", choices=("1", "2", "3", "all"), default="1")
+    for name in get_args(Kinetics):
+        kinetics = datasets.add_parser(name, help=name.capitalize(), formatter_class=show_default)
+        _add_common(kinetics)
+        kinetics.add_argument(
+            "--splits", type=Path, required=True, help="official csv, or the folder of them"
+        )
+        kinetics.add_argument("--split", choices=("train", "val", "test", "all"), default="all")
+        kinetics.add_argument(
+            "--classes", type=Path, help="class names, one a line; default: all in the lists"
+        )
     folder = datasets.add_parser(
         "folder", help="one subfolder a class, or no labels", formatter_class=show_default
     )
@@ -83,6 +159,8 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     folder.add_argument(
         "--test-fraction", type=float, default=0.0, help="share of each class for a test set"
     )
+    datasets.add_parser("merge", help="the manifest over all slices: merge FOLDER ...")
+    datasets.add_parser("index", help="index and manifest for foreign shards: index FOLDER")
     args = parser.parse_args(argv)
     if not 0 <= args.max_rejects <= 1:
         raise ConfigError(f"--max-rejects is {args.max_rejects}; use a share from 0 to 1")
@@ -91,16 +169,24 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
             width=args.width,
             height=args.height,
             fit=args.fit,
+            payload=args.payload,
             quality=args.quality,
+            codec=args.codec,
+            quantizer=args.quantizer,
+            gop=args.gop,
+            segment_frames=args.segment_frames,
             min_frames=args.min_frames,
         )
     except ShardError as error:
         raise ConfigError(str(error)) from error
+    slice_index, slice_count = slice_of(args.slice, os.environ)
     settings = ShardSettings(
         form=form,
         samples_per_shard=args.samples_per_shard,
         seed=args.seed,
-        workers=args.workers,
+        workers=args.workers or _share_of_cpus(os.environ),
+        slice_index=slice_index,
+        slice_count=slice_count,
         timeout_s=args.timeout,
     )
     if args.dataset not in get_args(Dataset):
@@ -111,11 +197,22 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         out=args.out,
         splits=getattr(args, "splits", None),
         split=getattr(args, "split", "1"),
+        classes=getattr(args, "classes", None),
+        dry_run=args.dry_run,
+        log=args.log,
         test_fraction=getattr(args, "test_fraction", 0.0),
         strict=args.strict,
         max_rejects=args.max_rejects,
         settings=settings,
     )
+
+
+def _share_of_cpus(environment: Mapping[str, str]) -> int:
+    """Processes for this one's share of the machine, or 0 for all of it."""
+    beside = environment.get("LOCAL_WORLD_SIZE", "1")
+    if not beside.isdigit() or int(beside) < 2:
+        return 0
+    return max(len(os.sched_getaffinity(0)) // int(beside), 1)
 
 
 def find_sets(command: ShardCommand) -> list[SourceSet]:
@@ -125,10 +222,18 @@ def find_sets(command: ShardCommand) -> list[SourceSet]:
         ConfigError: A folder or a list is missing or contradicts itself.
     """
     match command.dataset:
-        case "ucf101":
-            if command.splits is None:
-                raise ConfigError("ucf101 needs --splits, the folder of the official lists")
-            sets = find_ucf101(command.videos, command.splits, command.split)
+        case "ucf101" | "hmdb51":
+            find = find_ucf101 if command.dataset == "ucf101" else find_hmdb51
+            sets = find(command.videos, _splits_of(command), command.split)
+            return [mark_duplicates(s, reject=False) for s in sets]
+        case "kinetics400" | "kinetics600" | "kinetics700":
+            sets = find_kinetics(
+                command.dataset,
+                command.videos,
+                _splits_of(command),
+                command.split,
+                command.classes,
+            )
             return [mark_duplicates(s, reject=False) for s in sets]
         case "folder":
             return find_folder(
@@ -138,11 +243,17 @@ def find_sets(command: ShardCommand) -> list[SourceSet]:
             )
 
 
-def run_command(command: ShardCommand, *, show_progress: bool = True) -> list[Manifest]:
+def _splits_of(command: ShardCommand) -> Path:
+    if command.splits is None:
+        raise ConfigError(f"{command.dataset} needs --splits, the folder of the official lists")
+    return command.splits
+
+
+def run_command(command: ShardCommand) -> list[Manifest]:
     """Shard all sets of a command and print a table for each.
 
     Returns:
-        The manifests.
+        The manifests; none for a dry run or a slice.
 
     Raises:
         ConfigError: The sources or the settings are at fault.
@@ -157,6 +268,9 @@ def run_command(command: ShardCommand, *, show_progress: bool = True) -> list[Ma
                 f"{len(source_set.sources):,} listed videos are not in {command.videos}, first "
                 f"{absent[0]}; get them or leave out --strict"
             )
+    if command.dry_run:
+        print(estimate_table(sets, command.videos, command.settings))
+        return []
     manifests = []
     for source_set in sets:
         if not source_set.present:
@@ -167,27 +281,59 @@ def run_command(command: ShardCommand, *, show_progress: bool = True) -> list[Ma
             continue
         start_s = time.monotonic()
         folder = command.out / source_set.split
-        manifest = shard_set(
-            source_set, command.videos, folder, command.settings, show_progress=show_progress
-        )
+        shard_slice(source_set, command.videos, folder, command.settings, log=command.log)
         seconds = time.monotonic() - start_s
+        if command.settings.slice_count > 1:
+            part = f"{command.settings.slice_index}/{command.settings.slice_count}"
+            print(
+                f"{source_set.dataset} {source_set.split}: slice {part} is in {folder} after "
+                f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {folder}",
+                flush=True,
+            )
+            continue
+        manifest = merge_set(folder)
         manifests.append(manifest)
         print(closing_table(manifest, folder, seconds, source_set.notes), flush=True)
     for manifest in manifests:
-        _check_rejects(manifest, command)
+        _check_rejects(manifest, command.out / manifest.split, command.max_rejects)
     return manifests
 
 
-def _check_rejects(manifest: Manifest, command: ShardCommand) -> None:
+def _check_rejects(manifest: Manifest, folder: Path, max_rejects: float) -> None:
     rejected = sum(row.status == "rejected" for row in manifest.rows)
     tried = rejected + manifest.num_samples
-    folder = command.out / manifest.split
-    if rejected > command.max_rejects * tried:
+    if rejected > max_rejects * tried:
         raise ShardError(
             f"{rejected} of {tried} videos of {manifest.split} were rejected "
-            f"({rejected / tried:.1%}), more than --max-rejects {command.max_rejects}; "
+            f"({rejected / tried:.1%}), more than --max-rejects {max_rejects}; "
             f"the others are in {folder}, reasons in {folder / 'samples.jsonl'}"
         )
+
+
+def _merge(argv: Sequence[str]) -> None:
+    """`merge FOLDER ...`: each a set's folder, or the --out that holds some."""
+    parser = _Parser(prog="tools/shard.py merge", description="Write the manifest over all slices.")
+    parser.add_argument("folders", type=Path, nargs="+", help="a set's folder, or the --out of all")
+    parser.add_argument("--max-rejects", type=float, default=0.05, metavar="SHARE")
+    args = parser.parse_args(argv)
+    for given in args.folders:
+        if not given.is_dir():
+            raise ShardError(f"shard folder {given} does not exist; mend the path")
+        parts = [given]
+        if not (given / ".progress").is_dir() and not (given / MANIFEST_NAME).is_file():
+            parts = sorted(p for p in given.iterdir() if p.is_dir()) or [given]
+        for folder in parts:
+            manifest = merge_set(folder)
+            print(closing_table(manifest, folder, 0.0), flush=True)
+            _check_rejects(manifest, folder, args.max_rejects)
+
+
+def _index(argv: Sequence[str]) -> None:
+    """`index FOLDER`: make foreign shards known without encoding anything anew."""
+    parser = _Parser(prog="tools/shard.py index", description="Index foreign shards.")
+    parser.add_argument("folder", type=Path, help="holds *.tar with mp4 and cls or json members")
+    args = parser.parse_args(argv)
+    print(index_folder(args.folder), flush=True)
 
 
 def closing_table(
@@ -208,25 +354,28 @@ def closing_table(
     add("listed", len(rows))
     add("written", count["written"], f"{classes}, {len(manifest.shards)} shards")
     absent = [r.source for r in rows if r.status == "absent"]
-    add("absent", len(absent), _first(absent))
+    add("absent", len(absent), some_of(absent))
     rejected = [r for r in rows if r.status == "rejected"]
     add("rejected", len(rejected))
     for reason in sorted({r.reason or "" for r in rejected}):
         names = [r.source for r in rejected if r.reason == reason]
-        add(f"  {reason}", len(names), _first(names))
+        add(f"  {reason}", len(names), some_of(names))
     per_frame = f"{num_bytes / num_frames:,.0f} a frame" if num_frames else ""
     add("frames", num_frames)
     add("bytes", num_bytes, per_frame)
-    rate = f"{(count['written'] + len(rejected)) / seconds:.1f} videos/s" if seconds else ""
-    lines.append(f"  {'seconds':<24}{seconds:>12,.1f}  {rate}")
+    if seconds:
+        rate = f"{(count['written'] + len(rejected)) / seconds:.1f} videos/s"
+        lines.append(f"  {'seconds':<24}{seconds:>12,.1f}  {rate}")
     lines.extend(f"  note: {note}" for note in notes)
     return "\n".join(lines)
 
 
-def _first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
 def main(argv: Sequence[str]) -> None:
     """Run the command line."""
-    run_command(parse_command(argv))
+    match list(argv[:1]):
+        case ["merge"]:
+            _merge(argv[1:])
+        case ["index"]:
+            _index(argv[1:])
+        case _:
+            run_command(parse_command(argv))

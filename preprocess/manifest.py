@@ -18,7 +18,14 @@ from strata.schema import (
     SourceRow,
 )
 
-__all__ = ["build_manifest", "canonical_json", "digest_of", "write_manifest"]
+__all__ = [
+    "build_manifest",
+    "canonical_json",
+    "digest_of",
+    "manifest_json",
+    "rows_json",
+    "write_manifest",
+]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -74,11 +81,19 @@ def build_manifest(
     return dataclasses.replace(manifest, digest=digest_of(manifest))
 
 
+def rows_json(manifest: Manifest) -> bytes:
+    """The content of `samples.jsonl`."""
+    return b"".join(_row_json(row) + b"\n" for row in manifest.rows)
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`."""
+    head = {**_head(manifest), "digest": manifest.digest}
+    return (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write the rows, then the head: with the head's name in place the data set is complete."""
-    rows = b"".join(_row_json(row) + b"\n" for row in manifest.rows)
-    replace_file(folder / SAMPLES_NAME, rows)
-    head = {**_head(manifest), "digest": manifest.digest}
-    text = json.dumps(head, indent=1, ensure_ascii=False) + "\n"
-    replace_file(folder / MANIFEST_NAME, text.encode())
+    replace_file(folder / SAMPLES_NAME, rows_json(manifest))
+    replace_file(folder / MANIFEST_NAME, manifest_json(manifest))
     sync_folder(folder)

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -87,10 +88,10 @@ def encode_mp4(planes: np.ndarray, form: NormalForm, rate: Fraction) -> bytes:
         stream.pix_fmt = "yuvj420p" if full else "yuv420p"
         context.colorspace, context.color_range = _BT601, _FULL if full else _LIMITED
         context.thread_count = 1
-        context.flags |= av.codec.context.Flags.bitexact
+        context.flags |= Flags.bitexact
         if not full:
             context.gop_size, context.max_b_frames = form.gop, 0
-            context.flags |= av.codec.context.Flags.closed_gop
+            context.flags |= Flags.closed_gop
         if full:
             context.qmin = context.qmax = form.quantizer
         for place, picture in enumerate(_to_stored_range(planes, form)):
@@ -137,7 +138,7 @@ def verify_mp4(
     lengths: list[int] = []
     found = 0
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), "r") as container:
             stream = container.streams.video[0]
             stream.thread_count = 1
             for packet in container.demux(stream):

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,15 +21,15 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import av
 from PIL import features
-from tqdm import tqdm
 
 from strata.counter_random import Stream, permutation
 from strata.errors import ConfigError, FaultKind, ShardError
 from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
+from strata.preprocess.progress import LogKind, Progress, open_progress
 from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
 from strata.preprocess.sources import Source, SourceSet, sample_key
 from strata.preprocess.worker import Done, Member, Message, Rejected, Task, serve
@@ -44,11 +43,10 @@ from strata.schema import (
     read_manifest,
 )
 
-__all__ = ["ShardSettings", "plan_shards", "shard_set"]
+__all__ = ["ShardSettings", "merge_set", "plan_shards", "shard_set", "shard_slice"]
 
 _PROGRESS_FOLDER = ".progress"
 _PLAN_NAME = "plan.json"
-_LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +65,10 @@ class ShardSettings:
     """Seconds without a finished segment after which a video counts as hung."""
     buffer_bytes: int = 1 << 30
     """Finished members that may wait for a slower video before them."""
+    slice_index: int = 0
+    """Which part of the shards to make, from 0."""
+    slice_count: int = 1
+    """Parts in all; the shards of a part are those whose number leaves its index."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -82,23 +84,13 @@ class ShardSettings:
             raise ConfigError(f"workers is {self.workers}; use 1 or more, or 0 for all CPUs")
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout is {self.timeout_s} s; use more than 0")
+        if not 0 <= self.slice_index < self.slice_count:
+            raise ConfigError(f"slice is {self.slice_index}/{self.slice_count}; use 0/n to (n-1)/n")
 
     @property
     def num_workers(self) -> int:
         """Processes to start."""
         return self.workers or len(os.sched_getaffinity(0))
-
-
-class Progress(Protocol):
-    """What the driver tells as it goes; `tqdm` fits."""
-
-    def update(self, n: float | None = 1) -> bool | None:
-        """Count `n` more sources as done."""
-        ...
-
-    def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True) -> None:
-        """Show further counts."""
-        ...
 
 
 def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
@@ -141,16 +133,16 @@ def shard_set(
     folder: Path,
     settings: ShardSettings,
     *,
-    show_progress: bool = True,
+    log: LogKind = "none",
 ) -> Manifest:
-    """Make the shards of one split, or the rest of them, and the manifest.
+    """Make all shards of one split, or the rest of them, and the manifest.
 
     Args:
         source_set: What to shard.
         videos: The folder that the sources are in.
         folder: Where the shards go. May hold an earlier, unfinished run of the same command.
-        settings: How.
-        show_progress: Whether to draw a bar on stderr.
+        settings: How. The slice must be the whole.
+        log: What to write on stderr as it goes.
 
     Returns:
         The manifest that was written, or found if all was done before.
@@ -158,27 +150,161 @@ def shard_set(
     Raises:
         ShardError: The folder holds something else, is in use, or the disk is full.
     """
+    if settings.slice_count != 1:
+        raise AssertionError("a slice alone has no manifest")
+    if not shard_slice(source_set, videos, folder, settings, log=log):
+        return read_manifest(folder)
+    return merge_set(folder)
+
+
+def shard_slice(
+    source_set: SourceSet,
+    videos: Path,
+    folder: Path,
+    settings: ShardSettings,
+    *,
+    log: LogKind = "none",
+) -> bool:
+    """Make the shards of one slice, or the rest of them, without the manifest.
+
+    Any number of slices may work in one folder at the same time, or each in one of its own, whose
+    files are brought together afterwards, those in `.progress` too. `merge_set` does the rest.
+
+    Args:
+        source_set: What to shard, the same for all slices.
+        videos: The folder that the sources are in.
+        folder: Where the shards go.
+        settings: How.
+        log: What to write on stderr as it goes.
+
+    Returns:
+        False if the set has a manifest already and all is there.
+
+    Raises:
+        ShardError: The folder holds something else, is in use, or the disk is full.
+    """
     identity = _identity(source_set, settings)
-    done = _finished_before(folder, identity)
-    if done is not None:
-        return done
+    plan = plan_shards(source_set, settings)
+    if _is_finished(folder, identity):
+        return False
     try:
         progress_folder = folder / _PROGRESS_FOLDER
-        _claim_folder(folder, progress_folder, identity)
-        with _lock(progress_folder):
-            return _shard_locked(
-                source_set, videos, folder, settings, identity, show_progress=show_progress
-            )
+        content = _plan_json(source_set, settings, identity, len(plan))
+        _claim_folder(folder, progress_folder, content)
+        slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
+        with _lock(progress_folder / f"lock-{slice_name}"):
+            mine = range(settings.slice_index, len(plan), settings.slice_count)
+            todo = [
+                index
+                for index in mine
+                if _read_record(folder, progress_folder, index, identity["plan"]) is None
+            ]
+            builds = [
+                _ShardBuild(
+                    folder,
+                    progress_folder,
+                    index,
+                    plan[index],
+                    source_set.classes,
+                    videos,
+                    plan_digest=identity["plan"],
+                    slice_name=slice_name,
+                )
+                for index in todo
+            ]
+            total = sum(len(plan[index]) for index in mine)
+            left = sum(len(plan[index]) for index in todo)
+            with open_progress(log, source_set.split, total, total - left) as progress:
+                _Driver(builds, settings, progress).run()
     except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return True
+
+
+def merge_set(folder: Path) -> Manifest:
+    """Write the manifest over the shards of all slices.
+
+    Args:
+        folder: The folder of one set, in which every shard is finished.
+
+    Returns:
+        The manifest that was written, or found if it was there.
+
+    Raises:
+        ShardError: A shard is not there yet, or comes from a run with other videos or settings.
+    """
+    progress_folder = folder / _PROGRESS_FOLDER
+    plan_path = progress_folder / _PLAN_NAME
+    if not plan_path.is_file():
+        return read_manifest(folder)
+    plan = json.loads(plan_path.read_bytes())
+    found = [
+        _read_record(folder, progress_folder, index, plan["settings"]["plan"])
+        for index in range(plan["num_shards"])
+    ]
+    lacking = [shard_name(index) for index, record in enumerate(found) if record is None]
+    if lacking:
         raise ShardError(
-            f"cannot write to {folder}: {error.strerror or error}; mend that and run the same "
-            "command again, it goes on where it stopped"
-        ) from error
+            f"{folder}: {len(lacking)} of {len(found)} shards are not finished, first "
+            f"{lacking[0]}; run the same tools/shard.py command again for their slices, or "
+            "without --slice, and bring all slices' files together"
+        )
+    shards: list[ShardEntry] = []
+    rows = [SourceRow(source=name, status="absent", label=label) for name, label in plan["absent"]]
+    for entry, shard_rows in filter(None, found):
+        if entry is not None:
+            shard_rows = [
+                dataclasses.replace(row, shard=len(shards)) if row.status == "written" else row
+                for row in shard_rows
+            ]
+            shards.append(entry)
+        rows.extend(shard_rows)
+    manifest = build_manifest(
+        dataset=plan["dataset"],
+        split=plan["split"],
+        form=NormalForm(**plan["form"]),
+        classes=plan["classes"],
+        shards=shards,
+        settings=plan["settings"],
+        rows=rows,
+    )
+    try:
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        write_manifest(manifest, folder)
+        shutil.rmtree(progress_folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return manifest
 
 
-def _finished_before(folder: Path, identity: dict[str, Any]) -> Manifest | None:
+def _plan_json(
+    source_set: SourceSet, settings: ShardSettings, identity: dict[str, Any], num_shards: int
+) -> bytes:
+    """All that the manifest needs beside the shards' records."""
+    return canonical_json(
+        {
+            "dataset": source_set.dataset,
+            "split": source_set.split,
+            "form": dataclasses.asdict(settings.form),
+            "classes": source_set.classes,
+            "settings": identity,
+            "num_shards": num_shards,
+            "absent": [[s.name, s.label] for s in source_set.sources if s.path is None],
+        }
+    )
+
+
+def _cannot_write(folder: Path, error: OSError) -> ShardError:
+    return ShardError(
+        f"cannot write to {folder}: {error.strerror or error}; mend that and run the same "
+        "command again, it goes on where it stopped"
+    )
+
+
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     if not (folder / MANIFEST_NAME).exists():
-        return None
+        return False
     manifest = read_manifest(folder)
     if manifest.settings.get("plan") != identity["plan"]:
         raise ShardError(
@@ -190,24 +316,26 @@ def _finished_before(folder: Path, identity: dict[str, Any]) -> Manifest | None:
         if not path.is_file() or path.stat().st_size != entry.num_bytes:
             raise ShardError(f"{path} is missing or damaged; remove {folder} and run again")
     shutil.rmtree(folder / _PROGRESS_FOLDER, ignore_errors=True)
-    return manifest
+    return True
 
 
-def _claim_folder(folder: Path, progress_folder: Path, identity: dict[str, Any]) -> None:
+def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
     """Make the folder this plan's own, or see that it is."""
     plan_path = progress_folder / _PLAN_NAME
     if not plan_path.exists():
         ours = {_PROGRESS_FOLDER}
         if folder.exists() and not folder.is_dir():
             raise ShardError(f"{folder} is a file; choose another --out")
-        if folder.is_dir() and any(p.name not in ours for p in folder.iterdir()):
+        foreign = folder.is_dir() and any(p.name not in ours for p in folder.iterdir())
+        # Another slice may have begun between the two looks.
+        if foreign and not plan_path.exists():
             raise ShardError(
                 f"{folder} holds files that sharding did not write; choose another --out"
             )
         progress_folder.mkdir(parents=True, exist_ok=True)
-        replace_file(plan_path, canonical_json(identity))
-        return
-    if plan_path.read_bytes() != canonical_json(identity):
+        if not plan_path.exists():
+            replace_file(plan_path, plan)
+    if plan_path.read_bytes() != plan:
         raise ShardError(
             f"{folder} holds an unfinished run over other videos or with other settings; "
             "remove it or choose another --out"
@@ -215,77 +343,15 @@ def _claim_folder(folder: Path, progress_folder: Path, identity: dict[str, Any])
 
 
 @contextmanager
-def _lock(progress_folder: Path) -> Iterator[None]:
-    with (progress_folder / _LOCK_NAME).open("wb") as file:
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(
-                f"another process is sharding into {progress_folder.parent}; wait for it"
+                f"another process is sharding into {path.parent.parent}; wait for it"
             ) from error
         yield
-
-
-def _shard_locked(
-    source_set: SourceSet,
-    videos: Path,
-    folder: Path,
-    settings: ShardSettings,
-    identity: dict[str, Any],
-    *,
-    show_progress: bool,
-) -> Manifest:
-    plan = plan_shards(source_set, settings)
-    progress_folder = folder / _PROGRESS_FOLDER
-    records = [_read_record(folder, progress_folder, index) for index in range(len(plan))]
-    builds = [
-        _ShardBuild(folder, progress_folder, index, members, source_set.classes, videos)
-        for index, members in enumerate(plan)
-        if records[index] is None
-    ]
-    num_before = sum(len(plan[k]) for k, record in enumerate(records) if record is not None)
-    with tqdm(
-        total=len(source_set.present),
-        initial=num_before,
-        desc=source_set.split,
-        unit="video",
-        disable=not show_progress,
-        # A file or a cluster's log gets a line now and then instead of a moving bar.
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
-    ) as bar:
-        _Driver(builds, settings, bar).run()
-    for build in builds:
-        records[build.index] = _read_record(folder, progress_folder, build.index)
-
-    shards: list[ShardEntry] = []
-    rows = [
-        SourceRow(source=s.name, status="absent", label=s.label)
-        for s in source_set.sources
-        if s.path is None
-    ]
-    for index, record in enumerate(records):
-        if record is None:
-            raise ShardError(f"{folder / shard_name(index)} vanished; run the same command again")
-        entry, shard_rows = record
-        if entry is not None:
-            shard_rows = [
-                dataclasses.replace(row, shard=len(shards)) if row.status == "written" else row
-                for row in shard_rows
-            ]
-            shards.append(entry)
-        rows.extend(shard_rows)
-    manifest = build_manifest(
-        dataset=source_set.dataset,
-        split=source_set.split,
-        form=settings.form,
-        classes=source_set.classes,
-        shards=shards,
-        settings=identity,
-        rows=rows,
-    )
-    write_manifest(manifest, folder)
-    shutil.rmtree(progress_folder)
-    return manifest
 
 
 _Record = tuple[ShardEntry | None, list[SourceRow]]
@@ -296,12 +362,23 @@ def _record_path(progress_folder: Path, index: int) -> Path:
     return progress_folder / f"{shard_name(index)}.json"
 
 
-def _read_record(folder: Path, progress_folder: Path, index: int) -> _Record | None:
-    """The record of a finished shard, if its files are there."""
+def _read_record(
+    folder: Path, progress_folder: Path, index: int, plan_digest: str
+) -> _Record | None:
+    """The record of a finished shard, if its files are there.
+
+    Raises:
+        ShardError: It was made by a run with other videos or settings.
+    """
     path = _record_path(progress_folder, index)
     if not path.exists():
         return None
     content = json.loads(path.read_bytes())
+    if content["plan"] != plan_digest:
+        raise ShardError(
+            f"{path} comes from a slice that saw other videos or had other settings; all slices "
+            "need the same command and the same videos: remove what that slice wrote, run it again"
+        )
     entry = ShardEntry(**content["entry"]) if content["entry"] else None
     if entry is not None:
         tar = folder / entry.name
@@ -322,8 +399,13 @@ class _ShardBuild:
         sources: Sequence[Source],
         classes: Sequence[str],
         videos: Path,
+        *,
+        plan_digest: str,
+        slice_name: str,
     ) -> None:
         self.index = index
+        self._plan_digest = plan_digest
+        self._slice_name = slice_name
         self._folder = folder
         self._progress_folder = progress_folder
         self._sources = sources
@@ -344,6 +426,10 @@ class _ShardBuild:
     def is_finished(self) -> bool:
         """Whether the shard and its record are on disk."""
         return self._next == len(self._sources)
+
+    def source_name(self, place: int) -> str:
+        """The source at a place."""
+        return self._sources[place].name
 
     def tasks(self) -> Iterator[tuple[int, Task | Rejected]]:
         """Places and what is to do there."""
@@ -398,7 +484,9 @@ class _ShardBuild:
             case Member(ext, content):
                 writer = self._writer
                 if writer is None:
-                    writer = self._writer = ShardWriter(self._folder, self.index)
+                    writer = self._writer = ShardWriter(
+                        self._folder, self.index, tag=self._slice_name
+                    )
                     writer.begin_sample()
                 writer.add(key, ext, content)
                 return
@@ -448,6 +536,7 @@ class _ShardBuild:
         else:
             self.discard()
         record = {
+            "plan": self._plan_digest,
             "entry": entry and dataclasses.asdict(entry),
             "rows": [dataclasses.asdict(row) for row in self._rows],
         }
@@ -511,7 +600,6 @@ class _Driver:
         self._todo = self._all_work()
         self._again: deque[_Work] = deque()
         self._waiting_bytes = 0
-        self._num_rejected = 0
         self._workers: list[_Worker] = []
 
     def run(self) -> None:
@@ -612,7 +700,7 @@ class _Driver:
     def _take(self, build: _ShardBuild, place: int, message: Message) -> None:
         self._waiting_bytes += build.put(place, message)
         if isinstance(message, Rejected):
-            self._num_rejected += 1
-            self._progress.set_postfix({"rejected": self._num_rejected})
+            name = build.source_name(place)
+            self._progress.rejected(name, message.kind.value, message.detail)
         if not isinstance(message, Member):
-            self._progress.update()
+            self._progress.done()

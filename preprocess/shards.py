@@ -3,16 +3,18 @@
 import hashlib
 import os
 import tarfile
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from strata.schema import INDEX_SUFFIX, SHARD_SUFFIX
 
-__all__ = ["ShardWriter", "replace_file", "shard_name", "sync_folder"]
+__all__ = ["INDEX_VERSION", "ShardWriter", "replace_file", "shard_name", "sync_folder"]
 
 _BLOCK = 512
-_INDEX_VERSION = "v1.2"
+INDEX_VERSION = "v1.2"
+"""Of DALI's `wds2idx`."""
 _TEMPORARY = ".tmp"
 
 
@@ -31,13 +33,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file durably so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file durably so that a reader sees the old one or the new one, never a part.
+
+    Several processes may do it at once, each under a temporary name of its own.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 class ShardWriter:
@@ -48,11 +58,12 @@ class ShardWriter:
     Args:
         folder: Where the shard goes.
         index: Its number.
+        tag: Part of the temporary name, so that nobody else writes to the same file.
     """
 
-    def __init__(self, folder: Path, index: int) -> None:
+    def __init__(self, folder: Path, index: int, tag: str = "0-of-1") -> None:
         self.path = folder / shard_name(index)
-        self._temporary = self.path.with_name(self.path.name + _TEMPORARY)
+        self._temporary = self.path.with_name(f"{self.path.name}.{tag}{_TEMPORARY}")
         self._file = self._temporary.open("wb")
         self._hash = hashlib.sha256()
         self._offset = 0
@@ -102,7 +113,7 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        head = f"{_INDEX_VERSION} {len(self._lines)}\n"
+        head = f"{INDEX_VERSION} {len(self._lines)}\n"
         index = head + "".join(line + "\n" for line in self._lines)
         replace_file(self.path.with_suffix(INDEX_SUFFIX), index.encode())
         self._temporary.replace(self.path)

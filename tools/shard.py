@@ -1,4 +1,4 @@
-"""Turn videos into shards: `python tools/shard.py ucf101|folder --help`."""
+"""Turn videos into shards: `python tools/shard.py --help`."""
 
 import sys
 

@@ -87,11 +87,20 @@ def derive_deepspeed(
 
     Returns:
         What `deepspeed.initialize` takes.
+
+    Raises:
+        ConfigError: The precision is not to be had on this device.
     """
     on_gpu = device.type == "cuda"
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
+    if precision == "bf16" and not on_gpu:
+        # Seen with torch 2.14.1: NaN in weight gradients of conv3d, from memory never written.
+        raise ConfigError(
+            "engine.precision bf16 needs a GPU: torch's bf16 conv3d on CPUs gives wrong gradients; "
+            "use --engine.precision fp32"
+        )
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],

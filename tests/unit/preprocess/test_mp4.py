@@ -36,7 +36,7 @@ def test_pictures_and_structure(codec: str, quantizer: int) -> None:
     content = encode_mp4(planes, form, Fraction(30000, 1001))
     assert content == encode_mp4(planes, form, Fraction(30000, 1001))
     offsets, lengths = verify_mp4(content, planes, form, "a")
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name in (codec, f"lib{codec}")
         assert stream.average_rate == Fraction(30000, 1001)
@@ -46,7 +46,7 @@ def test_pictures_and_structure(codec: str, quantizer: int) -> None:
     assert keys == ([0, 16, 32] if codec != "mjpeg" else list(range(40)))
     for packet, offset, length in zip(packets, offsets, lengths, strict=True):
         assert content[offset : offset + length] == bytes(packet)
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         found = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     error = found.astype(np.float64) - moving_scene(40, 96, 64)
     # A wrong range or matrix shifts the means by 5 levels and more.
@@ -59,7 +59,7 @@ def test_groups_are_closed(gop: int) -> None:
     """Every group decodes alone to the same pictures as in the whole."""
     form, planes = form_of("h264", 20, gop), planes_of(33)
     content = encode_mp4(planes, form, Fraction(25))
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         whole = [f.to_ndarray() for f in container.decode(video=0)]
         container.seek(32 * 512, stream=container.streams.video[0])
         last = next(container.decode(video=0))

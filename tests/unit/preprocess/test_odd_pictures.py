@@ -139,7 +139,7 @@ def add_sound(path: Path, seconds: int) -> None:
             )
             frame.sample_rate, frame.pts = 8000, 8000 * second
             for packet in packets:
-                if second <= float(packet.pts * packet.time_base) < second + 1:
+                if second <= float((packet.pts or 0) * (packet.time_base or 0)) < second + 1:
                     packet.stream = stream
                     container.mux(packet)
             container.mux(sound.encode(frame))

@@ -1,0 +1,139 @@
+"""What sharding would do: counts per class and split, bytes, and time from a timed sample."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from strata.errors import VideoFault
+from strata.preprocess.run import ShardSettings, plan_shards
+from strata.preprocess.sources import Source, SourceSet, sample_key
+from strata.preprocess.worker import Done, Member, Task, make_sample
+from strata.schema import NO_LABEL
+
+__all__ = ["estimate_table"]
+
+_SAMPLE_VIDEOS = 12
+_SAMPLE_SECONDS = 15.0
+
+
+@dataclass(kw_only=True)
+class _Timed:
+    """Sums over the videos that were tried."""
+
+    videos: int = 0
+    rejected: int = 0
+    frames: int = 0
+    source_bytes: int = 0
+    shard_bytes: int = 0
+    seconds: float = 0.0
+
+
+def estimate_table(sets: Sequence[SourceSet], videos: Path, settings: ShardSettings) -> str:
+    """What a run would do, in lines for a person; nothing is written.
+
+    A few videos are transcoded and verified here, in one process, in the order in which the run
+    would take them. Time and size of the rest follow from the bytes of their files.
+
+    Args:
+        sets: What would be sharded.
+        videos: The folder that the sources are in.
+        settings: How.
+    """
+    lines: list[str] = []
+    for source_set in sets:
+        lines += _counts(source_set)
+    lines += _classes(sets)
+    timed = _time_sample(sets, videos, settings)
+    total_bytes = sum(s.num_bytes for each in sets for s in each.present if s.fault is None)
+    lines.append(
+        f"timed: {timed.videos} videos, {timed.frames:,} frames in {timed.seconds:.2f} s of one "
+        f"process, {timed.rejected} rejected"
+    )
+    if timed.source_bytes and timed.seconds:
+        share = total_bytes / timed.source_bytes
+        seconds = timed.seconds * share / settings.slice_count
+        lines.append(
+            f"estimate: {timed.shard_bytes * share:,.0f} bytes of shards; "
+            f"{_duration(seconds)} of one process"
+            + (f" for each of {settings.slice_count} slices" if settings.slice_count > 1 else "")
+            + f", {_duration(seconds / settings.num_workers)} with {settings.num_workers} workers"
+        )
+    lines.append("dry run: nothing written")
+    return "\n".join(lines)
+
+
+def _counts(source_set: SourceSet) -> list[str]:
+    present = source_set.present
+    faults = Counter(s.fault[0].value for s in present if s.fault is not None)
+    lines = [
+        f"{source_set.dataset} {source_set.split}: {len(source_set.sources):,} listed, "
+        f"{len(present):,} on disk, {len(source_set.sources) - len(present):,} absent, "
+        f"{sum(s.num_bytes for s in present):,} bytes"
+    ]
+    lines += [f"  rejected as {kind}: {count:,}" for kind, count in sorted(faults.items())]
+    return lines + [f"  note: {note}" for note in source_set.notes]
+
+
+def _classes(sets: Sequence[SourceSet]) -> list[str]:
+    """On disk / listed, for each class and split."""
+    classes = sets[0].classes
+    if not classes:
+        return []
+    width = max(len("class"), *map(len, classes))
+    lines = ["  ".join([f"{'class':<{width}}", *(f"{s.split:>15}" for s in sets)])]
+    listed = [Counter(s.label for s in each.sources) for each in sets]
+    present = [Counter(s.label for s in each.present) for each in sets]
+    for label, name in enumerate(classes):
+        if any(count[label] for count in listed):
+            cells = [f"{p[label]:,} / {c[label]:,}" for p, c in zip(present, listed, strict=True)]
+            lines.append("  ".join([f"{name:<{width}}", *(f"{cell:>15}" for cell in cells)]))
+    return lines
+
+
+def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSettings) -> _Timed:
+    timed = _Timed()
+    chosen = [
+        (source, each.classes)
+        for each in sets
+        for shard in plan_shards(each, settings)[:_SAMPLE_VIDEOS]
+        for source in shard[:_SAMPLE_VIDEOS]
+        if source.fault is None
+    ]
+    step = max(len(chosen) // _SAMPLE_VIDEOS, 1)
+    for source, classes in chosen[::step][:_SAMPLE_VIDEOS]:
+        start_s = time.perf_counter()
+        try:
+            for message in make_sample(_task(source, classes, videos), settings.form):
+                if isinstance(message, Member):
+                    timed.shard_bytes += -(-len(message.content) // 512) * 512 + 512
+                elif isinstance(message, Done):
+                    timed.frames += message.num_frames
+        except VideoFault:
+            timed.rejected += 1
+        timed.seconds += time.perf_counter() - start_s
+        timed.videos += 1
+        timed.source_bytes += source.num_bytes
+        if timed.seconds > _SAMPLE_SECONDS:
+            break
+    return timed
+
+
+def _task(source: Source, classes: Sequence[str], videos: Path) -> Task:
+    if source.path is None:
+        raise AssertionError(f"{source.name} is not on disk")
+    return Task(
+        path=source.path,
+        name=source.name,
+        file_name=source.path.relative_to(videos).as_posix(),
+        key=sample_key(source.name),
+        label=source.label,
+        class_name=classes[source.label] if source.label != NO_LABEL else None,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

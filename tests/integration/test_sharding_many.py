@@ -1,0 +1,254 @@
+"""Sharding in slices on many machines, its log, full disks, and runs that only tell."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from strata.errors import ConfigError, ShardError
+from strata.preprocess import run
+from strata.preprocess.cli import main, parse_command, run_command, slice_of
+from strata.preprocess.progress import JsonLog
+from strata.schema import read_manifest
+from tests.integration.test_sharding import (
+    REAL_DATA,
+    REPOSITORY,
+    SMALL,
+    contents,
+    needs_real_data,
+    shard,
+    shards,
+    videos,
+)
+from tests.unit.preprocess.videos import moving_scene, write_video
+
+__all__ = ["shards", "videos"]
+
+
+def test_slices_and_merge_give_the_same_bytes(videos: Path, shards: Path, tmp_path: Path) -> None:
+    for part in ("0/2", "1/2"):
+        # The second machine has a disk of its own.
+        shard(videos, tmp_path / part[0], "--slice", part)
+        made = {p.name for p in (tmp_path / part[0] / "train").glob("*.tar")}
+        assert made == {f"shard-{k:06d}.tar" for k in range(int(part[0]), 3, 2)}
+    folder = tmp_path / "0" / "train"
+    with pytest.raises(ShardError, match=r"1 of 3 shards are not finished, first shard-000001"):
+        main(["merge", str(folder)])
+    shutil.copytree(tmp_path / "1" / "train", folder, dirs_exist_ok=True)
+    (folder / "shard-000001.tar.3-of-4.tmp").write_bytes(b"left by a killed slice")
+    main(["merge", str(tmp_path / "0"), "--max-rejects", "1"])
+    assert contents(folder) == contents(shards)
+    main(["merge", str(folder), "--max-rejects", "1"])  # Once more does nothing.
+    shard(videos, tmp_path / "0", "--slice", "0/2")
+    assert contents(folder) == contents(shards)
+
+
+def test_slices_at_the_same_time_in_one_folder(videos: Path, shards: Path, tmp_path: Path) -> None:
+    call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--videos", videos]
+    call += ["--out", tmp_path, "--workers", "1", "--log", "none", *SMALL]
+    # Torn apart wrongly on purpose: slices of 2 and of 1 both make shard 0.
+    slices = ({"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": ""})
+    processes = []
+    for part in slices:
+        whole = [] if part["RANK"] else ["--slice", "1/3"]
+        environment = {**os.environ, **part}
+        words = [*map(str, call), *whole, "--local_rank=0"]
+        processes.append(subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL))
+    assert [p.wait(120) for p in processes] == [0, 0, 0]
+    main(["merge", str(tmp_path), "--max-rejects", "1"])
+    assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "videos"
+    shutil.copytree(videos, fewer)
+    (fewer / "run" / "0.mp4").unlink()
+    shard(videos, tmp_path / "a", "--slice", "0/2")
+    shard(fewer, tmp_path / "b", "--slice", "1/2")
+    records = tmp_path / "b" / "train" / ".progress"
+    (records / "plan.json").unlink()
+    shutil.copytree(tmp_path / "b" / "train", tmp_path / "a" / "train", dirs_exist_ok=True)
+    with pytest.raises(ShardError, match="from a slice that saw other videos"):
+        main(["merge", str(tmp_path / "a" / "train")])
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        (None, {}, (0, 1)),
+        ("2/5", {"RANK": "0", "WORLD_SIZE": "2"}, (2, 5)),
+        (None, {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "9"}, (3, 4)),
+        (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1)),  # a batch script, no srun
+        ("5/5", {}, "--slice 5/5 is no part of a whole"),
+        ("half", {}, "use i/n"),
+        (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2: not numbers"),
+    ],
+)
+def test_slice_of(
+    given: str | None, environment: dict[str, str], expected: tuple[int, int] | str
+) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            slice_of(given, environment)
+    else:
+        assert slice_of(given, environment) == expected
+
+
+def test_json_log(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard(videos, tmp_path, "--log", "json")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["start", "rejected", "rejected", "end"]
+    assert {line["set"] for line in lines} == {"train"}
+    assert {(x["source"], x["reason"]) for x in lines if x["event"] == "rejected"} == {
+        ("run/broken.mp4", "unreadable"),
+        ("walk/short.mp4", "too-short"),
+    }
+    end = lines[-1]
+    assert (end["done"], end["total"], end["rejected"], end["left_s"]) == (12, 12, 2, 0)
+
+
+def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    log = JsonLog("train", 10, 4, every_s=0.0)
+    log.done()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[1]["event"] == "progress"
+    assert lines[1]["videos_per_s"] > 0
+    assert lines[1]["left_s"] is not None
+
+
+def limit_files(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def assert_goes_on_after(process: subprocess.CompletedProcess[str], folder: Path) -> None:
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
+    assert f"error: cannot write to {folder}" in process.stderr
+    with pytest.raises(ShardError, match="sharding did not finish"):
+        read_manifest(folder)
+
+
+def test_a_write_that_fails_leaves_nothing_that_looks_good(
+    videos: Path, shards: Path, tmp_path: Path
+) -> None:
+    call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--videos", videos]
+    call += ["--out", tmp_path, "--workers", "1", "--log", "none", *SMALL]
+    process = subprocess.run(
+        list(map(str, call)),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: limit_files(20_000),
+    )
+    assert_goes_on_after(process, tmp_path / "train")
+    assert not list((tmp_path / "train").glob("*.tar"))
+    shard(videos, tmp_path)
+    assert contents(tmp_path / "train") == contents(shards)
+
+
+def test_full_disk(videos: Path, shards: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--videos", videos]
+        call += ["--out", disk, "--workers", "1", "--log", "none", *SMALL]
+        process = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=False)
+        assert_goes_on_after(process, disk / "train")
+        for tar in (disk / "train").glob("*.tar"):  # What bears its name is whole.
+            assert tar.read_bytes() == (shards / tar.name).read_bytes()
+        subprocess.run([*mount[:4], "remount,size=8m", "tmpfs", str(disk)], check=True)
+        shard(videos, disk)
+        assert contents(disk / "train") == contents(shards)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_dry_run_tells_and_writes_nothing(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard(videos, tmp_path / "out", "--dry-run", "--test-fraction", "0.4")
+    assert not (tmp_path / "out").exists()
+    told = capsys.readouterr().out
+    assert "folder train: 8 listed, 8 on disk, 0 absent" in told
+    assert "folder test: 4 listed, 4 on disk" in told
+    assert [line.split() for line in told.splitlines() if line.startswith("run ")] == [
+        ["run", "4", "/", "4", "2", "/", "2"]
+    ]
+    assert "2 rejected" in told
+    assert "estimate:" in told
+
+
+def test_little_memory_for_waiting_members(
+    videos: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for one byte only the sample that is next is heard, and all comes out the same."""
+    most = 0
+    take = run._Driver._take
+
+    def watch(self: run._Driver, *args: object) -> None:
+        nonlocal most
+        take(self, *args)  # pyright: ignore[reportArgumentType]
+        most = max(most, self._waiting_bytes)
+
+    monkeypatch.setattr(run._Driver, "_take", watch)
+    argv = ["folder", "--videos", str(videos), "--out", str(tmp_path), "--workers", "3"]
+    command = parse_command([*argv, *SMALL, "--max-rejects", "1", "--log", "none"])
+    object.__setattr__(command.settings, "buffer_bytes", 1)
+    run_command(command)
+    assert contents(tmp_path / "train") == contents(shards)
+    largest = max(p.stat().st_size for p in shards.glob("*.tar"))
+    assert most < largest
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
+def test_mp4_payload(tmp_path: Path, codec: str) -> None:
+    frames = moving_scene(40, 96, 64)
+    write_video(tmp_path / "videos" / "a.mkv", frames, codec="ffv1")
+    options = ["--payload", "mp4", "--codec", codec, "--quantizer", "8", "--segment-frames", "24"]
+    shard(tmp_path / "videos", tmp_path / "out", *options)
+    manifest = read_manifest(tmp_path / "out" / "train")
+    assert (manifest.form.payload, manifest.form.codec) == ("mp4", codec)
+    wds = pytest.importorskip("webdataset")
+    tar = str(tmp_path / "out" / "train" / manifest.shards[0].name)
+    (sample,) = wds.WebDataset(tar, shardshuffle=False)
+    for ext, count, first in (("000.mp4", 24, 0), ("001.mp4", 16, 24)):
+        with av.open(io.BytesIO(sample[ext]), "r") as container:
+            found = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert len(found) == count
+        error = np.abs(np.mean(found, (0, 1, 2)) - frames[first : first + count].mean((0, 1, 2)))
+        assert error.max() < 3
+
+
+@needs_real_data
+def test_hmdb51_and_kinetics_in_one_command_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hmdb, kinetics = REAL_DATA / "hmdb51", REAL_DATA / "kinetics400"
+    if not (hmdb.is_dir() and kinetics.is_dir()):
+        pytest.skip("no HMDB51 or Kinetics clips")
+    common = ["--log", "none", "--workers", "2", "--max-rejects", "0"]
+    argv = ["hmdb51", "--videos", hmdb / "videos", "--splits", hmdb / "splits"]
+    main([*map(str, argv), "--split", "1", "--out", str(tmp_path / "hmdb"), *common])
+    train, test = (read_manifest(tmp_path / "hmdb" / s) for s in ("train01", "test01"))
+    assert len(train.classes) == 51
+    assert (len(train.rows), len(test.rows)) == (70 * 51, 30 * 51)
+    assert train.num_samples + test.num_samples == 3
+    argv = ["kinetics400", "--videos", kinetics / "videos", "--splits", kinetics / "val.csv"]
+    main([*map(str, argv), "--out", str(tmp_path / "k400"), *common])
+    val = read_manifest(tmp_path / "k400" / "val")
+    assert len(val.classes) == 400
+    assert [r.status for r in val.rows].count("absent") == len(val.rows) - 3
+    assert {val.classes[r.label] for r in val.written} == {"using segway"}
+    assert "19,903  abseiling/0wR5jVB-WPk" in capsys.readouterr().out

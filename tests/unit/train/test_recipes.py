@@ -1,0 +1,116 @@
+"""The committed recipes are those of the table in method.md, Part I."""
+
+from pathlib import Path
+
+import pytest
+
+from strata.config import parse_config, plain
+from strata.train.config import TrainConfig
+from strata.train.method import MethodConfig
+from strata.train.schedules import phase_at
+
+FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
+PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")
+RELEASE = ("ucf101_r3d18_release", "k400_r3d18_release")
+
+
+def parse(name: str, *overrides: str) -> TrainConfig:
+    argv = ["--config", str(FOLDER / f"{name}.yaml"), "--data.shards", "shards", "--run", "runs/a"]
+    return parse_config(TrainConfig, [*argv, *overrides], prog="test", description="")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(path: Path):
+    parse(path.stem)
+
+
+def test_every_recipe_is_known_here():
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, "demo"}
+
+
+@pytest.mark.parametrize("name", [*PAPER, *RELEASE])
+def test_rows_that_are_the_same_in_both_recipes(name: str):
+    config = parse(name)
+    kinetics = name.startswith("k400")
+    assert config.model.name == name.split("_")[1]
+    assert config.model.width == 64
+    assert (config.data.batch_size, config.data.size) == (256, 112)
+    assert config.data.clips.clip_frames == 16
+    assert config.data.clips.max_stride == 3
+    views = config.data.views
+    assert views.crop_area == (0.5, 1.0)
+    assert (views.flip, views.brightness, views.contrast) == (0.5, 0.5, 0.5)
+    assert (views.saturation, views.hue) == (0.5, 0.25)
+    method = config.method
+    assert (method.num_prototypes, method.queue_length) == (1000, 1024)
+    assert (method.temperature, method.graph_threshold) == (0.07, 0.05)
+    assert (method.prototype_temperature, method.sinkhorn_epsilon) == (0.1, 0.05)
+    assert method.embedding_size == 128
+    weights = method.weights
+    assert (weights.instance, weights.prototype, weights.retrieval_high) == (1, 0.5, 1)
+    assert (weights.graph_mid, weights.augmentation_mid, weights.retrieval_mid) == (0.5,) * 3
+    assert (weights.graph_low, weights.augmentation_low, weights.retrieval_low) == (0.3,) * 3
+    engine = config.engine
+    assert (engine.learning_rate, engine.weight_decay, engine.grad_clip) == (1e-3, 1e-5, 0)
+    schedule = config.schedule
+    assert schedule.epochs == (100 if kinetics else 300)
+    assert schedule.lr_drop_epochs == ((70,) if kinetics else (200,))
+    split = 20 if kinetics else 50
+    assert [phase_at(schedule, e).stage for e in (split - 1, split)] == [1, 2]
+    assert [phase_at(schedule, e).queue for e in (9, 10)] == [False, True]
+    assert [phase_at(schedule, e).prototypes_frozen for e in (0, 1)] == [True, False]
+    drop = schedule.lr_drop_epochs[0]
+    assert [phase_at(schedule, e).lr_factor for e in (drop - 1, drop)] == [1, 0.1]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_recipe_is_the_default(name: str):
+    config = parse(name)
+    assert config.method == MethodConfig()
+    assert config.data.clips.long_stride == 1
+    assert config.data.clips.long_frames == 32
+    assert (config.data.views.blur, config.data.views.blur_sigma) == (0.5, (0.1, 2.0))
+    assert config.method.weights.graph_high == 0
+    assert (config.method.shuffle, config.method.temporal_from_stage) == (True, 2)
+    assert config.method.gather_with_grad
+    assert not config.method.graph_divides_by_batch
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_the_release_differs_in_its_rows_alone(name: str):
+    config, paper = parse(name), parse(name.removesuffix("_release"))
+    assert _differences(plain(paper), plain(config)) == {
+        "data.clips.long_stride": 2,
+        "data.views.blur": 0.0,
+        "method.weights.graph_high": 1.0,
+        "method.shuffle": False,
+        "method.temporal_from_stage": 1,
+        "method.gather_with_grad": False,
+        "method.graph_divides_by_batch": True,
+        "engine.precision": "fp32",
+    }
+    assert config.data.clips.long_frames == 16
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "Differs from the release in:" in text
+
+
+def _differences(one: dict, other: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in other.items():
+        if isinstance(value, dict):
+            found |= _differences(one[key], value, f"{prefix}{key}.")
+        elif one[key] != value:
+            found[prefix + key] = value
+    return found
+
+
+def test_the_ablation_of_table_3_is_two_settings_of_the_command():
+    without_aug = [f"--method.weights.augmentation_{v}=0" for v in ("low", "mid")]
+    without_ret = [f"--method.weights.retrieval_{v}=0" for v in ("low", "mid", "high")]
+    neither = parse("ucf101_r3d18", *without_aug, *without_ret).method
+    assert neither.active(2) == {"instance", "prototype", "graph_low", "graph_mid"}
+    assert not neither.wants_long(2)
+    aug = parse("ucf101_r3d18", *without_ret).method
+    assert aug.active(2) - neither.active(2) == {"augmentation_low", "augmentation_mid"}
+    ret = parse("ucf101_r3d18", *without_aug).method
+    assert {n.partition("_")[0] for n in ret.active(2) - neither.active(2)} == {"retrieval"}

@@ -1,0 +1,10 @@
+"""Hash a shard folder anew and name every fault: `python tools/verify_shards.py --help`."""
+
+import sys
+
+from strata.errors import exit_with_one_line
+from strata.preprocess.check_cli import main
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])
