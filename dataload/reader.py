@@ -101,6 +101,11 @@ class ShardReader:
     def __init__(self, folder: Path, check: Literal["size", "hash"] = "size") -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
+        if self.manifest.form.payload != "jpeg":
+            raise ShardError(
+                f"{folder} has the payload {self.manifest.form.payload}; the loader reads jpeg: "
+                "shard the videos again with --payload jpeg"
+            )
         self._shards = [_Shard(folder, entry, check) for entry in self.manifest.shards]
         self._first = np.concatenate(
             [[0], np.cumsum([s.num_samples for s in self.manifest.shards])]

@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 from strata.errors import FaultKind, VideoFault
 from strata.schema import NormalForm
 
-__all__ = ["encode_mp4", "verify_mp4"]
+__all__ = ["encode_mp4", "to_stored_range", "verify_mp4"]
 
 _ENCODERS = {"h264": "libx264", "vp9": "libvpx-vp9", "mjpeg": "mjpeg"}
 _BT601, _LIMITED, _FULL = 6, 1, 2
@@ -24,9 +24,8 @@ _LIMITED_LUMA = np.round(16 + _LEVELS * 219 / 255).astype(np.uint8)
 _LIMITED_CHROMA = np.round(128 + (_LEVELS - 128) * 224 / 255).astype(np.uint8)
 
 _WORST_STEPS = 0.1
-"""How many quantiser steps a frame's block means may be off, root mean square. Noise, the worst
-there is, was up to 0.07 off (docs/benchmarks.md), a picture in another's place is off by tens of
-levels."""
+"""How many quantiser steps, beside two levels, a frame's block means may be off, root mean square;
+docs/benchmarks.md has what noise, the worst there is, comes to."""
 
 
 def _options(form: NormalForm) -> dict[str, str]:
@@ -56,7 +55,7 @@ def _options(form: NormalForm) -> dict[str, str]:
             return {"huffman": "default"}
 
 
-def _to_stored_range(planes: np.ndarray, form: NormalForm) -> np.ndarray:
+def to_stored_range(planes: np.ndarray, form: NormalForm) -> np.ndarray:
     """Limited range for the video codecs: what a reader that ignores the flag takes for granted."""
     if form.codec == "mjpeg":
         return planes
@@ -94,7 +93,7 @@ def encode_mp4(planes: np.ndarray, form: NormalForm, rate: Fraction) -> bytes:
             context.flags |= Flags.closed_gop
         if full:
             context.qmin = context.qmax = form.quantizer
-        for place, picture in enumerate(_to_stored_range(planes, form)):
+        for place, picture in enumerate(to_stored_range(planes, form)):
             frame = VideoFrame.from_ndarray(picture, format=stream.pix_fmt)
             frame.colorspace, frame.color_range = context.colorspace, context.color_range
             frame.pts, frame.time_base = place, 1 / rate
@@ -132,7 +131,7 @@ def verify_mp4(
         VideoFault: The number of frames, a picture or the structure is wrong.
     """
     count = len(planes)
-    stored = _to_stored_range(planes, form)
+    stored = to_stored_range(planes, form)
     bound = _WORST_STEPS * _step(form) + 2
     offsets: list[int] = []
     lengths: list[int] = []

@@ -161,7 +161,7 @@ class FrameSource:
             if filled == len(store):
                 yield store
                 filled = 0
-            store[filled] = frame.to_ndarray()
+            _copy_planes(frame, store[filled], form)
             if self._matrix is not None:
                 _apply_matrix(store[filled], form.height, self._matrix)
             filled += 1
@@ -262,6 +262,17 @@ class FrameSource:
         last.link_to(graph.add("buffersink"))
         graph.configure()
         return graph
+
+
+def _copy_planes(frame: VideoFrame, target: np.ndarray, form: NormalForm) -> None:
+    """Copy 4:2:0 planes one below the other; half the time of `to_ndarray` and a copy of its."""
+    start = 0
+    for plane in frame.planes:
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        count = plane.height * plane.width // form.width
+        part = target[start : start + count].reshape(plane.height, plane.width)
+        part[:] = rows[: plane.height, : plane.width]
+        start += count
 
 
 def _centre_crop(width: int, height: int, sample_aspect: float, aspect: float) -> str:

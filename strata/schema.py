@@ -89,8 +89,8 @@ class NormalForm:
     gop: int = 16
     """Of the mp4 payload: frames from one key frame to the next. Every group is closed."""
     segment_frames: int = 0
-    """Most frames in a segment; 0 for as many as one JPEG holds, or 64 for mp4, as DALI decodes from
-    a segment's beginning."""
+    """Most frames in a segment; 0 for as many as one JPEG holds, or 64 for mp4, as DALI decodes
+    from a segment's beginning."""
     min_frames: int = 33
     """Videos with fewer frames are rejected; the published method drops those of 32 and fewer."""
 
@@ -113,7 +113,8 @@ class NormalForm:
         finest = 1 if self.codec == "mjpeg" else 0
         if self.payload == "mp4" and not finest <= self.quantizer <= coarsest:
             raise ShardError(
-                f"normal form: quantizer is {self.quantizer}; {self.codec} has {finest} to {coarsest}"
+                f"normal form: quantizer is {self.quantizer}; "
+                f"{self.codec} has {finest} to {coarsest}"
             )
         if self.gop < 1:
             raise ShardError(f"normal form: gop is {self.gop}; use 1 or more")

@@ -331,10 +331,10 @@ SCENE_CLASSES = (
 
 def _palette(rng: Rng) -> Floats:
     """256 colours on a line through a random colour, shape `[256, 3]`, 0 to 255."""
-    middle = 128 + rng.uniform(-12, 12) + rng.uniform(-15, 15, 3)
+    middle = 108 + rng.uniform(-12, 12) + rng.uniform(-15, 15, 3)
     way = rng.choice([-1.0, 1.0]) + rng.uniform(-0.2, 0.2, 3)
-    reach = rng.uniform(75, 90)
-    line = np.linspace(-2.6, 2.6, 256)[:, None] * way * reach * 0.5
+    reach = rng.uniform(110, 130)
+    line = np.linspace(-1.3, 1.3, 256)[:, None] * way * reach
     return np.clip(middle + line, 0, 255).astype(np.float32)
 
 
@@ -351,7 +351,7 @@ def _scenery(
     shift = speed * (0.25 * sideways * cycle + 0.08 * fro * np.sin(2 * np.pi * cycle))
     lean = rng.uniform(-0.4, 0.4) + sign * speed * 0.35 * around * cycle
     zoom = np.exp(speed * 0.25 * nearer * np.sin(np.pi * cycle))
-    texels = _TILE / (_CYCLES * rng.uniform(0.13, 0.19))
+    texels = _TILE / (_CYCLES * rng.uniform(0.11, 0.15))
     x = ((np.arange(width, dtype=np.float32) - width / 2) / height)[None, None, :]
     y = ((np.arange(height, dtype=np.float32) - height / 2) / height)[None, :, None]
     cos = (np.cos(lean) * texels / zoom).astype(np.float32)[:, None, None]
@@ -374,7 +374,7 @@ def _paint_things(
     colours = _palette(rng)
     outline = scene.outline(rng)
     radius = rng.uniform(0.2, 0.3) * (3 / count) ** 0.5
-    texels = _TILE / (_CYCLES * rng.uniform(0.11, 0.15))
+    texels = _TILE / (_CYCLES * rng.uniform(0.09, 0.12))
     sign = rng.choice([-1.0, 1.0])
     places = (np.arange(count) + rng.uniform(0.3, 0.7, count)) / count * aspect
     rng.shuffle(places)

@@ -17,6 +17,7 @@ from strata.errors import ConfigError, ShardError
 from strata.preprocess import run
 from strata.preprocess.cli import main, parse_command, run_command, slice_of
 from strata.preprocess.progress import JsonLog
+from strata.preprocess.sources import find_folder
 from strata.schema import read_manifest
 from tests.integration.test_sharding import (
     REAL_DATA,
@@ -190,26 +191,37 @@ def test_dry_run_tells_and_writes_nothing(
     assert "estimate:" in told
 
 
-def test_little_memory_for_waiting_members(
-    videos: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_memory_for_waiting_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one byte only the sample that is next is heard, and all comes out the same."""
-    most = 0
+    folder = tmp_path / "videos"
+    write_video(folder / "long.avi", moving_scene(100, 320, 240).repeat(8, 0))
+    for k in range(9):
+        write_video(folder / f"{k}.avi", moving_scene(12, 96, 64, seed=k))
+    argv = ["folder", "--videos", str(folder), "--workers", "2", "--log", "none"]
+    argv += [*SMALL, "--samples-per-shard", "10"]
+    (source_set,) = find_folder(folder)
+    seed = next(
+        k
+        for k in range(1000)
+        if run.plan_shards(source_set, run.ShardSettings(seed=k))[0][0].name == "long.avi"
+    )
+    most: dict[int, int] = {}
     take = run._Driver._take
 
     def watch(self: run._Driver, *args: object) -> None:
-        nonlocal most
         take(self, *args)  # pyright: ignore[reportArgumentType]
-        most = max(most, self._waiting_bytes)
+        size = self._settings.buffer_bytes
+        most[size] = max(most.get(size, 0), self._waiting_bytes)
 
     monkeypatch.setattr(run._Driver, "_take", watch)
-    argv = ["folder", "--videos", str(videos), "--out", str(tmp_path), "--workers", "3"]
-    command = parse_command([*argv, *SMALL, "--max-rejects", "1", "--log", "none"])
-    object.__setattr__(command.settings, "buffer_bytes", 1)
-    run_command(command)
-    assert contents(tmp_path / "train") == contents(shards)
-    largest = max(p.stat().st_size for p in shards.glob("*.tar"))
-    assert most < largest
+    for size in (1, 1 << 30):
+        out = tmp_path / str(size)
+        command = parse_command([*argv, "--out", str(out), "--seed", str(seed)])
+        object.__setattr__(command.settings, "buffer_bytes", size)
+        run_command(command)
+    assert contents(tmp_path / "1") == contents(tmp_path / str(1 << 30))
+    # The short ones are done long before the long one; with room they all wait.
+    assert 0 < most[1] < most[1 << 30] / 4
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])

@@ -1,5 +1,6 @@
 """The reader against the pictures that went in, and against damage."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,3 +78,11 @@ def test_a_flipped_bit_is_found_by_hash(copy: Path):
     ShardReader(copy, check="size")
     with pytest.raises(ShardError, match=r"shard-000000\.tar is not what the manifest says"):
         ShardReader(copy, check="hash")
+
+
+def test_a_payload_that_the_loader_does_not_read_is_named(copy: Path):
+    head = json.loads((copy / "manifest.json").read_text())
+    head["form"]["payload"] = "mp4"
+    (copy / "manifest.json").write_text(json.dumps(head))
+    with pytest.raises(ShardError, match="has the payload mp4; the loader reads jpeg"):
+        ShardReader(copy)

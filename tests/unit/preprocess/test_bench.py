@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+
+from strata.errors import ConfigError
+from strata.tools import bench_preprocess
+from strata.tools.bench import main
+from tests.unit.preprocess.videos import moving_scene, write_video
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    for k in range(2):
+        write_video(tmp_path / "v" / f"{k}.avi", moving_scene(40, 96, 64, seed=k))
+    return tmp_path / "v"
+
+
+def test_table_and_ratio(
+    videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_preprocess.shutil, "which", lambda _: None)
+    main(["preprocess", "--videos", str(videos), "--workers", "1", "--repeat", "1"])
+    told = capsys.readouterr().out
+    assert "ffmpeg: skipped, there is no such command here" in told
+    for name in ("strata", "bare loop"):
+        (line,) = [x for x in told.splitlines() if x.startswith(f"{name}  ")]
+        seconds, _, frames_per_s = line.removeprefix(name).split()[:3]
+        assert float(seconds) * float(frames_per_s.replace(",", "")) == pytest.approx(80, rel=0.05)
+    assert "strata / bare loop: " in told
+
+
+def test_likeness_of_choices(videos: Path) -> None:
+    path = videos / "0.avi"
+    forms = {(f.payload, f.codec, f.quality): f for f in bench_preprocess._choices()}
+    planes = bench_preprocess._first_frames(path, forms["jpeg", "h264", 90])
+    good = bench_preprocess._measure(planes, forms["jpeg", "h264", 95])
+    poor = bench_preprocess._measure(planes, forms["jpeg", "h264", 75])
+    assert good[0] > poor[0]
+    assert good[1] > poor[1] > 30
+    assert 1 > good[2] > poor[2] > 0.9
+    mp4 = bench_preprocess._measure(planes, forms["mp4", "h264", 90])
+    assert mp4[0] < poor[0]
+    assert mp4[1] > 30
+
+
+def test_same_pictures_have_similarity_one() -> None:
+    frames = moving_scene(2, 96, 64)[..., 0].astype(float)
+    assert bench_preprocess._ssim(frames, frames) == pytest.approx(1)
+    assert bench_preprocess._ssim(frames, 255 - frames) < 0
+
+
+@pytest.mark.parametrize("argv", [[], ["coffee"]])
+def test_unknown_subject(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"measures .*preprocess"):
+        main(argv)
+
+
+def test_no_videos(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no videos in"):
+        main(["preprocess", "--videos", str(tmp_path)])
