@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -66,7 +67,15 @@ def _program(name: str) -> list[str]:
     if name == "python":
         return [sys.executable]
     # Not the script itself: its first line breaks where the environment's path has a space.
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    # The launcher's own default is one fixed port, which another run may hold.
+    return [*launcher, "--master_port", str(_free_port())]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _prepare(config: DemoConfig) -> Path:
