@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from strata.errors import ConfigError, exit_with_one_line
 
-SUBJECTS = {"preprocess": "strata.tools.bench_preprocess"}
+SUBJECTS = {
+    "device": "strata.tools.bench_device",
+    "preprocess": "strata.tools.bench_preprocess",
+}
 """Each names a module with `main(argv)`, imported only when it is asked for."""
 
 

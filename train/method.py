@@ -164,6 +164,25 @@ class MethodConfig:
             if weight > 0 and stage >= first_stage[name.partition("_")[0]]
         )
 
+    def check_clips(self, clip_frames: int, long_frames: int) -> None:
+        """Check that the short clips' time steps line up with the long sequence's.
+
+        Raises:
+            ConfigError: L_ret could not tell which steps belong together.
+        """
+        for level in _LEVELS:
+            short, long = (
+                -(-frames // _TIME_STRIDE[level]) for frames in (clip_frames, long_frames)
+            )
+            pool, rest = divmod(2 * short, long)
+            if self.uses("retrieval", level) and (rest or pool == 0 or short % pool):
+                raise ConfigError(
+                    f"data.clips.clip_frames {clip_frames} gives two short clips of {short} steps "
+                    f"at the {level} level and a long one of {long}, which do not line up; use a "
+                    "multiple of 8 (of 16 with data.clips.long_stride 2), or "
+                    f"method.weights.retrieval_{level} 0"
+                )
+
     def wants_long(self, stage: int) -> bool:
         """Whether a stage needs the long sequence."""
         return any(name.startswith("retrieval_") for name in self.active(stage))

@@ -169,6 +169,8 @@ def test_an_unknown_key_is_named(tiny: Path, shards: Path, tmp_path: Path):
 def test_a_value_out_of_range_is_named(tiny: Path, shards: Path, tmp_path: Path):
     line = train(tiny, shards / "train", tmp_path / "r", "--method.temperature", "0")
     assert "method.temperature" in line
+    line = train(tiny, shards / "train", tmp_path / "r", "--data.clips.clip_frames", "12")
+    assert "steps at the high level and a long one of 3, which do not line up" in line
 
 
 def test_missing_folders_are_named(tiny: Path, shards: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """The distribution and the identity of augmentation parameters."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
     for field in dataclasses.fields(whole):
         got, want = getattr(part, field.name), getattr(whole, field.name)
         np.testing.assert_array_equal(got, want[[40, 3]])
-    for change in ({"seed": 1}, {"epoch": 1}, {"view": 1}):
+    changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"epoch": 1}, {"view": 1})
+    for change in changes:
         assert (draw(64, **change).brightness != whole.brightness).all()
 
 
