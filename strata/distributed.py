@@ -108,8 +108,8 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
         except (RuntimeError, ValueError, TimeoutError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
             raise WorldError(
-                f"the world of {world.size} did not form within {timeout_s:.0f} s "
-                f"at {where}: {error}"
+                f"the world of {world.size} did not form at {where} (waiting at most "
+                f"{timeout_s:.0f} s): {error}; mend the network, or choose another --master_port"
             ) from error
     return world
 
