@@ -15,6 +15,7 @@ from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableC
 from torchvision.ops import Conv3dNormActivation
 
 from strata.errors import ConfigError
+from strata.train.models.stem import FoldedStem
 
 __all__ = [
     "R3D18",
@@ -59,6 +60,10 @@ class BackboneConfig:
     """Weight of a batch in the running statistics of batch norm, in (0, 1]. torchvision's S3D has
     0.001, at which short runs end with statistics of the initial weights."""
 
+    fold_stem: bool = False
+    """Whether R3D-18's first convolution is computed with 2x2 pixels folded into channels: the same
+    result. Alone it was 2.4 times as fast on an H200; in a whole step it was not measured."""
+
     def __post_init__(self) -> None:
         """Check the ranges.
 
@@ -69,6 +74,8 @@ class BackboneConfig:
             raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
         if self.width < 8 or self.width % 8:
             raise ConfigError(f"backbone: width is {self.width}; use a positive multiple of 8")
+        if self.fold_stem and self.name != "r3d18":
+            raise ConfigError(f"backbone: fold_stem is for r3d18, not {self.name}; turn it off")
         if self.in_channels not in (3, 4):
             raise ConfigError(f"backbone: in_channels is {self.in_channels}; use 3 or 4")
         if not 0 < self.bn_momentum <= 1:
@@ -125,13 +132,22 @@ class R3D18(Backbone):
         width: Channels of the stem and of stage 1.
         in_channels: 3 or 4, see `BackboneConfig`.
         bn_momentum: See `BackboneConfig`.
+        fold_stem: See `BackboneConfig`.
     """
 
-    def __init__(self, width: int = 64, *, in_channels: int = 3, bn_momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        *,
+        in_channels: int = 3,
+        bn_momentum: float = 0.1,
+        fold_stem: bool = False,
+    ) -> None:
         super().__init__()
         self.widths = LevelWidths(2 * width, 4 * width, 8 * width)
+        convolution = FoldedStem if fold_stem else nn.Conv3d
         self.stem = nn.Sequential(
-            nn.Conv3d(3, width, kernel_size=7, stride=(1, 2, 2), padding=3, bias=False),
+            convolution(3, width, kernel_size=7, stride=(1, 2, 2), padding=3, bias=False),
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
             nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
@@ -221,12 +237,17 @@ _AFTER_MIXED_4F = 13
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """The encoder that the configuration names."""
+    in_channels, momentum = config.in_channels, config.bn_momentum
     match config.name:
         case "r3d18":
-            kind = R3D18
+            return R3D18(
+                config.width,
+                in_channels=in_channels,
+                bn_momentum=momentum,
+                fold_stem=config.fold_stem,
+            )
         case "s3d":
-            kind = S3D
-    return kind(config.width, in_channels=config.in_channels, bn_momentum=config.bn_momentum)
+            return S3D(config.width, in_channels=in_channels, bn_momentum=momentum)
 
 
 def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
