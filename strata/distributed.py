@@ -1,13 +1,15 @@
 """The verbs of a group of processes; each is the identity on one process.
 
 The only importer of `torch.distributed`. Ranks come from the environment that the launchers
-(`deepspeed`, `torchrun`, `srun` with our wrapper) set. A requested world that does not form is
-fatal: nothing here falls back to a world of one.
+(`deepspeed`, `torchrun`, `srun`) set. A requested world that does not form is fatal: nothing here
+falls back to a world of one.
 """
 
 import datetime
 import os
+import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ __all__ = [
     "join_world",
     "leave_world",
     "mean_over_ranks",
+    "slurm_environment",
 ]
 
 
@@ -51,9 +54,17 @@ class World:
 def current_world() -> World:
     """The world as the environment states it; rank 0 of 1 where no launcher set anything.
 
+    Where `srun` alone started this process, the variables that the other launchers set are added to
+    the environment: logs, DALI's share of the cores and DeepSpeed read them too.
+
     Raises:
         WorldError: RANK and WORLD_SIZE contradict each other or are not numbers.
     """
+    if "RANK" not in os.environ:
+        os.environ.update(slurm_environment(os.environ))
+    if "LOCAL_SIZE" in os.environ:
+        # DeepSpeed's launcher has a name of its own for what torchrun calls LOCAL_WORLD_SIZE.
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     try:
         rank = int(os.environ.get("RANK", "0"))
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -65,6 +76,64 @@ def current_world() -> World:
     if not 0 <= rank < size:
         raise WorldError(f"RANK {rank} is not in a world of {size}; mend the launcher's settings")
     return World(rank=rank, size=size, local_rank=local_rank)
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, told by what `srun` set; empty outside a job step.
+
+    Only a step of `srun` has SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is a
+    world of one, however many tasks the job was given. Rank 0 is on the first node of the list, and
+    the port follows from the job's and the step's number, so that all ranks agree on both without
+    talking. MASTER_ADDR and MASTER_PORT win where they are set.
+
+    Args:
+        environment: Of a process of the step.
+
+    Returns:
+        Variables to add.
+
+    Raises:
+        WorldError: A variable of Slurm's has another form than its manual says.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
+        return {}
+    try:
+        job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
+        on_nodes = _unfold_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
+        found = {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(on_nodes[int(environment["SLURM_NODEID"])]),
+            "MASTER_ADDR": _first_host(environment["SLURM_STEP_NODELIST"]),
+            # Below the ports that Linux gives to outgoing connections.
+            "MASTER_PORT": str(15_000 + job % 15_000),
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise WorldError(
+            f"Slurm's environment is not understood ({type(error).__name__}: {error}); start with "
+            "srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return {
+        name: value
+        for name, value in found.items()
+        if not (name.startswith("MASTER_") and name in environment)
+    }
+
+
+def _unfold_counts(counts: str) -> list[int]:
+    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1."""
+    unfolded: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.partition("(x")
+        unfolded += [int(count)] * int(times.rstrip(")") or 1)
+    return unfolded
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of Slurm's short form: `gpu[003-007,9],cpu1` begins with `gpu003`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _free_port() -> int:
