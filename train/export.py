@@ -1,0 +1,305 @@
+"""A checkpoint's encoder as files for use elsewhere: weights, config, a card that says what it is.
+
+    model.safetensors   weights and buffers; or
+    encoder.pt2         the same as a program of torch.export
+    config.json         architecture, input, training
+    README.md           the model card, with the code that loads it
+
+Nothing in `model.safetensors` and `config.json` can be executed. A `.pt2` may hold pickled parts:
+`torch.export.load` is for files of people you trust, and the card says so.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import strata
+from strata.errors import CheckpointError, ConfigError
+from strata.train.checkpoint import find_checkpoint, load_backbone, read_state
+from strata.train.method import IMAGENET_MEAN, IMAGENET_STD
+from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.weights import export_backbone, load_torchvision
+
+__all__ = ["ExportCommand", "example_code", "load_export", "write_export"]
+
+_FORMAT = 1
+_WEIGHTS = "model.safetensors"
+_PROGRAM = "encoder.pt2"
+_CONFIG = "config.json"
+_CARD = "README.md"
+_PUBLISHED_WIDTH = 64
+_NUM_COLOURS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """What to export, and how."""
+
+    checkpoint: Path
+    """A run's folder, or one of its checkpoints."""
+    out: Path
+    """A folder that is not there yet."""
+    names: Literal["torchvision", "strata"] = "torchvision"
+    """torchvision: weights that torchvision's r3d_18 or s3d takes, RGB input, width 64 only.
+    strata: exactly the encoder's own, any width, with a fourth input plane if it was trained so."""
+    format: Literal["safetensors", "torch_export"] = "safetensors"
+    """safetensors: weights. torch_export: a program for torch.export.load, RGB input, any number of
+    clips, of the size and frames that the encoder was trained on."""
+
+
+class _ThreeLevels(nn.Module):
+    """Levels as a plain tuple: programs do not know our class."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, mid, high = self.backbone(clips)
+        return low, mid, high
+
+
+def write_export(command: ExportCommand) -> Path:
+    """Write an export, whole or not at all.
+
+    Returns:
+        `command.out`.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint, or it is damaged.
+        ConfigError: The folder exists, or torchvision has no network of this width.
+    """
+    if command.out.exists():
+        raise ConfigError(f"{command.out} exists; choose another --out, or remove it")
+    found = find_checkpoint(command.checkpoint)
+    if found is None:
+        raise CheckpointError(
+            f"{command.checkpoint} holds no whole checkpoint; give a run's folder"
+        )
+    state = read_state(found)
+    encoder = load_backbone(found).eval()
+    trained = BackboneConfig(**state.config["model"])
+    as_trained = command.names == "strata" and command.format == "safetensors"
+    in_channels = trained.in_channels if as_trained else _NUM_COLOURS
+    described = _describe(command, trained, state.config, in_channels=in_channels)
+    described["training"] = _training(state.config) | {
+        "step": state.step,
+        "epoch": state.epoch,
+        "manifest_digest": state.manifest_digest,
+        "plan_digest": state.plan_digest,
+    }
+    if command.format == "safetensors" and not as_trained and trained.width != _PUBLISHED_WIDTH:
+        raise ConfigError(
+            f"the encoder's width is {trained.width}, torchvision's networks have "
+            f"{_PUBLISHED_WIDTH}; use --names strata"
+        )
+    writing = command.out.with_name(f".{command.out.name}.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        if command.format == "torch_export":
+            clips = described["input"]
+            program = _program(encoder, trained, frames=clips["frames"], size=clips["size"])
+            torch.export.save(program, writing / _PROGRAM)
+        else:
+            weights = (
+                {k: v.detach().contiguous() for k, v in encoder.state_dict().items()}
+                if as_trained
+                else export_backbone(encoder)
+            )
+            save_file(weights, writing / _WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(described, indent=2)
+        (writing / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        (writing / _CARD).write_text(_card(described), encoding="utf-8")
+        writing.rename(command.out)
+    except OSError as error:
+        raise CheckpointError(f"{command.out} could not be written: {error}; free space") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return command.out
+
+
+def load_export(folder: Path) -> Backbone:
+    """The encoder of an export with weights, in evaluation mode; nothing in it is executed.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or of another architecture.
+    """
+    try:
+        described = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        backbone = build_backbone(BackboneConfig(**described["backbone"]))
+        load_torchvision(backbone, load_file(folder / _WEIGHTS))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not an export with weights: {error}") from error
+    return backbone.eval()
+
+
+def _describe(
+    command: ExportCommand, trained: BackboneConfig, config: dict[str, Any], *, in_channels: int
+) -> dict[str, Any]:
+    """What config.json holds but for the training."""
+    return {
+        "format": _FORMAT,
+        "strata": strata.__version__,
+        "file": _PROGRAM if command.format == "torch_export" else _WEIGHTS,
+        "names": command.names,
+        "backbone": {
+            "name": trained.name,
+            "width": trained.width,
+            "in_channels": in_channels,
+            "bn_momentum": trained.bn_momentum,
+        },
+        "input": {
+            "layout": "NCTHW",
+            "frames": config["data"]["clips"]["clip_frames"],
+            "size": config["data"]["size"],
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+        },
+    }
+
+
+def _training(config: dict[str, Any]) -> dict[str, Any]:
+    """The run's settings without the paths of the machine that it ran on."""
+    kept = {k: v for k, v in config.items() if k in ("method", "schedule", "engine", "seed")}
+    data = dict(config["data"])
+    data["shards"] = Path(data["shards"]).name
+    return {"settings": kept | {"data": data}}
+
+
+def _program(
+    encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
+) -> torch.export.ExportedProgram:
+    """The encoder with RGB input, for any number of clips."""
+    plain = build_backbone(BackboneConfig(name=trained.name, width=trained.width)).eval()
+    load_torchvision(plain, export_backbone(encoder))
+    clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)
+    number = torch.export.Dim("clips", min=1)
+    return torch.export.export(_ThreeLevels(plain), (clips,), dynamic_shapes=({0: number},))
+
+
+_TORCHVISION_CODE = {
+    "r3d18": """\
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models.video import r3d_18
+
+model = r3d_18()
+model.stem = nn.Sequential(  # Hara's stem instead of torchvision's: 7x7x7, then a max-pool
+    nn.Conv3d(3, 64, 7, stride=(1, 2, 2), padding=3, bias=False),
+    nn.BatchNorm3d(64),
+    nn.ReLU(inplace=True),
+    nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+)
+model.fc = nn.Identity()
+model.load_state_dict(load_file("{folder}/model.safetensors"))
+features = model.eval()(clips)
+""",
+    "s3d": """\
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models.video import s3d
+
+model = s3d()
+model.features[13] = nn.MaxPool3d(2, stride=2, ceil_mode=True)  # keeps an odd last row and column
+model.avgpool = model.classifier = nn.Identity()
+model.load_state_dict(load_file("{folder}/model.safetensors"))
+features = model.eval()(clips)
+""",
+}
+
+_STRATA_CODE = """\
+from pathlib import Path
+
+from strata.train.export import load_export
+
+model = load_export(Path("{folder}"))
+features = model(clips).high.mean(dim=(2, 3, 4))
+"""
+
+_PROGRAM_CODE = """\
+import torch
+
+model = torch.export.load("{folder}/encoder.pt2").module()
+low, mid, high = model(clips)
+features = high.mean(dim=(2, 3, 4))
+"""
+
+
+def example_code(described: dict[str, Any], folder: str) -> str:
+    """Python that loads an export and turns `clips` into `features`.
+
+    Args:
+        described: What config.json holds.
+        folder: Where the export lies.
+    """
+    if described["file"] == _PROGRAM:
+        code = _PROGRAM_CODE
+    elif described["names"] == "strata":
+        code = _STRATA_CODE
+    else:
+        code = _TORCHVISION_CODE[described["backbone"]["name"]]
+    return code.replace("{folder}", folder)
+
+
+def _card(described: dict[str, Any]) -> str:
+    """The model card."""
+    backbone, clips, training = described["backbone"], described["input"], described["training"]
+    settings = training["settings"]
+    terms = {k: v for k, v in settings["method"]["weights"].items() if v > 0}
+    name = {"r3d18": "R3D-18", "s3d": "S3D"}[backbone["name"]]
+    size = clips["size"]
+    shape = f"[N, {backbone['in_channels']}, {clips['frames']}, {size}, {size}]"
+    length = backbone["width"] * _FEATURES[backbone["name"]]
+    planes = "" if backbone["in_channels"] == _NUM_COLOURS else ", then a plane of zeros"
+    trust = (
+        "A `.pt2` may hold pickled parts, which run code when they are loaded: load it only if you "
+        "trust its source."
+        if described["file"] == _PROGRAM
+        else "Loading executes nothing from the file."
+    )
+    return f"""\
+# {name} pretrained without labels on {settings["data"]["shards"]}
+
+A video encoder, pretrained by multi-level feature optimization (Qian et al., ICCV 2021) with Strata
+{described["strata"]}. It turns a clip into a vector of {length} numbers; it has no classifier.
+
+| | |
+|---|---|
+| architecture | {name}, width {backbone["width"]} |
+| input | `{shape}`: clips of RGB frames in [0, 1], minus the mean {list(clips["mean"])}, divided \
+by {list(clips["std"])}{planes} |
+| data | `{settings["data"]["shards"]}`, manifest {training["manifest_digest"]} |
+| trained | {training["step"]} steps of {settings["data"]["batch_size"]} videos, \
+{training["epoch"]} epochs, seed {settings["seed"]} |
+| terms of the loss | {", ".join(f"{weight:g} {term}" for term, weight in terms.items())} |
+| file | `{described["file"]}`, names of {described["names"]} |
+
+Everything that was set stands in `config.json`.
+
+## Use
+
+`clips` is a batch as described above; `features` becomes one vector a clip.
+
+```python
+{example_code(described, ".").rstrip()}
+```
+
+{trust}
+
+## What it was not tested for
+
+The encoder knows what its training videos show, with their biases. How good it is was measured
+where the run's evaluation says so, and nowhere else. The rights in the videos are their owners'.
+"""
+
+
+_FEATURES = {"r3d18": 8, "s3d": 16}
+"""Numbers of a feature vector over the width."""
