@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from strata.errors import ConfigError, exit_with_one_line
 
 SUBJECTS = {
+    "dataload": "strata.tools.bench_dataload",
     "device": "strata.tools.bench_device",
     "preprocess": "strata.tools.bench_preprocess",
 }
