@@ -69,6 +69,8 @@ class TrainConfig:
     """auto goes on from the run's newest checkpoint, or starts if there is none."""
     stop_after_steps: int = 0
     """End after so many steps since the run's start, with a checkpoint; 0 runs all epochs."""
+    plan_only: bool = False
+    """Print what the run would do (docs/operations.md, The start-up page) and end."""
 
     def __post_init__(self) -> None:
         """Check what concerns several parts.

@@ -24,6 +24,7 @@ from strata.train.config import TrainConfig
 from strata.train.engine import Engine
 from strata.train.method import LossTerms, Method, VideoModel
 from strata.train.schedules import phase_at
+from strata.train.start_page import describe_run
 from strata.train.throughput import Clock
 
 __all__ = ["Trainer"]
@@ -206,27 +207,25 @@ class Trainer:
         self.metrics.record("checkpoint", step=self.state.step, path=str(path), took_s=took_s)
 
     def _announce(self) -> None:
-        config, plan = self.config, self.plan
-        parameters = sum(p.numel() for p in self.model.parameters())
-        logger.info(
-            "%s: %d videos, %d steps an epoch, %d steps in all, batch %d on %d ranks (%s), "
-            "%s with %.1f million parameters, order %s",
-            config.run,
-            plan.num_samples,
-            plan.steps_per_epoch,
-            self.total_steps,
-            config.data.batch_size,
-            self.world.size,
-            self.device.type,
-            config.model.name,
-            parameters / 1e6,
-            plan.digest,
-        )
+        config, plan = self.config, None
+        if self.world.is_first:
+            page = describe_run(
+                config,
+                world=self.world,
+                device=self.device,
+                reader=self.reader,
+                plan=self.plan,
+                step=self.state.step,
+            )
+            logger.info("what this run will do\n%s", page.text())
+            plan = page.record
         clips = config.data.clips
         chance = self.method.chance(config.data.batch_size, clips.clip_frames, clips.long_frames)
         for term, value in chance.items():
             self.metrics.set("strata_loss_chance", value, term=term)
-        self.metrics.record("start", step=self.state.step, chance=chance, config=plain(config))
+        self.metrics.record(
+            "start", step=self.state.step, chance=chance, plan=plan, config=plain(config)
+        )
         if self.world.is_first and config.monitor.progress:
             self._progress = tqdm(
                 total=self.total_steps, initial=self.state.step, unit="step", desc="pretrain"

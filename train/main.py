@@ -7,7 +7,10 @@ deepspeed train/main.py --config configs/pretrain/ucf101_r3d18.yaml \
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from strata.config import dump_config, parse_config
+from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import all_equal, barrier, current_world, join_world, leave_world
 from strata.errors import exit_with_one_line
@@ -16,6 +19,7 @@ from strata.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
+from strata.train.start_page import describe_run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,6 +31,9 @@ def main(argv: Sequence[str]) -> None:
     config.check_world(current_world())
     reader = ShardReader(config.data.shards, config.data.check)
     device = choose_device(config.engine, current_world())
+    if config.plan_only:
+        _print_plan(config, device, reader)
+        return
     world = join_world(device, config.engine.world_timeout_s)
     try:
         all_equal("data manifest", reader.manifest.digest)
@@ -45,6 +52,15 @@ def main(argv: Sequence[str]) -> None:
         metrics.close()
     finally:
         leave_world()
+
+
+def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) -> None:
+    """Say what the run would do; nothing is written, no world is formed."""
+    world = current_world()
+    if world.is_first:
+        plan = open_plan(reader, config.data, config.seed)
+        page = describe_run(config, world=world, device=device, reader=reader, plan=plan)
+        print(page.text())
 
 
 if __name__ == "__main__":

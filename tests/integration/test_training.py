@@ -79,6 +79,8 @@ def test_a_run_leaves_what_tells_of_it(whole: Path):
     assert folders == ["latest", "step-000000006", "step-000000012", "step-000000018"]
     (start,) = records(whole, "start")
     assert start["chance"]["instance"] == pytest.approx(1.9459101)  # log 7
+    assert start["plan"]["last_step"] == 18
+    assert start["plan"]["stages"]["2"]["flops_per_step"] > 1e9
 
 
 # In the middle of an epoch, and at the switch of stages, where new heads wake.
