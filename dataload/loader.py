@@ -13,13 +13,19 @@ from torch import Tensor
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import AugmentSpec, ViewParameters, centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
-from strata.dataload.faults import find_undecodable
+from strata.dataload.faults import (
+    Fault,
+    FaultLog,
+    SampleFaultError,
+    find_undecodable,
+    replace_faulty,
+)
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.errors import ConfigError, ShardError
+from strata.errors import ConfigError
 
 __all__ = [
     "Batch",
@@ -59,6 +65,9 @@ class DataConfig:
     """Samples shuffled together, see dataload/plan.py."""
     check: Literal["size", "hash"] = "size"
     """Whether shards are compared with the manifest at start by size or by SHA-256."""
+    max_faults: int = 0
+    """Different samples that may fail to decode on a rank before the run stops; they are replaced
+    as dataload/faults.py says. Evaluation replaces none: there any fault stops."""
     stall_s: float = 600.0
     """Seconds after which a late batch stops the run with the stacks of all threads."""
 
@@ -71,6 +80,8 @@ class DataConfig:
         for name in ("batch_size", "size", "prefetch", "pool_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; use 1 or more")
+        if self.max_faults < 0:
+            raise ConfigError(f"data.max_faults is {self.max_faults}; use 0 or more")
         if self.threads < 0 or self.stall_s <= 0:
             raise ConfigError("data.threads must be 0 or more and data.stall_s above 0")
         if self.decode == "gpu" and self.augment == "cpu":
@@ -89,7 +100,9 @@ class Batch:
     long: Tensor | None
     """uint8 `[b, L, S, S, 3]`: the long sequence, where the epoch's stage uses it."""
     samples: np.ndarray
-    """int64 `[b]`: sample indices."""
+    """int64 `[b]`: sample indices of what is shown, replacements included."""
+    faults: tuple[Fault, ...]
+    """Samples found faulty since the batch before."""
     epoch: int
     step: int
     """Within the epoch."""
@@ -182,13 +195,11 @@ class _GraphMaker:
         try:
             return [v.to(self.device, non_blocking=True) for v in pipeline.run(strips, views)]
         except RuntimeError as error:
-            faults = find_undecodable(strips)
-            if not faults:
+            places = find_undecodable(strips)
+            if not places:
                 raise
-            names = "; ".join(f"{self.reader.name(samples[p])}: {why}" for p, why in faults)
-            raise ShardError(
-                f"{len(faults)} samples of a batch do not decode: {names}. "
-                "Find all with tools/verify_shards.py"
+            raise SampleFaultError(
+                [self.reader.fault(samples[place], why) for place, why in places]
             ) from error
 
 
@@ -253,6 +264,7 @@ class TrainLoader:
         self._reader, self._config, self._plan, self._world = reader, config, plan, world
         self._maker = _GraphMaker(reader, config, device)
         self._graphs: dict[bool, ClipPipeline] = {}
+        self._faults = FaultLog(config.max_faults)
         self._epochs, self._start_step, self._wants_long = epochs, start_step, wants_long
         self._stream = _Stream(device)
         plan.batch(epochs[0], 0, world.rank, world.size)  # refuse a batch that does not divide
@@ -285,11 +297,30 @@ class TrainLoader:
             start = 0
 
     def _make(self, epoch: int, step: int) -> Batch:
+        """A batch; made again with replacements while there are faults within the budget."""
+        while True:
+            try:
+                return self._try(epoch, step)
+            except SampleFaultError as error:
+                self._faults.add(error.faults)
+                # DALI's graph is of no use after an error.
+                graph = self._graphs.pop(self._wants_long(epoch), None)
+                if graph is not None:
+                    graph.close()
+
+    def _try(self, epoch: int, step: int) -> Batch:
         plan, reader, config = self._plan, self._reader, self._config
-        samples = plan.batch(epoch, step, self._world.rank, self._world.size)
-        draws = uniforms(plan.seed, Stream.WINDOW, epoch, samples, 0, 2)
+        places = plan.batch(epoch, step, self._world.rank, self._world.size)
+        samples = replace_faulty(
+            places,
+            plan.epoch_order(epoch)[: plan.steps_per_epoch * plan.batch_size],
+            step * plan.batch_size + self._world.rank * len(places),
+            plan.batch_size,
+            self._faults.known,
+        )
+        draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, 0, 2)
         windows = training_window(reader.num_frames[samples], config.clips, draws)
-        strips = [reader.strip(int(s), w) for s, w in zip(samples, windows, strict=True)]
+        strips = reader.strips(samples, windows)
         graph = self._graph(self._wants_long(epoch))
         form = reader.manifest.form
         parameters = [
@@ -300,7 +331,7 @@ class TrainLoader:
                 size=config.size,
                 seed=plan.seed,
                 epoch=epoch,
-                samples=samples,
+                samples=places,
                 view=view,
             )
             for view in range(len(graph.spec.views))
@@ -310,6 +341,7 @@ class TrainLoader:
             short=torch.stack(views[:2], dim=1),
             long=views[2] if len(views) > 2 else None,
             samples=samples,
+            faults=self._faults.take_new(),
             epoch=epoch,
             step=step,
             frames_decoded=windows.size,
@@ -391,7 +423,7 @@ class EvaluationLoader:
             pairs = [
                 (int(s), clip) for s, clips in zip(samples, frames, strict=True) for clip in clips
             ]
-            strips = [self._reader.strip(sample, clip) for sample, clip in pairs]
+            strips = self._reader.strips([s for s, _ in pairs], [c for _, c in pairs])
             crop = centre_crop(len(pairs), height=form.height, width=form.width)
             (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], strips, [crop])
             yield ClipBatch(

@@ -2,11 +2,13 @@
 
 import hashlib
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from strata.dataload.faults import Fault, SampleFaultError
 from strata.errors import ShardError
 from strata.schema import (
     FRAMES_EXT,
@@ -125,10 +127,33 @@ class ShardReader:
         """Samples in the set."""
         return int(self._first[-1])
 
-    def name(self, sample: int) -> str:
-        """Key and shard of a sample, for messages."""
+    def fault(self, sample: int, reason: str) -> Fault:
+        """Name a sample that cannot be used."""
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
-        return f"{self.keys[sample]} in {self._shards[shard].path.name}"
+        return Fault(
+            sample=sample,
+            key=self.keys[sample],
+            shard=self.manifest.shards[shard].name,
+            reason=" ".join(reason.split()),
+        )
+
+    def strips(
+        self, samples: Sequence[int] | np.ndarray, frames: Sequence[np.ndarray] | np.ndarray
+    ) -> list[np.ndarray]:
+        """The chosen frames of several samples, see `strip`.
+
+        Raises:
+            SampleFaultError: Samples cannot be read; it names all of them.
+        """
+        found, faults = [], []
+        for sample, chosen in zip(samples, frames, strict=True):
+            try:
+                found.append(self.strip(int(sample), chosen))
+            except SampleFaultError as error:
+                faults += error.faults
+        if faults:
+            raise SampleFaultError(faults)
+        return found
 
     def strip(self, sample: int, frames: np.ndarray) -> np.ndarray:
         """The chosen frames of a sample as one tall JPEG.
@@ -141,7 +166,7 @@ class ShardReader:
             Shape `[n]`, uint8: a JPEG of T frames below each other.
 
         Raises:
-            ShardError: The sample's table and segments disagree.
+            SampleFaultError: The sample's table and segments disagree.
         """
         number = int(np.searchsorted(self._first, sample, side="right")) - 1
         shard = self._shards[number]
@@ -153,7 +178,7 @@ class ShardReader:
             ]
             return assemble_strip(segments, table, frames)
         except (KeyError, ShardError) as error:
-            raise ShardError(f"sample {self.name(sample)}: {error}") from error
+            raise SampleFaultError([self.fault(sample, str(error))]) from error
 
     @staticmethod
     def _member(shard: _Shard, members: dict[str, tuple[int, int]], ext: str) -> memoryview:

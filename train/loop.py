@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from strata.config import plain
+from strata.dataload.faults import Fault, SampleFaultError
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
@@ -96,6 +98,7 @@ class Trainer:
             config=plain(config),
         )
         self._progress: Any = None
+        self._faulty: set[int] = set()
         if device.type == "cuda":
             metrics.add_collector(GpuCollector(str(torch.cuda.get_device_properties(device).uuid)))
 
@@ -153,6 +156,7 @@ class Trainer:
             while self.state.step < self.total_steps:
                 batch = next(batches)
                 clock.data_arrived()
+                self._record_faults(batch.faults)
                 self.model.train()
                 interval.add(self.step(batch))
                 clock.step_done()
@@ -167,6 +171,9 @@ class Trainer:
                     last_saved = self.state.step
             if last_saved != self.state.step:
                 self.save()
+        except SampleFaultError as error:
+            self._record_faults(error.faults)
+            raise
         finally:
             loader.close()
             if self._progress is not None:
@@ -246,6 +253,13 @@ class Trainer:
     def _save_due(self) -> bool:
         every = self.config.checkpoint.every_steps
         return self.state.step % every == 0 if every else self.state.epoch_step == 0
+
+    def _record_faults(self, faults: Sequence[Fault]) -> None:
+        for fault in faults:
+            if fault.sample not in self._faulty:
+                self._faulty.add(fault.sample)
+                self.metrics.add("strata_decode_faults_total", 1)
+                self.metrics.record("fault", step=self.state.step, **dataclasses.asdict(fault))
 
     def _count(self, batch: Batch, clock: Clock) -> None:
         metrics = self.metrics

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -176,20 +175,6 @@ def test_evaluation_takes_every_sample_once_on_any_number_of_ranks(shards: Path)
     for sample, seen in (first | second).items():
         assert seen.shape == (3, 16, 32, 32, 3)
         assert torch.equal(seen, alone[sample])
-
-
-def test_a_damaged_sample_is_named(shards: Path, tmp_path: Path):
-    copy = Path(shutil.copytree(shards / "train", tmp_path / "train"))
-    reader = ShardReader(copy)
-    members = reader._shards[0].members[3]
-    offset, size = members["000.jpg"]
-    content = bytearray((copy / "shard-000000.tar").read_bytes())
-    # The tables in the header, so that every frame of the sample is lost.
-    content[offset + 2 : offset + 300] = bytes(298)
-    assert size > 300
-    (copy / "shard-000000.tar").write_bytes(bytes(content))
-    with pytest.raises(ShardError, match=r"video-0003 in shard-000000\.tar"):
-        batches(config_for(copy))
 
 
 def test_videos_shorter_than_the_window_are_refused(shards: Path):

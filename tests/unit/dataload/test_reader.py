@@ -23,7 +23,7 @@ def test_samples_are_numbered_through_the_shards(shards: Path):
     assert reader.num_samples == 24
     assert reader.labels.tolist() == [k % 4 for k in range(24)]
     assert reader.num_frames.tolist() == [33 + k % 5 for k in range(24)]
-    assert reader.name(10) == "video-0010 in shard-000001.tar"
+    assert str(reader.fault(10, "why")) == "video-0010 in shard-000001.tar: why"
 
 
 @pytest.mark.parametrize("sample", [0, 8, 9, 23])
