@@ -10,6 +10,7 @@ SUBJECTS = {
     "dataload": "strata.tools.bench_dataload",
     "device": "strata.tools.bench_device",
     "preprocess": "strata.tools.bench_preprocess",
+    "published": "strata.tools.bench_published",
 }
 """Each names a module with `main(argv)`, imported only when it is asked for."""
 
