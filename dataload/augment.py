@@ -1,4 +1,4 @@
-"""The view recipe as data: every random parameter of a view, drawn once per clip.
+"""The view recipe as data: every random parameter of a view, of a clip or of each of its frames.
 
 A parameter is a function of (seed, epoch, sample, view) alone. The DALI graph and the reference
 both take the parameters from here, so they can be held against each other value by value.
@@ -12,11 +12,25 @@ import numpy as np
 from strata.counter_random import Stream, uniforms
 from strata.errors import ConfigError
 
-__all__ = ["AugmentSpec", "ViewParameters", "centre_crop", "draw_view"]
+__all__ = [
+    "MID_GRAY",
+    "RGB_TO_YIQ",
+    "AugmentSpec",
+    "ViewParameters",
+    "centre_crop",
+    "colour_transforms",
+    "draw_view",
+]
+
+RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+"""Luma and the two chroma axes in whose plane hue rotates and saturation scales; DALI's numbers."""
+MID_GRAY = 128.0
+"""The level about which contrast scales."""
 
 _CROP_TRIALS = 10
 _DRAWS_PER_TRIAL = 3
 _DRAWS_AFTER_CROP = 10
+_DRAWS_PER_COLOUR = 6
 _MIN_SIGMA = 0.1
 """Below this a Gaussian on the pixel grid changes nothing."""
 
@@ -43,6 +57,12 @@ class AugmentSpec:
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, in output pixels of a 112-pixel clip."""
+    gray: float = 0.0
+    """Probability that one of R, G and B, drawn at random, takes the place of all three, before the
+    jitter. Release: 0.5."""
+    per_frame: bool = False
+    """Whether gray and jitter are drawn anew for every frame, as in the release, and not once a
+    clip. Crop, flip and blur are always those of the clip."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -59,7 +79,7 @@ class AugmentSpec:
         low, high = self.blur_sigma
         if not 0 < low <= high:
             raise ConfigError(f"data.views.blur_sigma is {self.blur_sigma}; use 0 < low <= high")
-        for name in ("flip", "brightness", "contrast", "saturation", "blur"):
+        for name in ("flip", "brightness", "contrast", "saturation", "blur", "gray"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"data.views.{name} is {value}; use 0 to 1")
@@ -69,15 +89,18 @@ class AugmentSpec:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What happens to one view of each of N samples, the same for all frames of the view.
+    """What happens to one view of each of N samples.
+
+    P is 1 where colour is the same in all frames of a view, and the view's frames where it is not.
 
     Args:
         box: Shape `[N, 4]`, float32: the crop's top, left, bottom, right in stored pixels.
         flip: Shape `[N]`, bool.
-        brightness: Shape `[N]`, float32: factor.
-        contrast: Shape `[N]`, float32: factor about mid gray.
-        saturation: Shape `[N]`, float32: factor.
-        hue_degrees: Shape `[N]`, float32: rotation.
+        brightness: Shape `[N, P]`, float32: factor.
+        contrast: Shape `[N, P]`, float32: factor about mid gray.
+        saturation: Shape `[N, P]`, float32: factor.
+        hue_degrees: Shape `[N, P]`, float32: rotation.
+        gray: Shape `[N, P]`, int8: the channel that takes the place of all; -1 for none.
         sigma: Shape `[N]`, float32: blur in output pixels; 0 for none.
     """
 
@@ -87,6 +110,7 @@ class ViewParameters:
     contrast: np.ndarray
     saturation: np.ndarray
     hue_degrees: np.ndarray
+    gray: np.ndarray
     sigma: np.ndarray
 
     def __len__(self) -> int:
@@ -135,6 +159,7 @@ def draw_view(
     height: int,
     width: int,
     size: int,
+    frames: int,
     seed: int,
     epoch: int,
     samples: np.ndarray,
@@ -147,6 +172,7 @@ def draw_view(
         height: Stored rows.
         width: Stored columns.
         size: Rows and columns of the view.
+        frames: Frames of the view.
         seed: The run's seed.
         epoch: The epoch.
         samples: Shape `[N]`: sample indices.
@@ -158,29 +184,65 @@ def draw_view(
     num_crop = _CROP_TRIALS * _DRAWS_PER_TRIAL + 2
     draws = uniforms(seed, Stream.VIEW, epoch, samples, view, num_crop + _DRAWS_AFTER_CROP)
     rest = draws[:, num_crop:]
+    if spec.per_frame:
+        count = frames * _DRAWS_PER_COLOUR
+        colour = uniforms(seed, Stream.FRAME, epoch, samples, view, count)
+        colour = colour.reshape(len(samples), frames, _DRAWS_PER_COLOUR)
+    else:
+        # The draws of a clip keep their old places, so a recipe of before gives the same batches.
+        colour = rest[:, None, [1, 2, 3, 4, 7, 8]]
 
     def factor(strength: float, column: int) -> np.ndarray:
-        return (1.0 + strength * (2.0 * rest[:, column] - 1.0)).astype(np.float32)
+        return (1.0 + strength * (2.0 * colour[:, :, column] - 1.0)).astype(np.float32)
 
     low, high = spec.blur_sigma
     sigma = (low + (high - low) * rest[:, 6]) * size / 112.0
     blurred = (rest[:, 5] < spec.blur) & (sigma >= _MIN_SIGMA)
+    channel = np.floor(3.0 * colour[:, :, 5])
     return ViewParameters(
         box=_draw_boxes(spec, height, width, draws[:, :num_crop]),
         flip=rest[:, 0] < spec.flip,
-        brightness=factor(spec.brightness, 1),
-        contrast=factor(spec.contrast, 2),
-        saturation=factor(spec.saturation, 3),
-        hue_degrees=(360.0 * spec.hue * (2.0 * rest[:, 4] - 1.0)).astype(np.float32),
+        brightness=factor(spec.brightness, 0),
+        contrast=factor(spec.contrast, 1),
+        saturation=factor(spec.saturation, 2),
+        hue_degrees=(360.0 * spec.hue * (2.0 * colour[:, :, 3] - 1.0)).astype(np.float32),
+        gray=np.where(colour[:, :, 4] < spec.gray, channel, -1).astype(np.int8),
         sigma=np.where(blurred, sigma, 0.0).astype(np.float32),
     )
+
+
+def colour_transforms(view: ViewParameters) -> np.ndarray:
+    """Gray, hue, saturation, contrast and brightness as one affine map of colours.
+
+    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales about mid gray;
+    brightness scales last.
+
+    Returns:
+        Shape `[N, P, 3, 4]`, float32: `out = map[..., :3] @ rgb + map[..., 3]`, levels 0 to 255.
+    """
+    angle = np.deg2rad(view.hue_degrees.astype(np.float64))
+    turn = np.zeros((*angle.shape, 3, 3))
+    turn[..., 0, 0] = 1.0
+    turn[..., 1, 1] = turn[..., 2, 2] = view.saturation * np.cos(angle)
+    turn[..., 1, 2] = view.saturation * np.sin(angle)
+    turn[..., 2, 1] = -turn[..., 1, 2]
+    chroma = np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ
+    scale = view.brightness.astype(np.float64) * view.contrast
+    matrix = scale[..., None, None] * chroma
+    # A channel in the place of all three: its column is the sum of all columns.
+    only = view.gray[..., None] == np.arange(3)
+    summed = matrix.sum(axis=-1, keepdims=True) * only[..., None, :]
+    matrix = np.where(only.any(axis=-1)[..., None, None], summed, matrix)
+    offset = view.brightness * MID_GRAY * (1.0 - view.contrast)
+    offsets = np.broadcast_to(offset[..., None, None], (*offset.shape, 3, 1))
+    return np.concatenate([matrix, offsets], axis=-1).astype(np.float32)
 
 
 def centre_crop(num: int, *, height: int, width: int) -> ViewParameters:
     """The view of an evaluation: the largest centred square, nothing else."""
     side = min(height, width)
     top, left = math.floor((height - side) / 2), math.floor((width - side) / 2)
-    ones, zeros = np.ones(num, np.float32), np.zeros(num, np.float32)
+    ones, zeros = np.ones((num, 1), np.float32), np.zeros((num, 1), np.float32)
     return ViewParameters(
         box=np.tile(np.array([[top, left, top + side, left + side]], np.float32), (num, 1)),
         flip=np.zeros(num, bool),
@@ -188,5 +250,6 @@ def centre_crop(num: int, *, height: int, width: int) -> ViewParameters:
         contrast=ones,
         saturation=ones,
         hue_degrees=zeros,
-        sigma=zeros,
+        gray=np.full((num, 1), -1, np.int8),
+        sigma=np.zeros(num, np.float32),
     )

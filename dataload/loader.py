@@ -160,6 +160,7 @@ class _GraphMaker:
             self.decode = "cpu"
         self.device = device
         self.size = config.size
+        self.colour_maps = config.views.per_frame or config.views.gray > 0
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         cores = len(os.sched_getaffinity(0))
         self.threads = config.threads or max(1, cores // local_ranks)
@@ -177,6 +178,7 @@ class _GraphMaker:
                 size=self.size,
                 views=tuple(views),
                 photometric=photometric,
+                colour_maps=self.colour_maps,
                 decode=self.decode,
                 augment=self.augment,
                 device_id=self.device.index if self.device.type == "cuda" else None,
@@ -329,6 +331,7 @@ class TrainLoader:
                 height=form.height,
                 width=form.width,
                 size=config.size,
+                frames=graph.spec.views[view].num_frames,
                 seed=plan.seed,
                 epoch=epoch,
                 samples=places,

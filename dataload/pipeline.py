@@ -1,9 +1,13 @@
-"""The DALI graph: a pure function of coded strips and parameters. The only importer of nvidia.dali.
+"""The DALI graph, a pure function of coded samples and parameters; alone imports nvidia.dali.
 
-One strip a sample is decoded once, all views are cut from it, and each view of the whole batch is
-augmented in one graph: crop, resize and mirror in a single pass, colour as one 3x3 matrix, blur.
+A sample's window is decoded once, all views are cut from it, and each view of the whole batch is
+augmented in one graph: crop, resize and mirror in a single pass, colour as one affine map, blur.
 Views leave as uint8 with channels last, which is the memory order that 3D convolutions like best
 and a quarter of the bytes of float32; the model's first operation normalises them.
+
+Colour and blur have two forms. A GPU takes the operators made for them. DALI's CPU versions of
+those spend most of a sample's time (docs/log.md), its `filter` does not: so on the CPU a pixel's
+colours become rows of an image that a filter of one column mixes, and the Gaussian is two filters.
 """
 
 from collections.abc import Sequence
@@ -17,10 +21,19 @@ from nvidia.dali.pipeline import pipeline_def
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from torch import Tensor
 
-from strata.dataload.augment import ViewParameters
+from strata.dataload.augment import ViewParameters, colour_transforms
 from strata.logs import get_logger
 
-__all__ = ["BLUR_RADIUS_SIGMAS", "ClipPipeline", "GraphSpec", "ViewSlice", "blur_window"]
+__all__ = [
+    "BLUR_RADIUS_SIGMAS",
+    "CPU_VIDEO_CODECS",
+    "ClipPipeline",
+    "GraphSpec",
+    "ViewSlice",
+    "blur_taps",
+    "blur_window",
+    "video_decoder_fault",
+]
 
 logger = get_logger(__name__)
 
@@ -28,6 +41,9 @@ BLUR_RADIUS_SIGMAS = 3.0
 """The Gaussian is cut off at this many standard deviations."""
 _NO_BLUR_SIGMA = 0.5
 """With a window of one pixel any sigma is the identity; DALI asks for one above 0."""
+_WHITE = 255.0
+CPU_VIDEO_CODECS = ("vp9", "mjpeg")
+"""Of the codecs that shards have, those that DALI decodes without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,11 @@ class GraphSpec:
     """The static shape of a graph."""
 
     batch_size: int
-    """Strips decoded together."""
+    """Samples decoded together."""
     strip_frames: int
-    """Frames in each strip."""
+    """Frames of each sample's window."""
+    coded: Literal["strip", "video"] = "strip"
+    """Whether a sample is a tall JPEG or a video."""
     height: int
     """Rows of a stored frame."""
     width: int
@@ -56,6 +74,9 @@ class GraphSpec:
     views: tuple[ViewSlice, ...]
     photometric: bool
     """Whether colour and blur are part of the graph; evaluation leaves them out."""
+    colour_maps: bool = False
+    """Whether colour has gray or differs between frames, so that a GPU needs an affine map a frame
+    instead of one twist a clip."""
     decode: Literal["cpu", "gpu"]
     augment: Literal["cpu", "gpu"]
     device_id: int | None
@@ -73,8 +94,75 @@ def blur_window(sigma: np.ndarray) -> np.ndarray:
     return (2 * radius + 1).astype(np.int32)
 
 
+def blur_taps(sigma: np.ndarray) -> list[np.ndarray]:
+    """The Gaussian on the pixel grid for each sigma, summing to 1; `[1.]` where sigma is 0."""
+    taps = []
+    for window, width in zip(blur_window(sigma).tolist(), sigma.tolist(), strict=True):
+        places = np.arange(window) - window // 2
+        weight = np.exp(-0.5 * np.square(places / (width or 1.0)))
+        taps.append((weight / weight.sum()).astype(np.float32))
+    return taps
+
+
+def _input(name: str, view: int) -> Any:
+    return fn.external_source(name=f"{name}_{view}")
+
+
+def _colour_by_filter(clip: Any, view: int, num_frames: int, size: int) -> Any:
+    """Mix colours on the CPU: R, G, B and white as four rows, and a column of weights a channel."""
+    planes: Any = fn.crop_mirror_normalize(
+        clip,
+        dtype=types.DALIDataType.UINT8,
+        output_layout="FCHW",
+        pad_output=True,
+        # The policy decides that the fourth channel is filled with this and not with zero.
+        fill_values=_WHITE,
+        out_of_bounds_policy="pad",
+    )
+    rows = fn.reshape(planes, shape=[num_frames, 4, size * size, 1], layout="FHWC")
+    weights = _input("colour", view)
+    mixed = [
+        fn.filter(rows, fn.per_frame(weights[:, channel]), mode="valid") for channel in range(3)
+    ]
+    joined = fn.reshape(fn.cat(*mixed, axis=1), shape=[num_frames, 3, size, size], layout="FCHW")
+    return fn.crop_mirror_normalize(joined, dtype=types.DALIDataType.UINT8, output_layout="FHWC")
+
+
+def _blur_by_filter(clip: Any, view: int) -> Any:
+    """The Gaussian as a row and a column, for those samples that have it."""
+    taps = _input("taps", view)
+    # DALI turns this into a split of the batch: what is not blurred is not touched.
+    if _input("blurred", view):
+        across = fn.filter(clip, fn.expand_dims(taps, axes=0))
+        clip = fn.filter(across, fn.expand_dims(taps, axes=1))
+    return clip
+
+
+def _colour_by_operator(clip: Any, view: int, maps: bool) -> Any:
+    """Mix colours by the operators made for it."""
+    if maps:
+        each = fn.per_frame(_input("colour", view))
+        return fn.coord_transform(clip, MT=each, dtype=types.DALIDataType.UINT8)
+    return fn.color_twist(
+        clip,
+        brightness=_input("brightness", view),
+        contrast=_input("contrast", view),
+        saturation=_input("saturation", view),
+        hue=_input("hue", view),
+    )
+
+
+def _photometric(clip: Any, view: int, spec: GraphSpec) -> Any:
+    """Colour and blur on the device that augments."""
+    if spec.augment == "cpu":
+        clip = _colour_by_filter(clip, view, spec.views[view].num_frames, spec.size)
+        return _blur_by_filter(clip, view)
+    clip = _colour_by_operator(clip, view, spec.colour_maps)
+    return fn.gaussian_blur(clip, sigma=_input("sigma", view), window_size=_input("window", view))
+
+
 def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
-    """Cut one view out of the strip's frames and augment it."""
+    """Cut one view out of the window's frames and augment it."""
     cut = spec.views[view]
     stop = cut.start + (cut.num_frames - 1) * cut.step + 1
     # A strided slice along frames is a gather; sequence_rearrange does it without resampling.
@@ -83,29 +171,52 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
         clip,
         size=[spec.size, spec.size],
         # A region that runs backwards is a mirror image: no pass of its own for the flip.
-        roi_start=fn.external_source(name=f"roi_start_{view}"),
-        roi_end=fn.external_source(name=f"roi_end_{view}"),
+        roi_start=_input("roi_start", view),
+        roi_end=_input("roi_end", view),
         interp_type=types.DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
-    if spec.photometric:
-        clip = fn.color_twist(
-            clip,
-            brightness=fn.external_source(name=f"brightness_{view}"),
-            contrast=fn.external_source(name=f"contrast_{view}"),
-            saturation=fn.external_source(name=f"saturation_{view}"),
-            hue=fn.external_source(name=f"hue_{view}"),
-        )
-        clip = fn.gaussian_blur(
-            clip,
-            sigma=fn.external_source(name=f"sigma_{view}"),
-            window_size=fn.external_source(name=f"window_{view}"),
-        )
-    return clip
+    return _photometric(clip, view, spec) if spec.photometric else clip
+
+
+def _frames(spec: GraphSpec) -> Any:
+    """Decode the window of every sample: `[frames, height, width, 3]`, uint8."""
+    coded = fn.external_source(name="coded")
+    device = "mixed" if spec.decode == "gpu" else "cpu"
+    shape = [spec.strip_frames, spec.height, spec.width, 3]
+    if spec.coded == "strip":
+        pictures = fn.decoders.image(coded, device=device, output_type=types.DALIImageType.RGB)
+        return fn.reshape(pictures, shape=shape, layout="FHWC")
+    # Each frame is asked for once and in order, since the decoder begins again to go back.
+    seen = fn.decoders.video(coded, device=device, frames=fn.external_source(name="seen"))
+    window: Any = fn.sequence_rearrange(seen, new_order=fn.external_source(name="order"))
+    return fn.reshape(window, shape=shape, layout="FHWC")
+
+
+def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
+    """Why this GPU does not decode a video, or None where it does.
+
+    Args:
+        video: Shape `[B]`, uint8: a file of the kind to decode.
+        device_id: CUDA device.
+    """
+
+    @pipeline_def
+    def graph() -> Any:
+        return fn.decoders.video(fn.external_source(name="coded"), device="mixed", frames=[0])
+
+    try:
+        pipe: Any = graph(batch_size=1, num_threads=1, device_id=device_id, set_affinity=False)
+        pipe.build()
+        pipe.feed_input("coded", [video])
+        pipe.run()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1]
+    return None
 
 
 class ClipPipeline:
-    """Decodes a batch of strips and augments every view of it.
+    """Decodes a batch of windows and augments every view of it.
 
     Args:
         spec: The graph's static shape.
@@ -118,19 +229,9 @@ class ClipPipeline:
     def _build(self) -> Any:
         spec = self.spec
 
-        @pipeline_def
+        @pipeline_def(enable_conditionals=True)
         def graph() -> tuple[Any, ...]:
-            strips = fn.external_source(name="strip")
-            pictures = fn.decoders.image(
-                strips,
-                device="mixed" if spec.decode == "gpu" else "cpu",
-                output_type=types.DALIImageType.RGB,
-            )
-            frames = fn.reshape(
-                pictures,
-                shape=[spec.strip_frames, spec.height, spec.width, 3],
-                layout="FHWC",
-            )
+            frames = _frames(spec)
             if spec.augment == "gpu" and spec.decode == "cpu":
                 frames = frames.gpu()
             return tuple(_view(frames, v, spec) for v in range(len(spec.views)))
@@ -146,40 +247,71 @@ class ClipPipeline:
         pipe.build()
         return pipe
 
-    def run(self, strips: Sequence[np.ndarray], views: Sequence[ViewParameters]) -> list[Tensor]:
+    def run(
+        self,
+        coded: Sequence[np.ndarray],
+        views: Sequence[ViewParameters],
+        places: Sequence[np.ndarray] = (),
+    ) -> list[Tensor]:
         """Decode and augment one batch.
 
         Args:
-            strips: `batch_size` tall JPEGs, uint8.
+            coded: `batch_size` tall JPEGs or videos, uint8.
             views: The parameters of each view, `batch_size` long.
+            places: For videos, which frames of each are the window, `[strip_frames]`, not
+                decreasing.
 
         Returns:
             For each view, uint8 `[batch_size, frames, size, size, 3]`, on the device that augments.
 
         Raises:
-            RuntimeError: A strip did not decode.
+            RuntimeError: A sample did not decode.
         """
         pipe = self._pipe
-        pipe.feed_input("strip", list(strips))
+        pipe.feed_input("coded", list(coded))
+        if self.spec.coded == "video":
+            pairs = [np.unique(p, return_inverse=True) for p in places]
+            pipe.feed_input("seen", [seen.astype(np.int32) for seen, _ in pairs])
+            pipe.feed_input("order", [order.astype(np.int32) for _, order in pairs])
         for number, view in enumerate(views):
             self._feed_view(number, view)
         outputs = pipe.run()
         return [self._to_torch(out, cut) for out, cut in zip(outputs, self.spec.views, strict=True)]
 
     def _feed_view(self, number: int, view: ViewParameters) -> None:
-        feed = self._pipe.feed_input
         top, left, bottom, right = view.box.T
         start = np.stack([top, np.where(view.flip, right, left)], axis=1)
         end = np.stack([bottom, np.where(view.flip, left, right)], axis=1)
-        feed(f"roi_start_{number}", np.ascontiguousarray(start, np.float32))
-        feed(f"roi_end_{number}", np.ascontiguousarray(end, np.float32))
+        inputs: dict[str, Any] = {
+            "roi_start": np.ascontiguousarray(start, np.float32),
+            "roi_end": np.ascontiguousarray(end, np.float32),
+        }
         if self.spec.photometric:
-            feed(f"brightness_{number}", view.brightness)
-            feed(f"contrast_{number}", view.contrast)
-            feed(f"saturation_{number}", view.saturation)
-            feed(f"hue_{number}", view.hue_degrees)
-            feed(f"sigma_{number}", np.where(view.sigma > 0, view.sigma, _NO_BLUR_SIGMA))
-            feed(f"window_{number}", blur_window(view.sigma))
+            inputs |= self._photometric_inputs(view, self.spec.views[number].num_frames)
+        for name, value in inputs.items():
+            self._pipe.feed_input(f"{name}_{number}", value)
+
+    def _photometric_inputs(self, view: ViewParameters, num_frames: int) -> dict[str, Any]:
+        spec = self.spec
+        inputs: dict[str, Any] = {}
+        if spec.augment == "cpu" or spec.colour_maps:
+            maps = colour_transforms(view)
+            maps = np.broadcast_to(maps, (len(maps), num_frames, 3, 4))
+            if spec.augment == "cpu":
+                # The offset is what white is weighted with.
+                maps = (maps / np.array([1, 1, 1, _WHITE], np.float32))[..., None]
+            inputs["colour"] = np.ascontiguousarray(maps)
+        else:
+            for name in ("brightness", "contrast", "saturation"):
+                inputs[name] = np.ascontiguousarray(getattr(view, name)[:, 0])
+            inputs["hue"] = np.ascontiguousarray(view.hue_degrees[:, 0])
+        if spec.augment == "cpu":
+            inputs["taps"] = blur_taps(view.sigma)
+            inputs["blurred"] = [np.array(sigma > 0) for sigma in view.sigma]
+        else:
+            inputs["sigma"] = np.where(view.sigma > 0, view.sigma, _NO_BLUR_SIGMA)
+            inputs["window"] = blur_window(view.sigma)
+        return inputs
 
     def _to_torch(self, output: Any, cut: ViewSlice) -> Tensor:
         spec = self.spec

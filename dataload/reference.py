@@ -3,19 +3,19 @@
 import io
 import math
 
+import av
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from strata.dataload.augment import ViewParameters
+from strata.dataload.augment import MID_GRAY, RGB_TO_YIQ, ViewParameters
 from strata.dataload.pipeline import ViewSlice, blur_window
 
-__all__ = ["colour_matrix", "decode_strip", "reference_view", "resize_matrix"]
+__all__ = ["colour_matrix", "decode_strip", "decode_video", "reference_view", "resize_matrix"]
 
-_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-_MID_GRAY = 128.0
+_LUMA_FLOOR, _LUMA_LEVELS, _CHROMA_LEVELS = 16.0, 219.0, 224.0
 
 
 def decode_strip(strip: np.ndarray, height: int) -> np.ndarray:
@@ -27,6 +27,29 @@ def decode_strip(strip: np.ndarray, height: int) -> np.ndarray:
     with Image.open(io.BytesIO(strip.tobytes())) as picture:
         rows = np.asarray(picture.convert("RGB"))
     return rows.reshape(-1, height, rows.shape[1], 3)
+
+
+def decode_video(video: np.ndarray) -> np.ndarray:
+    """All frames of a 4:2:0 video in BT.601, chroma upsampled linearly between its samples.
+
+    Returns:
+        Shape `[F, height, width, 3]`, uint8.
+    """
+    frames = []
+    with av.open(io.BytesIO(video.tobytes()), "r") as container:
+        for frame in container.decode(video=0):
+            full = frame.format.name == "yuvj420p"
+            planes = torch.from_numpy(frame.to_ndarray().astype(np.float32))
+            luma, chroma = planes.split([frame.height, frame.height // 2])
+            chroma = chroma.reshape(1, 2, frame.height // 2, frame.width // 2) - MID_GRAY
+            chroma = functional.interpolate(chroma, scale_factor=2, mode="bilinear")[0]
+            if not full:
+                luma = (luma - _LUMA_FLOOR) * (255.0 / _LUMA_LEVELS)
+                chroma = chroma * (255.0 / _CHROMA_LEVELS)
+            blue, red = chroma
+            rgb = [luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue]
+            frames.append(_round_uint8(torch.stack(rgb, dim=-1)).to(torch.uint8).numpy())
+    return np.stack(frames)
 
 
 def colour_matrix(
@@ -49,8 +72,8 @@ def colour_matrix(
         ]
     )
     scale = np.diag([1.0, saturation, saturation])
-    chroma = np.linalg.inv(_RGB_TO_YIQ) @ turn @ scale @ _RGB_TO_YIQ
-    return brightness * contrast * chroma, brightness * _MID_GRAY * (1.0 - contrast)
+    chroma = np.linalg.inv(RGB_TO_YIQ) @ turn @ scale @ RGB_TO_YIQ
+    return brightness * contrast * chroma, brightness * MID_GRAY * (1.0 - contrast)
 
 
 def resize_matrix(length: int, start: float, end: float, size: int) -> Tensor:
@@ -115,16 +138,27 @@ def reference_view(
         clip = clip.flip(-1)
     clip = _round_uint8(clip)
     if photometric:
-        matrix, offset = colour_matrix(
-            float(parameters.brightness[row]),
-            float(parameters.contrast[row]),
-            float(parameters.saturation[row]),
-            float(parameters.hue_degrees[row]),
+        each = range(len(clip)) if parameters.gray.shape[1] > 1 else [0] * len(clip)
+        clip = torch.stack(
+            [_colour(f, parameters, row, k) for f, k in zip(clip, each, strict=True)]
         )
-        weight = torch.from_numpy(matrix.astype(np.float32))
-        clip = _round_uint8(torch.einsum("ij,tjhw->tihw", weight, clip) + offset)
         clip = _blur(clip, float(parameters.sigma[row]))
     return clip.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def _colour(frame: Tensor, parameters: ViewParameters, row: int, number: int) -> Tensor:
+    """Gray and jitter of one frame `[3, size, size]`, by the parameters of that number."""
+    channel = int(parameters.gray[row, number])
+    if channel >= 0:
+        frame = frame[channel].expand_as(frame)
+    matrix, offset = colour_matrix(
+        float(parameters.brightness[row, number]),
+        float(parameters.contrast[row, number]),
+        float(parameters.saturation[row, number]),
+        float(parameters.hue_degrees[row, number]),
+    )
+    weight = torch.from_numpy(matrix.astype(np.float32))
+    return _round_uint8(torch.einsum("ij,jhw->ihw", weight, frame) + offset)
 
 
 def _blur(clip: Tensor, sigma: float) -> Tensor:

@@ -153,6 +153,7 @@ class _Bench:
                 height=self.form.height,
                 width=self.form.width,
                 size=size,
+                frames=cuts[view].num_frames,
                 seed=0,
                 epoch=0,
                 samples=np.arange(batch),

@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strata.dataload.augment import AugmentSpec, centre_crop, draw_view
+from strata.dataload.augment import (
+    RGB_TO_YIQ,
+    AugmentSpec,
+    centre_crop,
+    colour_transforms,
+    draw_view,
+)
 from strata.errors import ConfigError
 
-PLACE = {"height": 128, "width": 176, "size": 112, "seed": 0, "epoch": 0, "view": 0}
+PLACE = {"height": 128, "width": 176, "size": 112, "frames": 16, "seed": 0, "epoch": 0, "view": 0}
 
 
 def draw(num: int = 20_000, spec: AugmentSpec | None = None, **changes):
@@ -55,6 +61,53 @@ def test_blur_scales_with_the_view():
     np.testing.assert_allclose(small.sigma[both] * 2, large.sigma[both], rtol=1e-6)
 
 
+def test_gray_and_jitter_are_drawn_for_each_frame_where_the_release_does():
+    view = draw(2000, AugmentSpec(gray=0.5, per_frame=True))
+    assert view.brightness.shape == view.gray.shape == (2000, 16)
+    for name in ("brightness", "contrast", "saturation"):
+        values = getattr(view, name)
+        assert 0.5 <= values.min() < 0.51
+        assert 1.49 < values.max() <= 1.5
+        # As different between the frames of a clip as between clips.
+        assert abs(values.var(axis=1, ddof=1).mean() - 1 / 12) < 0.003
+    assert abs((view.gray >= 0).mean() - 0.5) < 0.01
+    counts = np.bincount(view.gray[view.gray >= 0], minlength=3) / (view.gray >= 0).sum()
+    np.testing.assert_allclose(counts, 1 / 3, atol=0.02)
+    clip = draw(2000)
+    np.testing.assert_array_equal(view.box, clip.box)
+    np.testing.assert_array_equal(view.flip, clip.flip)
+    np.testing.assert_array_equal(view.sigma, clip.sigma)
+    assert clip.brightness.shape == (2000, 1)
+    assert (clip.gray == -1).all()
+
+
+def test_a_clip_that_is_longer_begins_with_the_same_draws():
+    spec = AugmentSpec(gray=0.5, per_frame=True)
+    short, long = draw(8, spec, frames=16), draw(8, spec, frames=32)
+    np.testing.assert_array_equal(long.hue_degrees[:, :16], short.hue_degrees)
+
+
+@pytest.mark.parametrize("gray", [-1, 0, 1, 2])
+def test_colour_as_one_map_is_the_steps_one_by_one(gray: int, rng: np.random.Generator):
+    row = centre_crop(1, height=128, width=176)
+    row = dataclasses.replace(
+        row,
+        brightness=np.array([[1.4]], np.float32),
+        contrast=np.array([[0.6]], np.float32),
+        saturation=np.array([[1.3]], np.float32),
+        hue_degrees=np.array([[-70.0]], np.float32),
+        gray=np.array([[gray]], np.int8),
+    )
+    rgb = rng.uniform(0, 255, 3)
+    want = np.full(3, rgb[gray]) if gray >= 0 else rgb
+    luma, in_phase, quadrature = RGB_TO_YIQ @ want
+    turned = 1.3 * complex(in_phase, quadrature) * np.exp(1j * np.deg2rad(70.0))
+    want = np.linalg.inv(RGB_TO_YIQ) @ [luma, turned.real, turned.imag]
+    want = 1.4 * (0.6 * (want - 128) + 128)
+    affine = colour_transforms(row)[0, 0]
+    np.testing.assert_allclose(affine[:, :3] @ rgb + affine[:, 3], want, atol=1e-3)
+
+
 def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
     whole = draw(64)
     part = draw_view(AugmentSpec(), samples=np.array([40, 3]), **PLACE)
@@ -73,6 +126,7 @@ def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
         ({"crop_aspect": (2.0, 1.0)}, "crop_aspect"),
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
         ({"flip": 1.5}, "flip"),
+        ({"gray": -0.1}, "gray"),
         ({"hue": 0.7}, "hue"),
     ],
 )

@@ -82,6 +82,7 @@ def test_batches_are_those_of_the_reference(shards: Path):
             height=HEIGHT,
             width=WIDTH,
             size=32,
+            frames=cut.num_frames,
             seed=SEED,
             epoch=3,
             samples=samples,

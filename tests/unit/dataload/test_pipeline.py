@@ -2,12 +2,16 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import pytest
+from nvidia.dali import fn
+from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
-from strata.dataload.augment import ViewParameters, centre_crop
+from strata.dataload import pipeline
+from strata.dataload.augment import ViewParameters, centre_crop, colour_transforms
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.reference import decode_strip, reference_view
 
@@ -52,17 +56,21 @@ def run_graph(
 
 
 IDENTITY = centre_crop(1, height=HEIGHT, width=WIDTH)
-ONE = np.ones(1, np.float32)
+ONE = np.ones((1, 1), np.float32)
+FRAME = np.linspace(0, 1, FRAMES, dtype=np.float32)[None]
+"""0 to 1 along the frames."""
 CASES = {
     "centre": {},
     "box": {"box": np.array([[3, 10, 45, 81]], np.float32)},
+    "whole frame": {"box": np.array([[0, 0, HEIGHT, WIDTH]], np.float32)},
     "box enlarged": {"box": np.array([[20, 30, 50, 60]], np.float32)},
     "flip": {"flip": np.array([True])},
-    **{f"brightness {v}": {"brightness": v * ONE} for v in (0.5, 1.2, 1.5)},
-    **{f"contrast {v}": {"contrast": v * ONE} for v in (0.5, 1.2, 1.5)},
-    **{f"saturation {v}": {"saturation": v * ONE} for v in (0.5, 1.2, 1.5)},
-    **{f"hue {v}": {"hue_degrees": v * ONE} for v in (-90.0, 33.0, 90.0)},
-    **{f"blur {v}": {"sigma": v * ONE} for v in (0.1, 0.7, 2.0)},
+    **{f"brightness {v}": {"brightness": v * ONE} for v in (0.5, 1.0, 1.2, 1.5)},
+    **{f"contrast {v}": {"contrast": v * ONE} for v in (0.5, 1.0, 1.2, 1.5)},
+    **{f"saturation {v}": {"saturation": v * ONE} for v in (0.5, 1.0, 1.2, 1.5)},
+    **{f"hue {v}": {"hue_degrees": v * ONE} for v in (-90.0, 0.0, 33.0, 90.0)},
+    **{f"gray {c}": {"gray": np.array([[c]], np.int8)} for c in (0, 1, 2)},
+    **{f"blur {v}": {"sigma": v * ONE[0]} for v in (0.1, 0.7, 1.05, 2.0)},
     "all": {
         "box": np.array([[5, 0, 60, 70]], np.float32),
         "flip": np.array([True]),
@@ -70,7 +78,15 @@ CASES = {
         "contrast": 0.7 * ONE,
         "saturation": 1.4 * ONE,
         "hue_degrees": -40 * ONE,
-        "sigma": 1.1 * ONE,
+        "sigma": 1.1 * ONE[0],
+    },
+    "per frame": {
+        "brightness": 0.5 + FRAME,
+        "contrast": 1.5 - FRAME,
+        "saturation": 0.5 + FRAME,
+        "hue_degrees": 180 * FRAME - 90,
+        "gray": np.array([[-1, 0, -1, 1, 2, -1, 0, -1]], np.int8),
+        "sigma": 0.8 * ONE[0],
     },
 }
 
@@ -84,9 +100,67 @@ def test_every_operation_agrees_with_the_reference(name: str):
     want = reference_view(decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True)
     gap = np.abs(got[0].astype(int) - want.astype(int))
     assert got.shape == (1, FRAMES, SIZE, SIZE, 3)
-    # Each of three roundings may fall the other way, and contrast enlarges the first.
+    # Each of four roundings (resize, colour, blur along rows and along columns) may fall the other
+    # way, and contrast enlarges the first.
     assert gap.max() <= 3, f"largest difference {gap.max()}"
     assert gap.mean() <= 0.3, f"mean difference {gap.mean():.3f}"
+
+
+def rows_of(name: str) -> ViewParameters:
+    """A case with every photometric parameter of the shape `[1, FRAMES]`."""
+    row = dataclasses.replace(IDENTITY, **CASES[name])
+    each = ("brightness", "contrast", "saturation", "hue_degrees", "gray")
+    spread = {n: np.broadcast_to(getattr(row, n), (1, FRAMES)).copy() for n in each}
+    return dataclasses.replace(row, **spread)
+
+
+@pytest.mark.parametrize(
+    ("name", "maps"),
+    # A twist has no gray and is drawn once a clip.
+    [(n, False) for n in ("all", "hue 90.0", "contrast 1.5")]
+    + [(n, True) for n in ("all", "per frame", "gray 1")],
+)
+def test_the_operators_of_a_gpu_agree_with_the_affine_map(name: str, maps: bool):
+    """Their CPU versions, which the graph does not use there; tests/gpu has the others."""
+    row = dataclasses.replace(IDENTITY, **CASES[name])
+    clip = moving_pictures(4)
+
+    @pipeline_def
+    def graph() -> Any:
+        frames = fn.external_source(name="frames", layout="FHWC")
+        return pipeline._colour_by_operator(frames, 0, maps)
+
+    pipe: Any = graph(batch_size=1, num_threads=1, device_id=None)
+    pipe.build()
+    affine = np.broadcast_to(colour_transforms(row), (1, FRAMES, 3, 4))
+    pipe.feed_input("frames", clip[None])
+    if maps:
+        pipe.feed_input("colour_0", np.ascontiguousarray(affine))
+    else:
+        for at in ("brightness", "contrast", "saturation"):
+            pipe.feed_input(f"{at}_0", np.ascontiguousarray(getattr(row, at)[:, 0], np.float32))
+        pipe.feed_input("hue_0", np.ascontiguousarray(row.hue_degrees[:, 0], np.float32))
+    (out,) = pipe.run()
+    got = np.array(out.as_tensor())[0].astype(float)
+    want = np.einsum("tij,thwj->thwi", affine[0, :, :, :3], clip) + affine[0, :, None, None, :, 3]
+    assert np.abs(got - want.clip(0, 255).round()).max() <= 1
+
+
+def test_gray_is_one_channel_three_times():
+    parameters = dataclasses.replace(IDENTITY, gray=np.array([[2]], np.int8))
+    strip = encode(moving_pictures(5))
+    cut = (ViewSlice(0, FRAMES),)
+    (got,) = run_graph([strip], [parameters], cut)
+    (plain,) = run_graph([strip], [IDENTITY], cut, photometric=False)
+    np.testing.assert_array_equal(got, np.repeat(plain[..., 2:], 3, axis=-1))
+
+
+def test_a_sample_without_colour_and_blur_is_not_touched():
+    strip = encode(moving_pictures(6))
+    cut = (ViewSlice(0, FRAMES),)
+    (got,) = run_graph([strip], [IDENTITY], cut)
+    (plain,) = run_graph([strip], [IDENTITY], cut, photometric=False)
+    np.testing.assert_array_equal(got, plain)
 
 
 def test_views_are_the_frames_they_should_be():
@@ -111,7 +185,7 @@ def test_parameters_hold_for_all_frames_of_a_clip():
 
 def test_samples_of_a_batch_do_not_touch_each_other():
     strips = [encode(moving_pictures(s)) for s in range(3)]
-    rows = [dataclasses.replace(IDENTITY, **CASES[n]) for n in ("all", "blur 2.0", "hue 90.0")]
+    rows = [rows_of(n) for n in ("all", "blur 2.0", "per frame")]
     together = ViewParameters(
         *(
             np.concatenate([getattr(r, f.name) for r in rows])

@@ -70,6 +70,7 @@ def test_the_paper_recipe_is_the_default(name: str):
     assert config.data.clips.long_stride == 1
     assert config.data.clips.long_frames == 32
     assert (config.data.views.blur, config.data.views.blur_sigma) == (0.5, (0.1, 2.0))
+    assert (config.data.views.gray, config.data.views.per_frame) == (0, False)
     assert config.method.weights.graph_high == 0
     assert (config.method.shuffle, config.method.temporal_from_stage) == (True, 2)
     assert config.method.gather_with_grad
@@ -82,6 +83,8 @@ def test_the_release_differs_in_its_rows_alone(name: str):
     assert _differences(plain(paper), plain(config)) == {
         "data.clips.long_stride": 2,
         "data.views.blur": 0.0,
+        "data.views.gray": 0.5,
+        "data.views.per_frame": True,
         "method.weights.graph_high": 1.0,
         "method.shuffle": False,
         "method.temporal_from_stage": 1,
