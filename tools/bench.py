@@ -11,6 +11,7 @@ SUBJECTS = {
     "device": "strata.tools.bench_device",
     "preprocess": "strata.tools.bench_preprocess",
     "published": "strata.tools.bench_published",
+    "train": "strata.tools.bench_train",
 }
 """Each names a module with `main(argv)`, imported only when it is asked for."""
 

@@ -1,5 +1,6 @@
 """What the start-up page says, and that it can be had without starting."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,16 @@ def test_stages_that_the_run_does_not_reach_are_not_told():
 
 
 def test_plan_only_prints_the_page_and_leaves_nothing(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    logger = logging.getLogger("strata")
+    for name in ("propagate", "level", "handlers"):
+        # Taken back at the end: the command sets logging up for the whole process.
+        value = getattr(logger, name)
+        monkeypatch.setattr(logger, name, list(value) if name == "handlers" else value)
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
     run = tmp_path / "run"
