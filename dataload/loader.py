@@ -24,6 +24,7 @@ from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
+from strata.dataload.storage import DownloadConfig
 from strata.distributed import World
 from strata.errors import ConfigError
 
@@ -43,8 +44,10 @@ DeviceChoice = Literal["cpu", "gpu", "auto"]
 class DataConfig:
     """Where batches come from and what they look like."""
 
-    shards: Path
-    """A folder that tools/shard.py wrote."""
+    shards: str | Path
+    """A folder that tools/shard.py wrote, or its URL (s3://, gs://, http://)."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    """The local cache of shards at a URL."""
     batch_size: int = 256
     """Samples in a global batch, over all ranks. TEXT: 256."""
     size: int = 112
@@ -131,16 +134,31 @@ def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
     shortest = int(reader.num_frames.min()) if reader.num_samples else 0
     if shortest < config.clips.window_frames:
         raise ConfigError(
-            f"{reader.folder} holds videos of {shortest} frames, the window takes "
+            f"{reader.location} holds videos of {shortest} frames, the window takes "
             f"{config.clips.window_frames}; shard with --min-frames "
             f"{config.clips.window_frames + 1} or use a smaller data.clips.clip_frames"
         )
+    _check_room(reader, config)
     return Plan(
         shard_sizes=tuple(s.num_samples for s in reader.manifest.shards),
         batch_size=config.batch_size,
         seed=seed,
         pool_samples=config.pool_samples,
     )
+
+
+def _check_room(reader: ShardReader, config: DataConfig) -> None:
+    """Refuse a cache of downloads in which the shards of a pool would push each other out."""
+    entries = reader.manifest.shards
+    total = sum(e.num_bytes for e in entries)
+    share = min(1.0, config.pool_samples / max(reader.num_samples, 1))
+    needed = min(total, int(total * share) + 2 * max((e.num_bytes for e in entries), default=0))
+    if reader.limit_bytes is not None and needed > reader.limit_bytes:
+        raise ConfigError(
+            f"data.download.gigabytes is {config.download.gigabytes:g}, but data.pool_samples "
+            f"{config.pool_samples} of {reader.location} are up to {needed / 1e9:.3g} GB at a "
+            "time; allow as much, or shuffle in smaller pools"
+        )
 
 
 class _GraphMaker:
@@ -295,8 +313,16 @@ class TrainLoader:
         start = self._start_step
         for epoch in range(*self._epochs):
             for step in range(start, self._plan.steps_per_epoch):
+                self._fetch_ahead(epoch, step)
                 yield self._make(epoch, step)
             start = 0
+
+    def _fetch_ahead(self, epoch: int, step: int) -> None:
+        """Name the samples up to a pool ahead, so that remote shards are here in time."""
+        if self._reader.limit_bytes is not None:
+            start = step * self._plan.batch_size
+            order = self._plan.epoch_order(epoch)
+            self._reader.fetch_ahead(order[start : start + self._plan.pool_samples])
 
     def _make(self, epoch: int, step: int) -> Batch:
         """A batch; made again with replacements while there are faults within the budget."""

@@ -1,14 +1,32 @@
-"""The bytes of a sample from tar and index: local files, memory-mapped."""
+"""The bytes of a sample from tar and index, by positioned reads of what is used.
 
-import hashlib
-import mmap
+A batch is read in two sweeps: the kernel is told of all tables, they are read; it is told of all
+coded frames, they are read. So a cold disk or a network file system sees a batch of requests at
+once instead of one after the other, without threads. The shards are not mapped into memory: a file
+that shrinks or a server that goes away would end the process with a signal instead of an error, a
+mapping keeps its descriptor open for each of some thousand shards, and pages would come one fault
+at a time.
+"""
+
+import errno
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from strata.dataload.faults import Fault, SampleFaultError
+from strata.dataload.storage import (
+    DownloadConfig,
+    LocalFolder,
+    ShardFolder,
+    open_folder,
+    sha256,
+)
 from strata.errors import ShardError
 from strata.schema import (
     FRAMES_EXT,
@@ -23,47 +41,16 @@ from strata.strip import assemble_strip
 
 __all__ = ["ShardReader"]
 
-_HASH_CHUNK_BYTES = 1 << 24
+_OPEN_SHARDS = 128
+"""Descriptors kept; a pool of 4,096 samples is in 33 shards of 128."""
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+
+Place = tuple[int, int]
+"""Offset in the shard and size, in bytes."""
 
 
-class _Shard:
-    """One tar: where the members of its samples are, and its bytes once they are asked for."""
-
-    def __init__(self, folder: Path, entry: ShardEntry, check: Literal["size", "hash"]) -> None:
-        self.path = folder / entry.name
-        if not self.path.is_file():
-            raise ShardError(f"shard {self.path} is missing; run the same tools/shard.py again")
-        size = self.path.stat().st_size
-        if size != entry.num_bytes:
-            raise ShardError(
-                f"shard {self.path} has {size} bytes, the manifest says {entry.num_bytes}; "
-                "copy it again or run the same tools/shard.py again"
-            )
-        if check == "hash":
-            self._check_hash(entry.sha256)
-        self.members = _read_index(self.path.with_suffix(INDEX_SUFFIX), entry.num_samples)
-        self._bytes: memoryview | None = None
-
-    def _check_hash(self, expected: str) -> None:
-        digest = hashlib.sha256()
-        with self.path.open("rb") as content:
-            while chunk := content.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != expected:
-            raise ShardError(
-                f"shard {self.path} is not what the manifest says (SHA-256 differs); "
-                "copy it again or run the same tools/shard.py again"
-            )
-
-    @property
-    def bytes(self) -> memoryview:
-        if self._bytes is None:
-            with self.path.open("rb") as content:
-                self._bytes = memoryview(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
-        return self._bytes
-
-
-def _read_index(path: Path, num_samples: int) -> list[dict[str, tuple[int, int]]]:
+def _read_index(path: Path, num_samples: int) -> list[dict[str, Place]]:
     """Offsets and sizes in bytes by extension, for each sample; the form of DALI's wds2idx."""
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -86,36 +73,118 @@ def _read_index(path: Path, num_samples: int) -> list[dict[str, tuple[int, int]]
     return samples
 
 
+class _OpenShards:
+    """Reads from shards; keeps the descriptors of those used last.
+
+    Args:
+        folder: Where they are.
+        entries: All of the set.
+        limit: Descriptors kept.
+    """
+
+    def __init__(self, folder: ShardFolder, entries: Sequence[ShardEntry], limit: int) -> None:
+        self._folder, self._entries, self._limit = folder, entries, limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, shard: int, place: Place) -> bytes:
+        """Bytes of a shard.
+
+        Raises:
+            ShardError: It ends before, or cannot be read.
+        """
+        offset, size = place
+        try:
+            # Held during the read, so that no other thread closes the descriptor meanwhile.
+            with self._lock:
+                content = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise self._error(shard, f"cannot be read at {offset}: {error.strerror}") from error
+        if len(content) != size:
+            end = offset + len(content)
+            raise self._error(shard, f"ends at {end}, it was cut off while in use")
+        return content
+
+    def advise(self, shard: int, place: Place) -> None:
+        """Tell the kernel what will be read."""
+        try:
+            with self._lock:
+                os.posix_fadvise(self._descriptor(shard), *place, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            # Advice that the file system does not take; what is wrong, the read tells.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise self._error(shard, f"cannot be read: {error.strerror}") from error
+
+    def _error(self, shard: int, what: str) -> ShardError:
+        return ShardError(f"shard {self._folder.location}/{self._entries[shard].name} {what}")
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            descriptor = os.open(self._folder.fetch(self._entries[shard]), _FLAGS)
+        except FileNotFoundError:
+            # Another process may have made room between the two.
+            descriptor = os.open(self._folder.fetch(self._entries[shard]), _FLAGS)
+        self._open[shard] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        """Close all."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+
 class ShardReader:
     """Random access to the coded frames of a data set.
 
     Samples are numbered through the shards in the manifest's order.
 
     Args:
-        folder: A folder that tools/shard.py wrote.
+        folder: A folder that tools/shard.py wrote, or a URL of one.
         check: `size` compares every shard's size with the manifest at the start, `hash` its
-            SHA-256 too, which reads the whole set once.
+            SHA-256 too, which reads the whole set once. What a URL holds is always hashed, when it
+            is downloaded.
+        download: Where to keep what a URL holds.
 
     Raises:
+        ConfigError: The URL's protocol is not known here.
         ShardError: The manifest, a shard or an index is missing or disagrees.
     """
 
-    def __init__(self, folder: Path, check: Literal["size", "hash"] = "size") -> None:
-        self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        check: Literal["size", "hash"] = "size",
+        download: DownloadConfig | None = None,
+    ) -> None:
+        self._place = open_folder(folder, download)
+        self.manifest: Manifest = read_manifest(self._place.manifest_folder)
         if self.manifest.form.payload != "jpeg":
             raise ShardError(
-                f"{folder} has the payload {self.manifest.form.payload}; the loader reads jpeg: "
-                "shard the videos again with --payload jpeg"
+                f"{self.location} has the payload {self.manifest.form.payload}; the loader reads "
+                "jpeg: shard the videos again with --payload jpeg"
             )
-        self._shards = [_Shard(folder, entry, check) for entry in self.manifest.shards]
-        self._first = np.concatenate(
-            [[0], np.cumsum([s.num_samples for s in self.manifest.shards])]
-        ).astype(np.int64)
+        entries = self.manifest.shards
+        self._place.check(entries, self.manifest.digest)
+        self._files = _OpenShards(self._place, entries, _OPEN_SHARDS)
+        self._indices: dict[int, list[dict[str, Place]]] = {}
+        if isinstance(self._place, LocalFolder):
+            for number, entry in enumerate(entries):
+                if check == "hash":
+                    _check_hash(self._place.fetch(entry), entry.sha256)
+                self._index(number)
+        self._first = np.concatenate([[0], np.cumsum([s.num_samples for s in entries])]).astype(
+            np.int64
+        )
         rows = self.manifest.written
         if len(rows) != self.num_samples:
             raise ShardError(
-                f"{folder}: the manifest lists {len(rows)} written samples, its shards hold "
+                f"{self.location}: the manifest lists {len(rows)} written samples, its shards hold "
                 f"{self.num_samples}; run the same tools/shard.py again"
             )
         self.keys = tuple(row.key or "" for row in rows)
@@ -123,64 +192,207 @@ class ShardReader:
         self.num_frames = np.array([row.num_frames for row in rows], np.int64)
 
     @property
+    def location(self) -> str:
+        """The folder or URL."""
+        return self._place.location
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder or URL."""
+        return self.location.rstrip("/").rpartition("/")[2]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """How much of the set can be at hand at a time; None for all of it."""
+        return self._place.limit_bytes
+
+    @property
     def num_samples(self) -> int:
         """Samples in the set."""
         return int(self._first[-1])
 
+    def _index(self, shard: int) -> list[dict[str, Place]]:
+        if shard not in self._indices:
+            entry = self.manifest.shards[shard]
+            path = self._place.fetch(entry).with_suffix(INDEX_SUFFIX)
+            self._indices[shard] = _read_index(path, entry.num_samples)
+        return self._indices[shard]
+
+    def _shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._first, sample, side="right")) - 1
+
+    def members(self, sample: int) -> tuple[int, dict[str, Place]]:
+        """A sample's shard, and offset and size in it of each member by extension."""
+        shard = self._shard_of(sample)
+        return shard, self._index(shard)[sample - int(self._first[shard])]
+
     def fault(self, sample: int, reason: str) -> Fault:
         """Name a sample that cannot be used."""
-        shard = int(np.searchsorted(self._first, sample, side="right")) - 1
         return Fault(
             sample=sample,
             key=self.keys[sample],
-            shard=self.manifest.shards[shard].name,
+            shard=self.manifest.shards[self._shard_of(sample)].name,
             reason=" ".join(reason.split()),
         )
+
+    def member(self, sample: int, ext: str) -> bytes:
+        """One member of a sample, whole.
+
+        Raises:
+            SampleFaultError: The sample has no such member.
+            ShardError: The shard cannot be read.
+        """
+        shard, members = self.members(sample)
+        if ext not in members:
+            raise SampleFaultError([self.fault(sample, f"no member {ext}")])
+        return self._files.read(shard, members[ext])
+
+    def fetch_ahead(self, samples: np.ndarray) -> None:
+        """Say which samples come soon, the next one first; a URL's shards are downloaded."""
+        if self.limit_bytes is None:
+            return
+        shards = np.searchsorted(self._first, samples, side="right") - 1
+        order = dict.fromkeys(shards.tolist())
+        self._place.fetch_ahead([self.manifest.shards[shard] for shard in order])
 
     def strips(
         self, samples: Sequence[int] | np.ndarray, frames: Sequence[np.ndarray] | np.ndarray
     ) -> list[np.ndarray]:
-        """The chosen frames of several samples, see `strip`.
+        """The chosen frames of each sample as one tall JPEG.
+
+        Args:
+            samples: N of them, each in [0, num_samples).
+            frames: For each sample `[T]`: frame indices, any order, repeats allowed.
+
+        Returns:
+            N times uint8 `[n]`: a JPEG of T frames below each other.
 
         Raises:
-            SampleFaultError: Samples cannot be read; it names all of them.
+            SampleFaultError: Tables and segments of samples disagree; it names all of them.
+            ShardError: A shard cannot be read.
         """
-        found, faults = [], []
-        for sample, chosen in zip(samples, frames, strict=True):
+        chosen = np.asarray(samples, np.int64)
+        self.fetch_ahead(chosen)
+        found: list[np.ndarray] = []
+        faults: list[Fault] = []
+        cuts: list[_Cut | None] = []
+        places = [self.members(sample) for sample in chosen.tolist()]
+        for shard, members in places:
+            if FRAMES_EXT in members:
+                self._files.advise(shard, members[FRAMES_EXT])
+        for sample, (shard, members), wanted in zip(chosen.tolist(), places, frames, strict=True):
             try:
-                found.append(self.strip(int(sample), chosen))
-            except SampleFaultError as error:
-                faults += error.faults
+                cut = self._cut(shard, members, wanted)
+                for place in cut.places:
+                    self._files.advise(shard, place)
+                cuts.append(cut)
+            except _SampleError as error:
+                faults.append(self.fault(sample, str(error)))
+                cuts.append(None)
+        for sample, cut in zip(chosen.tolist(), cuts, strict=True):
+            if cut is None:
+                continue
+            try:
+                segments = [self._files.read(cut.shard, place) for place in cut.places]
+                found.append(cut.join(segments))
+            except _SampleError as error:
+                faults.append(self.fault(sample, str(error)))
         if faults:
             raise SampleFaultError(faults)
         return found
 
     def strip(self, sample: int, frames: np.ndarray) -> np.ndarray:
-        """The chosen frames of a sample as one tall JPEG.
+        """The chosen frames of one sample, see `strips`."""
+        return self.strips([sample], [frames])[0]
 
-        Args:
-            sample: In [0, num_samples).
-            frames: Shape `[T]`: frame indices, any order, repeats allowed.
+    def _cut(self, shard: int, members: dict[str, Place], frames: np.ndarray) -> "_Cut":
+        if FRAMES_EXT not in members:
+            raise _SampleError(f"no member {FRAMES_EXT}")
+        content = self._files.read(shard, members[FRAMES_EXT])
+        try:
+            table = FrameTable.from_bytes(content)
+        except ShardError as error:
+            raise _SampleError(str(error)) from error
+        return _Cut.of(shard, members, table, np.asarray(frames, np.int64))
 
-        Returns:
-            Shape `[n]`, uint8: a JPEG of T frames below each other.
+    def close(self) -> None:
+        """Close the shards."""
+        self._files.close()
+        self._place.close()
+
+
+class _SampleError(ShardError):
+    """One sample's own bytes are at fault, not the shard's storage."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What to read for some frames of a sample: the shared header, then a span of each segment."""
+
+    shard: int
+    places: list[Place]
+    homes: list[int]
+    """The segment of each place but the first."""
+    table: FrameTable
+    """With offsets into what is read instead of the segments."""
+    frames: np.ndarray
+
+    @classmethod
+    def of(
+        cls, shard: int, members: dict[str, Place], table: FrameTable, frames: np.ndarray
+    ) -> "_Cut":
+        """Plan the reads.
 
         Raises:
-            SampleFaultError: The sample's table and segments disagree.
+            _SampleError: A frame or a segment does not exist, or the table points outside.
         """
-        number = int(np.searchsorted(self._first, sample, side="right")) - 1
-        shard = self._shards[number]
-        members = shard.members[sample - int(self._first[number])]
-        try:
-            table = FrameTable.from_bytes(self._member(shard, members, FRAMES_EXT))
-            segments = [
-                self._member(shard, members, segment_ext(s)) for s in range(table.num_segments)
-            ]
-            return assemble_strip(segments, table, frames)
-        except (KeyError, ShardError) as error:
-            raise SampleFaultError([self.fault(sample, str(error))]) from error
+        low, high = int(frames.min()), int(frames.max())
+        if low < 0 or high >= table.num_frames:
+            raise _SampleError(
+                f"frame {low if low < 0 else high} asked for, the sample has {table.num_frames}"
+            )
+        header = int(table.offsets[0])
+        offsets = table.offsets.copy()
+        homes = np.unique(frames // table.frames_per_segment).tolist()
+        places: list[Place] = []
+        for home in [0, *homes]:
+            ext = segment_ext(home)
+            if ext not in members:
+                raise _SampleError(f"no member {ext}")
+            start, size = members[ext]
+            if not places:
+                if not 0 < header <= size:
+                    raise _SampleError("the frame table points outside its segment")
+                places.append((start, header))
+                continue
+            inside = frames[frames // table.frames_per_segment == home]
+            first = int(table.offsets[inside].min())
+            last = int((table.offsets[inside] + table.lengths[inside]).max())
+            if not 0 <= first <= last <= size:
+                raise _SampleError("the frame table points outside its segment")
+            places.append((start + first, last - first))
+            segment = slice(home * table.frames_per_segment, (home + 1) * table.frames_per_segment)
+            offsets[segment] += (header if home == 0 else 0) - first
+        # The joiner takes the header's length from here; a chosen frame 0 has this offset anyway.
+        offsets[0] = header
+        return cls(shard, places, homes, replace(table, offsets=offsets), frames)
 
-    @staticmethod
-    def _member(shard: _Shard, members: dict[str, tuple[int, int]], ext: str) -> memoryview:
-        offset, size = members[ext]
-        return shard.bytes[offset : offset + size]
+    def join(self, read: Sequence[bytes]) -> np.ndarray:
+        """The strip, from what was read at `places`."""
+        header, *spans = read
+        segments = [b""] * (max(self.homes) + 1)
+        for home, span in zip(self.homes, spans, strict=True):
+            segments[home] = span
+        segments[0] = header + segments[0]
+        try:
+            return assemble_strip(segments, self.table, self.frames)
+        except ShardError as error:
+            raise _SampleError(str(error)) from error
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if sha256(path) != expected:
+        raise ShardError(
+            f"shard {path} is not what the manifest says (SHA-256 differs); "
+            "copy it again or run the same tools/shard.py again"
+        )

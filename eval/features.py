@@ -107,7 +107,7 @@ def extract_features(
     """
     if (reader.labels < 0).any():
         raise ShardError(
-            f"{reader.folder} has samples without labels; evaluate on a set with classes"
+            f"{reader.location} has samples without labels; evaluate on a set with classes"
         )
     # The batch size changes no result, so it is not part of the identity.
     protocol = {k: v for k, v in asdict(config).items() if k != "videos_per_batch"}
@@ -151,7 +151,7 @@ def _encode(
     loader = EvaluationLoader(
         reader,
         DataConfig(
-            shards=reader.folder,
+            shards=reader.location,
             size=config.size,
             clips=ClipSpec(clip_frames=config.clip_frames),
         ),
@@ -164,7 +164,7 @@ def _encode(
     samples: list[np.ndarray] = []
     parts: list[np.ndarray] = []
     shown = tqdm(
-        loader, total=len(loader), desc=f"features {reader.folder.name}", disable=not world.is_first
+        loader, total=len(loader), desc=f"features {reader.name}", disable=not world.is_first
     )
     try:
         for batch in shown:
@@ -180,5 +180,5 @@ def _encode(
     order = np.concatenate([s for s, _ in gathered])
     clips = np.concatenate([c for _, c in gathered])
     if not np.array_equal(np.sort(order), np.arange(reader.num_samples)):
-        raise ShardError(f"{reader.folder}: not every sample was encoded exactly once")
+        raise ShardError(f"{reader.location}: not every sample was encoded exactly once")
     return clips[np.argsort(order)]

@@ -186,7 +186,7 @@ class _Bench:
     def loader(self) -> None:
         """Batches as training gets them; the set must hold a batch."""
         config = DataConfig(
-            shards=self.reader.folder,
+            shards=self.reader.location,
             batch_size=min(self.args.batch, self.reader.num_samples),
             size=self.args.size,
             threads=self.args.threads,

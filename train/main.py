@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         TrainConfig, argv, prog="train/main.py", description="Pretrain a video encoder."
     )
     config.check_world(current_world())
-    reader = ShardReader(config.data.shards, config.data.check)
+    reader = ShardReader(config.data.shards, config.data.check, config.data.download)
     device = choose_device(config.engine, current_world())
     if config.plan_only:
         _print_plan(config, device, reader)

@@ -83,7 +83,7 @@ def describe_run(
         ("world", _world(config, world, device, dtype)),
         (
             "data",
-            f"{reader.folder}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
+            f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
         ),
         (
             "batch",

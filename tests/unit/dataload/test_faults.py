@@ -19,28 +19,26 @@ CPU = torch.device("cpu")
 SEED = 5
 
 
+def change(folder: Path, sample: int, at: bytes, offset: int, new: bytes) -> None:
+    """Overwrite bytes behind the first occurrence of `at` in a sample's strip."""
+    shard, members = ShardReader(folder).members(sample)
+    start, size = members["000.jpg"]
+    path = folder / f"shard-{shard:06d}.tar"
+    content = bytearray(path.read_bytes())
+    place = content.index(at, start, start + size) + offset
+    content[place : place + len(new)] = new
+    path.write_bytes(bytes(content))
+
+
 def damage(folder: Path, samples: Sequence[int]) -> None:
     """Blank the tables in the header of a sample's strip: all frames are lost, no size changes."""
-    reader = ShardReader(folder)
     for sample in samples:
-        shard = int(np.searchsorted(reader._first, sample, side="right")) - 1
-        offset, _ = reader._shards[shard].members[sample - int(reader._first[shard])]["000.jpg"]
-        path = reader._shards[shard].path
-        content = bytearray(path.read_bytes())
-        content[offset + 2 : offset + 300] = bytes(298)
-        path.write_bytes(bytes(content))
+        change(folder, sample, b"\xff\xd8", 2, bytes(298))
 
 
 def break_code(folder: Path, sample: int) -> None:
     """Number a Huffman table as none may be: only the decoder sees it."""
-    reader = ShardReader(folder)
-    shard = int(np.searchsorted(reader._first, sample, side="right")) - 1
-    offset, size = reader._shards[shard].members[sample - int(reader._first[shard])]["000.jpg"]
-    path = reader._shards[shard].path
-    content = bytearray(path.read_bytes())
-    place = content.index(b"\xff\xc4", offset, offset + size)
-    content[place + 4] = 0x2F
-    path.write_bytes(bytes(content))
+    change(folder, sample, b"\xff\xc4", 4, b"\x2f")
 
 
 @pytest.fixture
