@@ -20,8 +20,10 @@ from torch import Tensor
 from strata.errors import WorldError
 
 __all__ = [
+    "Ballot",
     "World",
     "all_equal",
+    "any_rank",
     "any_true",
     "barrier",
     "broadcast_object",
@@ -32,6 +34,7 @@ __all__ = [
     "gather_with_grad",
     "join_world",
     "leave_world",
+    "lost_peer",
     "mean_over_ranks",
     "slurm_environment",
 ]
@@ -281,6 +284,51 @@ def any_true(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(float(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def any_rank(flag: Tensor) -> Tensor:
+    """Where `flag` (bool) holds on any rank, on the device, without waiting for it."""
+    if _size() == 1:
+        return flag
+    value = flag.to(torch.uint8)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.bool()
+
+
+class Ballot:
+    """Flags of the hosts on which all ranks agree once a step, without touching the device.
+
+    They go over a group of their own on gloo, so a GPU is neither waited for nor given work; where
+    a rank is gone, the vote fails at once, which a collective of NCCL would not.
+
+    Args:
+        timeout_s: Until a vote that does not end is fatal.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._group: Any = None
+        if _size() > 1:
+            self._group = dist.new_group(
+                backend="gloo", timeout=datetime.timedelta(seconds=timeout_s)
+            )
+
+    def vote(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any rank raised it. All ranks call it."""
+        if self._group is None:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        return values.bool().tolist()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises when another rank is gone or does not come."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("gloo", "connection closed by peer", "connection reset by peer")
+    )
 
 
 def broadcast_object(value: Any) -> Any:

@@ -2,28 +2,52 @@
 
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from typing import NoReturn
 
 __all__ = [
+    "EXIT_LOST_PEER",
+    "EXIT_NOT_FINITE",
+    "EXIT_NOT_SAVED",
+    "EXIT_PREEMPTED",
     "EXIT_USER_ERROR",
     "CheckpointError",
     "ConfigError",
     "FaultKind",
+    "LostPeerError",
+    "NotFiniteError",
+    "NotSavedError",
     "ShardError",
     "StrataError",
     "VideoFault",
     "WorldError",
     "exit_with_one_line",
+    "run_rank",
 ]
 
 EXIT_USER_ERROR = 2
 """Exit status of every command when the input, not the program, is at fault."""
+EXIT_NOT_FINITE = 3
+"""Losses or gradients are not finite beyond the budget: a person must look."""
+EXIT_NOT_SAVED = 4
+"""A checkpoint could not be written; the last good one stays."""
+EXIT_LOST_PEER = 5
+"""A rank was lost or nothing moved in time: start again with --resume auto."""
+EXIT_PREEMPTED = 75
+"""Stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto.
+
+EX_TEMPFAIL of sysexits.h: a failure that is none if tried again.
+"""
 
 
 class StrataError(Exception):
     """Base of all errors that a user can cause and mend; shown as one line, without traceback."""
+
+    exit_code = EXIT_USER_ERROR
+    """The process's exit status where this error ends it."""
 
 
 class ConfigError(StrataError):
@@ -40,6 +64,24 @@ class CheckpointError(StrataError):
 
 class WorldError(StrataError):
     """The requested group of processes did not form, or its members disagree."""
+
+
+class LostPeerError(WorldError):
+    """A rank of the formed group died, or nothing moved for too long."""
+
+    exit_code = EXIT_LOST_PEER
+
+
+class NotFiniteError(StrataError):
+    """Losses or gradients are NaN or infinite in more steps than may be skipped."""
+
+    exit_code = EXIT_NOT_FINITE
+
+
+class NotSavedError(CheckpointError):
+    """A checkpoint could not be written."""
+
+    exit_code = EXIT_NOT_SAVED
 
 
 class FaultKind(StrEnum):
@@ -89,7 +131,7 @@ class VideoFault(StrataError):
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """Turn a `StrataError` into one line on stderr and exit status 2, at a process's boundary.
+    """Turn a `StrataError` into one line on stderr and its exit status, at a process's boundary.
 
     Every other exception keeps its traceback: it is a fault of the program. In a distributed run
     the line bears the rank, since several ranks may report.
@@ -100,4 +142,30 @@ def exit_with_one_line() -> Iterator[None]:
         rank = os.environ.get("RANK")
         prefix = "error" if rank is None else f"error (rank {rank})"
         print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
+
+
+def run_rank(main: Callable[[], int]) -> NoReturn:
+    """Run one process of a group to its end, and let no fault of a dead group keep it alive.
+
+    After a fault the interpreter is left without its usual farewell, which waits for threads: those
+    of a group that has lost a rank may never end, and the launcher would wait with them.
+
+    Args:
+        main: Returns the exit status.
+    """
+    try:
+        with exit_with_one_line():
+            status = main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        if status == 0:
+            raise
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

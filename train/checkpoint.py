@@ -2,13 +2,19 @@
 
 A checkpoint is a folder `<run>/checkpoints/step-<n>/`:
 
-    engine/            DeepSpeed's files: weights, buffers (queue, prototypes), Adam's state
-    model.safetensors  the weights and buffers alone, for evaluation and export: no pickle
-    state.json         position, config, digests
-    complete.json      SHA-256 of every file; written last
+    model.safetensors     weights and buffers (queue, prototypes, batch norm); enough for evaluation
+    training.safetensors  Adam's state and the random state
+    state.json            position, loss scale, config, digests
+    complete.json         SHA-256 of every file; written last
 
 It is written under a temporary name and renamed, then the pointer `latest` is moved, also by a
-rename. A folder without `complete.json` is never read.
+rename. A folder without `complete.json` is never read. Nothing in it is pickled, and nothing in it
+depends on the number of ranks or ZeRO's stage: DeepSpeed's own format has both faults, and would
+write the weights twice.
+
+The state is copied to the host's memory between two steps (all ranks take part), and rank 0 writes
+the copy in a thread while training goes on: the copy is nobody else's, so what is written cannot
+depend on when.
 """
 
 import dataclasses
@@ -16,34 +22,37 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from strata.distributed import World, barrier
-from strata.errors import CheckpointError, ConfigError
-from strata.train.engine import Engine
+from strata.errors import CheckpointError, ConfigError, NotSavedError
+from strata.train.engine import Engine, Snapshot
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 
 __all__ = [
     "CheckpointConfig",
     "RunState",
+    "Saver",
+    "Written",
     "backbone_config",
     "find_checkpoint",
     "load_backbone",
     "read_state",
     "restore",
-    "save",
+    "write",
 ]
 
 _FOLDER = "checkpoints"
 _LATEST = "latest"
-_ENGINE = "engine"
 _MODEL = "model.safetensors"
+_TRAINING = "training.safetensors"
 _STATE = "state.json"
 _COMPLETE = "complete.json"
 _TEMPORARY = ".writing-"
@@ -58,6 +67,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes one at each epoch's end."""
     keep: int = 3
     """How many to keep, the newest."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -65,10 +76,10 @@ class CheckpointConfig:
         Raises:
             ConfigError: A field is out of its range.
         """
-        if self.every_steps < 0 or self.keep < 1:
+        if self.every_steps < 0 or self.keep_every < 0 or self.keep < 1:
             raise ConfigError(
-                f"checkpoint.every_steps is {self.every_steps}, checkpoint.keep {self.keep}; "
-                "use 0 or more, and 1 or more"
+                f"checkpoint.every_steps is {self.every_steps}, checkpoint.keep {self.keep}, "
+                f"checkpoint.keep_every {self.keep_every}; use 0 or more, 1 or more, 0 or more"
             )
 
 
@@ -87,6 +98,10 @@ class RunState:
     world_size: int
     config: dict[str, Any]
     """The resolved configuration."""
+    num_skipped: int = 0
+    """Steps left out since the run's start because something was not finite."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """State of fp16's loss scaling; empty without."""
 
 
 def _sha256(path: Path) -> str:
@@ -103,54 +118,111 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _plain_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-
-
-def save(
-    engine: Engine,
-    model: nn.Module,
-    state: RunState,
-    run: Path,
-    world: World,
-    config: CheckpointConfig,
-) -> Path:
-    """Write a checkpoint. All ranks call it; it returns when it is whole.
+class Saver:
+    """Writes checkpoints of one run, one at a time, in a thread of rank 0.
 
     Args:
-        engine: What holds the optimizer.
-        model: The module inside the engine.
+        run: The run's folder.
+        config: How many to keep.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig) -> None:
+        self._run, self._config = run, config
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._written: Written | None = None
+
+    def begin(self, snapshot: Snapshot, state: RunState) -> None:
+        """Start to write; waits for the one before."""
+        self._join()
+        self._thread = threading.Thread(
+            target=self._work, args=(snapshot, state), name="strata-saver"
+        )
+        self._thread.start()
+
+    def _work(self, snapshot: Snapshot, state: RunState) -> None:
+        start = time.perf_counter()
+        try:
+            path = write(snapshot, state, self._run, self._config)
+            self._written = Written(path, state.step, time.perf_counter() - start)
+        except BaseException as error:
+            self._error = error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Let what was begun come to its end; a failure that nobody took is dropped."""
+        self._join()
+
+    def finish(self) -> "Written | None":
+        """Wait for the writing and take its result.
+
+        Raises:
+            NotSavedError: It could not be written.
+        """
+        self._join()
+        return self.take()
+
+    def take(self) -> "Written | None":
+        """What was written since the last call, without waiting.
+
+        Raises:
+            NotSavedError: It could not be written.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        written, self._written = self._written, None
+        return written
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is whole."""
+
+    path: Path
+    step: int
+    took_s: float
+    """From the copy in memory to the pointer on the disk."""
+
+
+def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConfig) -> Path:
+    """Write a checkpoint; it is whole when this returns. Only rank 0 calls it.
+
+    Args:
+        snapshot: The engine's state.
         state: The position.
         run: The run's folder.
-        world: This rank and its peers.
         config: How many to keep.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: The disk refused.
+        NotSavedError: The disk refused; nothing is left of the attempt, and the others stay.
     """
     root = run / _FOLDER
     final = root / f"step-{state.step:09d}"
     writing = root / f"{_TEMPORARY}{state.step:09d}"
     try:
-        if world.is_first:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir(parents=True)
-        barrier()
-        engine.save(writing, _ENGINE)
-        barrier()
-        if world.is_first:
-            save_file(_plain_tensors(model), writing / _MODEL)
-            text = json.dumps(dataclasses.asdict(state), indent=2)
-            (writing / _STATE).write_text(text, encoding="utf-8")
-            _seal(writing, final)
-            _point_to(root, final)
-            _drop_old(root, config.keep)
-        barrier()
-    except OSError as error:
-        raise CheckpointError(
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        save_file(dict(snapshot.model), writing / _MODEL)
+        save_file(dict(snapshot.training), writing / _TRAINING)
+        text = json.dumps(dataclasses.asdict(state), indent=2)
+        (writing / _STATE).write_text(text, encoding="utf-8")
+        _seal(writing, final)
+        _point_to(root, final)
+        _drop_old(root, config)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise NotSavedError(
             f"checkpoint {final} could not be written: {error}; free space or mend the disk, then "
             "go on with --resume auto"
         ) from error
@@ -179,9 +251,13 @@ def _point_to(root: Path, final: Path) -> None:
     _sync(root)
 
 
-def _drop_old(root: Path, keep: int) -> None:
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def _drop_old(root: Path, config: CheckpointConfig) -> None:
+    every = config.keep_every
+    for old in sorted(root.glob("step-*"))[: -config.keep]:
+        if every == 0 or int(old.name.removeprefix("step-")) % every:
+            # A kill while files are removed must not leave a folder that looks whole.
+            (old / _COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(old)
     for torn in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(torn)
 
@@ -216,7 +292,8 @@ def _check_hashes(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or _sha256(path) != expected:
             raise CheckpointError(
-                f"checkpoint file {path} is missing or altered; use an older checkpoint"
+                f"checkpoint file {path} is missing or altered; use an older checkpoint: write its "
+                f"folder's name into {folder.parent / _LATEST}, or remove this folder"
             )
 
 
@@ -236,9 +313,6 @@ def read_state(folder: Path) -> RunState:
 def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     """Load everything from a checkpoint after comparing all its hashes. All ranks call it.
 
-    DeepSpeed's files are pickled: resume only from runs that you trust. Evaluation and export read
-    `model.safetensors` instead.
-
     Args:
         engine: What holds the optimizer.
         model: The module inside the engine.
@@ -249,8 +323,21 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     """
     _check_hashes(folder)
     _check_architecture(folder / _MODEL, model)
-    engine.load(folder, _ENGINE)
-    return read_state(folder)
+    state = read_state(folder)
+    try:
+        engine.restore(
+            Snapshot(
+                model=load_file(folder / _MODEL),
+                training=load_file(folder / _TRAINING),
+                loss_scale=state.loss_scale,
+            )
+        )
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit this model: {str(error).splitlines()[0]}; resume "
+            "with the run's own config.yaml"
+        ) from error
+    return state
 
 
 def load_backbone(folder: Path) -> Backbone:

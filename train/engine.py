@@ -1,7 +1,7 @@
-"""The only importer of deepspeed: derive its JSON, initialise, backward, step, save, load."""
+"""The only importer of deepspeed: derive its JSON, initialise, backward, step, copy the state."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from strata.distributed import World
+from strata.distributed import World, gather
 from strata.errors import CheckpointError, ConfigError
 
-__all__ = ["Engine", "EngineConfig", "ParameterGroup", "choose_device", "derive_deepspeed"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "ParameterGroup",
+    "Snapshot",
+    "choose_device",
+    "derive_deepspeed",
+]
+
+_STEP = "step"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +174,8 @@ class Engine:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
         self._config = config
         self._zero = config.zero
+        self._world = world
+        self._model = model
         self.device = device
         # Any: DeepSpeed's declared types name every optimizer that it could have made.
         self.engine: Any
@@ -220,22 +232,143 @@ class Engine:
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights, buffers and optimizer state below `folder/tag`. All ranks call it."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def snapshot(self, *, keep: bool = True) -> "Snapshot":
+        """Copy weights, buffers, Adam's state, loss scale and random state to the host's memory.
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote. All ranks call it.
+        All ranks call it, since ZeRO's shares are gathered; the names and shapes are the same for
+        each stage and any number of ranks.
+
+        Args:
+            keep: Whether this rank wants the copy; the others get an empty one.
+        """
+        training: dict[str, Tensor] = {}
+        for name, moments in self._adam():
+            if keep:
+                training |= {f"{kind}.{name}": _to_host(value) for kind, value in moments.items()}
+        if not keep:
+            return Snapshot(model={}, training={}, loss_scale={})
+        training["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            training["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        model = {name: _to_host(value) for name, value in self._model.state_dict().items()}
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        return Snapshot(
+            model=model,
+            training=training,
+            loss_scale={} if scaler is None else dict(scaler.state_dict()),
+        )
+
+    def restore(self, snapshot: "Snapshot") -> None:
+        """Take back what `snapshot` copied, bit by bit. All ranks call it.
 
         Raises:
-            CheckpointError: The state does not fit this model or world.
+            CheckpointError: The state does not fit this model.
         """
-        try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=True)
-        except (RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"checkpoint {folder / tag} does not fit this model: {str(error).splitlines()[0]}; "
-                "resume with the run's own config.yaml"
-            ) from error
-        if path is None:
-            raise CheckpointError(f"checkpoint {folder / tag} holds no engine state; use another")
+        training = dict(snapshot.training)
+        with torch.no_grad():
+            self._model.load_state_dict(snapshot.model, strict=True)
+        for name in ("random.cpu", "random.cuda"):
+            state = training.pop(name, None)
+            if name == "random.cpu" and state is not None:
+                torch.set_rng_state(state)
+            elif state is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state, self.device)
+        named = dict(self._model.named_parameters())
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key, value in training.items():
+            kind, _, name = key.partition(".")
+            fits = name in named and kind in (_STEP, *_MOMENTS)
+            if not fits or (kind in _MOMENTS and value.shape != named[name].shape):
+                raise CheckpointError(f"the optimizer's {key} has no place in this model")
+            saved.setdefault(name, {})[kind] = value
+        if self._zero:
+            self._restore_sharded(saved)
+        else:
+            inner = self.engine.optimizer
+            inner.state.clear()
+            for name, moments in saved.items():
+                parameter = named[name]
+                inner.state[parameter] = {
+                    _STEP: moments[_STEP].to(self._step_device(parameter)),
+                    **{k: torch.empty_like(parameter).copy_(moments[k]) for k in _MOMENTS},
+                }
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        if scaler is not None and snapshot.loss_scale:
+            scaler.load_state_dict(snapshot.loss_scale)
+
+    def _step_device(self, parameter: Tensor) -> torch.device:
+        """Where Adam keeps its count of steps."""
+        return parameter.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def _adam(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Adam's state of every parameter that was ever updated, by name."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        if not self._zero:
+            for parameter, state in self.engine.optimizer.state.items():
+                yield names[id(parameter)], {k: state[k] for k in (_STEP, *_MOMENTS)}
+            return
+        for parameters, flat, part, inner in self._shares():
+            state = inner.state.get(part, {})
+            if not state or float(state[_STEP]) == 0:
+                continue
+            full = {k: gather(state[k]) for k in _MOMENTS}
+            for parameter in parameters:
+                at = parameter.storage_offset() - flat.storage_offset()
+                yield (
+                    names[id(parameter)],
+                    {
+                        _STEP: state[_STEP],
+                        **{
+                            k: v[at : at + parameter.numel()].view(parameter.shape)
+                            for k, v in full.items()
+                        },
+                    },
+                )
+
+    def _shares(self) -> Iterator[tuple[list[nn.Parameter], Tensor, nn.Parameter, Any]]:
+        """Of each of ZeRO's groups: parameters, the vector they are views of, this rank's part."""
+        zero = self.engine.optimizer
+        for group, flat, part in zip(
+            zero.bit16_groups,
+            zero.bit16_groups_flat,
+            zero.single_partition_of_fp32_groups,
+            strict=True,
+        ):
+            yield group, flat, part, zero.optimizer
+
+    def _restore_sharded(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        for parameters, flat, part, inner in self._shares():
+            start = self._world.rank * part.numel()
+            # The weights are views of the flat vector: loading them has filled it.
+            part.data.copy_(flat[start : start + part.numel()])
+            inner.state.pop(part, None)
+            known = [p for p in parameters if names[id(p)] in saved]
+            if not known:
+                continue
+            full = {k: torch.zeros_like(flat) for k in _MOMENTS}
+            for parameter in known:
+                at = parameter.storage_offset() - flat.storage_offset()
+                for k, vector in full.items():
+                    vector[at : at + parameter.numel()] = saved[names[id(parameter)]][k].flatten()
+            inner.state[part] = {
+                _STEP: saved[names[id(known[0])]][_STEP].to(self._step_device(part)),
+                **{k: v[start : start + part.numel()].clone() for k, v in full.items()},
+            }
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """A copy of its own in the host's memory, contiguous."""
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All that an engine's future depends on, on the host."""
+
+    model: Mapping[str, Tensor]
+    """Weights and buffers by name."""
+    training: Mapping[str, Tensor]
+    """Adam's `step.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`; `random.cpu`, `random.cuda`."""
+    loss_scale: Mapping[str, float]
+    """State of fp16's loss scaling; empty without."""

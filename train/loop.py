@@ -15,19 +15,21 @@ from strata.dataload.faults import Fault, SampleFaultError
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
-from strata.distributed import World, any_true, barrier
-from strata.errors import CheckpointError, StrataError
+from strata.distributed import Ballot, World, any_true, barrier, lost_peer
+from strata.errors import CheckpointError, LostPeerError, NotSavedError, StrataError
 from strata.hardware import GpuCollector
 from strata.logs import get_logger
 from strata.metrics import Metrics
 from strata.train import checkpoint
-from strata.train.checkpoint import RunState
+from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
 from strata.train.method import LossTerms, Method, VideoModel
 from strata.train.schedules import phase_at
 from strata.train.start_page import describe_run
+from strata.train.stop import StopSignals
 from strata.train.throughput import Clock
+from strata.watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
@@ -99,6 +101,8 @@ class Trainer:
         )
         self._progress: Any = None
         self._faulty: set[int] = set()
+        self._saver = Saver(config.run, config.checkpoint)
+        self._failed_saves, self._blocked_s, self._stopped = 0, 0.0, False
         if device.type == "cuda":
             metrics.add_collector(GpuCollector(str(torch.cuda.get_device_properties(device).uuid)))
 
@@ -135,8 +139,16 @@ class Trainer:
         )
         logger.info("resumed %s at step %d", found, state.step)
 
-    def fit(self) -> None:
-        """Train from the current position to the end."""
+    def fit(self) -> bool:
+        """Train from the current position to the end, or until a signal asks to stop.
+
+        Returns:
+            Whether the end was reached; else a checkpoint holds the position.
+
+        Raises:
+            LostPeerError: Another rank is gone.
+            NotSavedError: A checkpoint could not be written, twice or for the first time.
+        """
         self._announce()
         schedule = self.config.schedule
         loader = TrainLoader(
@@ -149,35 +161,64 @@ class Trainer:
             start_step=self.state.epoch_step,
             wants_long=lambda e: self.config.method.wants_long(phase_at(schedule, e).stage),
         )
-        clock, interval = Clock(), _Interval()
-        last_saved = self.state.step
+        limit_s = self.config.engine.world_timeout_s
+        advice = "look for a dead rank or a hanging file system, or raise engine.world_timeout_s"
         try:
-            batches = iter(loader)
-            while self.state.step < self.total_steps:
-                batch = next(batches)
-                clock.data_arrived()
-                self._record_faults(batch.faults)
-                self.model.train()
-                interval.add(self.step(batch))
-                clock.step_done()
-                self._advance()
-                self._count(batch, clock)
-                # Read before saving too, so that weights that are not finite are never kept.
-                if self._due(self.config.monitor.log_every) or self._save_due():
-                    self._report(interval, clock, batch)
-                    interval = _Interval()
-                if self._save_due():
-                    self.save()
-                    last_saved = self.state.step
-            if last_saved != self.state.step:
-                self.save()
+            with StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
+                self._steps(loader, stop, watchdog)
+                watchdog.beat("writing the last checkpoint")
+                self._finish_saving()
+                watchdog.beat("waiting for the other ranks")
+                barrier()
         except SampleFaultError as error:
             self._record_faults(error.faults)
             raise
+        except RuntimeError as error:
+            if not lost_peer(error):
+                raise
+            raise LostPeerError(
+                f"another rank was lost in step {self.state.step + 1} or does not come "
+                f"({str(error).splitlines()[0]}); its own message tells why. Start again with "
+                "--resume auto"
+            ) from error
         finally:
+            self._saver.close()
             loader.close()
             if self._progress is not None:
                 self._progress.close()
+        if self._stopped:
+            self.metrics.record("stopped", step=self.state.step)
+        return not self._stopped
+
+    def _steps(self, loader: TrainLoader, stop: StopSignals, watchdog: Watchdog) -> None:
+        """Train until the end or until a rank is told to stop; the last state is being saved."""
+        config, ballot = self.config, Ballot(self.config.engine.world_timeout_s)
+        clock, interval = Clock(), _Interval()
+        last_saved, batches = self.state.step, iter(loader)
+        while self.state.step < self.total_steps and not self._stopped:
+            watchdog.beat(f"waiting for the batch of step {self.state.step + 1}")
+            batch = next(batches)
+            clock.data_arrived()
+            watchdog.beat(f"computing step {self.state.step + 1}")
+            self._record_faults(batch.faults)
+            self.model.train()
+            interval.add(self.step(batch))
+            clock.step_done()
+            self._advance()
+            self._count(batch, clock)
+            # Read before saving too, so that weights that are not finite are never kept.
+            if self._due(config.monitor.log_every) or self._save_due():
+                self._report(interval, clock, batch)
+                interval = _Interval()
+            wrong = self._look_after_save()
+            self._stopped, lost = ballot.vote(stop.received is not None, wrong is not None)
+            if lost:
+                raise wrong or NotSavedError("rank 0 could not write a checkpoint; see its message")
+            if self._save_due() and not self._stopped:
+                self.save()
+                last_saved = self.state.step
+        if last_saved != self.state.step:
+            self.save()
 
     def step(self, batch: Batch) -> LossTerms:
         """Forward, losses, backward, update."""
@@ -198,20 +239,59 @@ class Trainer:
         return terms
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks call it."""
+        """Copy the state and let rank 0 write it while training goes on; all ranks call it."""
         start = time.perf_counter()
-        path = checkpoint.save(
-            self.engine,
-            self.model,
-            self.state,
-            self.config.run,
-            self.world,
-            self.config.checkpoint,
-        )
-        took_s = time.perf_counter() - start
-        self.metrics.set("strata_checkpoint_duration_seconds", took_s)
+        snapshot = self.engine.snapshot(keep=self.world.is_first)
+        if self.world.is_first:
+            state = dataclasses.replace(self.state, loss_scale=dict(snapshot.loss_scale))
+            self._saver.begin(snapshot, state)
+        self._blocked_s = time.perf_counter() - start
+
+    def _look_after_save(self) -> NotSavedError | None:
+        """Report a checkpoint that was written; say what is wrong if the run cannot go on.
+
+        One periodic save may fail while an older checkpoint stays: the next is the second attempt.
+        """
+        try:
+            written = self._saver.take()
+        except NotSavedError as error:
+            self._failed_saves += 1
+            self.metrics.record("checkpoint_failed", step=self.state.step, reason=str(error))
+            if self._failed_saves > 1 or checkpoint.find_checkpoint(self.config.run) is None:
+                return error
+            logger.warning("%s. The run goes on and tries once more at the next checkpoint", error)
+            return None
+        if written is not None:
+            self._record_save(written)
+        return None
+
+    def _record_save(self, written: checkpoint.Written) -> None:
+        self._failed_saves = 0
+        self.metrics.set("strata_checkpoint_duration_seconds", written.took_s)
         self.metrics.set("strata_checkpoint_last_success_timestamp_seconds", time.time())
-        self.metrics.record("checkpoint", step=self.state.step, path=str(path), took_s=took_s)
+        self.metrics.record(
+            "checkpoint",
+            step=written.step,
+            path=str(written.path),
+            took_s=written.took_s,
+            blocked_s=self._blocked_s,
+        )
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint is whole.
+
+        Raises:
+            NotSavedError: It could not be written.
+        """
+        wrong = None
+        try:
+            written = self._saver.finish()
+            if written is not None:
+                self._record_save(written)
+        except NotSavedError as error:
+            wrong = error
+        if any_true(wrong is not None, self.device):
+            raise wrong or NotSavedError("rank 0 could not write a checkpoint; see its message")
 
     def _announce(self) -> None:
         config, plan = self.config, None
@@ -322,7 +402,3 @@ class Trainer:
             shown = {"loss": f"{losses['total']:.3f}", "ins": f"{losses['instance']:.3f}"}
             shown |= {"stage": str(phase.stage), "wait": f"{times.data_wait_ratio:.0%}"}
             self._progress.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        """Let the peers arrive before the process group goes."""
-        barrier()

@@ -13,7 +13,7 @@ from strata.config import dump_config, parse_config
 from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import all_equal, barrier, current_world, join_world, leave_world
-from strata.errors import exit_with_one_line
+from strata.errors import EXIT_PREEMPTED, run_rank
 from strata.logs import set_up_logging
 from strata.metrics import Metrics
 from strata.train.config import TrainConfig
@@ -22,8 +22,8 @@ from strata.train.loop import Trainer
 from strata.train.start_page import describe_run
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one rank of a pretraining run."""
+def main(argv: Sequence[str]) -> int:
+    """Run one rank of a pretraining run; returns its exit status."""
     set_up_logging()
     config = parse_config(
         TrainConfig, argv, prog="train/main.py", description="Pretrain a video encoder."
@@ -33,25 +33,34 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(config.engine, current_world())
     if config.plan_only:
         _print_plan(config, device, reader)
-        return
+        return 0
     world = join_world(device, config.engine.world_timeout_s)
+    all_equal("data manifest", reader.manifest.digest)
+    if world.is_first:
+        config.run.mkdir(parents=True, exist_ok=True)
+    barrier()
+    metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
     try:
-        all_equal("data manifest", reader.manifest.digest)
-        if world.is_first:
-            config.run.mkdir(parents=True, exist_ok=True)
-        barrier()
-        metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
         if config.monitor.port:
             metrics.serve(config.monitor.host, config.monitor.port + world.local_rank)
         trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
         trainer.resume()
         if world.is_first:
             dump_config(config, config.run / "config.yaml")
-        trainer.fit()
-        trainer.close()
-        metrics.close()
+        finished = trainer.fit()
     finally:
-        leave_world()
+        metrics.close()
+    # Not after a fault: a group that lost a rank may never dissolve.
+    leave_world()
+    if finished:
+        return 0
+    print(
+        f"stopped at step {trainer.state.step} as a signal asked; go on with --resume auto "
+        f"(exit code {EXIT_PREEMPTED})",
+        file=sys.stderr,
+        flush=True,
+    )
+    return EXIT_PREEMPTED
 
 
 def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) -> None:
@@ -64,5 +73,4 @@ def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) 
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
-        main(sys.argv[1:])
+    run_rank(lambda: main(sys.argv[1:]))

@@ -344,16 +344,16 @@ def cross_boundaries(_: World, zero: Literal[0, 1]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, engine = _engine(zero, folder)
-        states = [copy.deepcopy(model.state_dict())]
+        states, saved = [copy.deepcopy(model.state_dict())], []
         for epoch in range(SCHEDULE.epochs):
             _step(model, engine, epoch)
             states.append(copy.deepcopy(model.state_dict()))
-            engine.save(folder, f"after-{epoch}")
+            saved.append(engine.snapshot())
         resumed = {}
         # Continued across: prototypes freed, queue used, second stage begun.
         for epoch in (0, 1, 2):
             other, engine = _engine(zero, folder)
-            engine.load(folder, f"after-{epoch}")
+            engine.restore(saved[epoch])
             for later in range(epoch + 1, SCHEDULE.epochs):
                 _step(other, engine, later)
             resumed[epoch] = copy.deepcopy(other.state_dict())

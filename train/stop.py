@@ -1,0 +1,44 @@
+"""The wish to stop: SIGTERM and SIGUSR1 are noted, and obeyed at the next step's end."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+__all__ = ["StopSignals"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """While entered, notes the signals that clusters send before they take a machine away.
+
+    Outside of it they end the process at once, as they do by default: there is nothing to save.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            # Not by a logger or print: a signal may come while either holds its lock.
+            rank = os.environ.get("RANK", "0")
+            text = f"rank {rank}: {self.received.name}: saving at the end of this step\n"
+            os.write(sys.stderr.fileno(), text.encode())
+
+    def __enter__(self) -> "StopSignals":
+        for each in _SIGNALS:
+            self._before[each] = signal.signal(each, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.received is None:
+            for each, handler in self._before.items():
+                signal.signal(each, handler)  # pyright: ignore[reportArgumentType]
