@@ -15,7 +15,9 @@ import threading
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 
 from strata.errors import ShardError
@@ -24,6 +26,8 @@ from strata.logs import get_logger
 __all__ = ["Fault", "FaultLog", "SampleFaultError", "find_undecodable", "replace_faulty"]
 
 logger = get_logger(__name__)
+
+_JPEG_START = b"\xff\xd8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +139,22 @@ def replace_faulty(
     return chosen
 
 
-def find_undecodable(strips: Sequence[np.ndarray]) -> list[tuple[int, str]]:
-    """Which of a failed batch's strips are at fault, found by decoding each alone.
+def find_undecodable(coded: Sequence[np.ndarray]) -> list[tuple[int, str]]:
+    """Which of a failed batch's JPEGs or videos are at fault, found by decoding each alone.
 
     Returns:
         Places in the batch with what the decoder said of them.
     """
     faults = []
-    for place, strip in enumerate(strips):
+    for place, content in enumerate(coded):
         try:
-            with Image.open(io.BytesIO(strip.tobytes())) as picture:
-                picture.load()
-        except (OSError, SyntaxError, ValueError) as error:
+            if content[:2].tobytes() == _JPEG_START:
+                with Image.open(io.BytesIO(content.tobytes())) as picture:
+                    picture.load()
+            else:
+                with av.open(io.BytesIO(content.tobytes()), "r") as container:
+                    for _ in container.decode(video=0):
+                        pass
+        except (OSError, SyntaxError, ValueError, FFmpegError) as error:
             faults.append((place, str(error)))
     return faults

@@ -25,6 +25,7 @@ from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
+from strata.dataload.videos import CodedWindows, choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
 
@@ -57,7 +58,7 @@ class DataConfig:
     views: AugmentSpec = field(default_factory=AugmentSpec)
     """Augmentation of each view."""
     decode: DeviceChoice = "auto"
-    """Where JPEGs are decoded; auto takes the GPU where this rank trains on one."""
+    """Where pictures are decoded; auto takes the GPU where this rank trains on one that can."""
     augment: DeviceChoice = "auto"
     """Where views are augmented; auto takes the GPU where this rank trains on one."""
     threads: int = 0
@@ -176,6 +177,7 @@ class _GraphMaker:
         self.augment: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.augment != "cpu" else "cpu"
         if self.augment == "cpu":
             self.decode = "cpu"
+        self.decode = choose_decoder(reader, config.decode, device, self.decode)
         self.device = device
         self.size = config.size
         self.colour_maps = config.views.per_frame or config.views.gray > 0
@@ -191,6 +193,7 @@ class _GraphMaker:
             GraphSpec(
                 batch_size=batch_size,
                 strip_frames=strip_frames,
+                coded="strip" if form.payload == "jpeg" else "video",
                 height=form.height,
                 width=form.width,
                 size=self.size,
@@ -208,14 +211,15 @@ class _GraphMaker:
         self,
         pipeline: ClipPipeline,
         samples: Sequence[int],
-        strips: Sequence[np.ndarray],
+        windows: CodedWindows,
         views: Sequence[ViewParameters],
     ) -> list[Tensor]:
         """Run a graph; name the samples at fault if it fails."""
         try:
-            return [v.to(self.device, non_blocking=True) for v in pipeline.run(strips, views)]
+            made = pipeline.run(windows.coded, views, windows.places)
+            return [v.to(self.device, non_blocking=True) for v in made]
         except RuntimeError as error:
-            places = find_undecodable(strips)
+            places = find_undecodable(windows.coded)
             if not places:
                 raise
             raise SampleFaultError(
@@ -348,7 +352,7 @@ class TrainLoader:
         )
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, 0, 2)
         windows = training_window(reader.num_frames[samples], config.clips, draws)
-        strips = reader.strips(samples, windows)
+        coded = read_windows(reader, samples, windows)
         graph = self._graph(self._wants_long(epoch))
         form = reader.manifest.form
         parameters = [
@@ -365,7 +369,7 @@ class TrainLoader:
             )
             for view in range(len(graph.spec.views))
         ]
-        views = self._maker.run(graph, samples.tolist(), strips, parameters)
+        views = self._maker.run(graph, samples.tolist(), coded, parameters)
         return Batch(
             short=torch.stack(views[:2], dim=1),
             long=views[2] if len(views) > 2 else None,
@@ -373,8 +377,8 @@ class TrainLoader:
             faults=self._faults.take_new(),
             epoch=epoch,
             step=step,
-            frames_decoded=windows.size,
-            bytes_read=sum(s.size for s in strips),
+            frames_decoded=coded.num_frames,
+            bytes_read=coded.num_bytes,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -452,9 +456,9 @@ class EvaluationLoader:
             pairs = [
                 (int(s), clip) for s, clips in zip(samples, frames, strict=True) for clip in clips
             ]
-            strips = self._reader.strips([s for s, _ in pairs], [c for _, c in pairs])
+            coded = read_windows(self._reader, [s for s, _ in pairs], [c for _, c in pairs])
             crop = centre_crop(len(pairs), height=form.height, width=form.width)
-            (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], strips, [crop])
+            (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], coded, [crop])
             yield ClipBatch(
                 clips=clips.unflatten(0, (len(samples), self._num_clips)),
                 samples=samples,

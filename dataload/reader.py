@@ -164,11 +164,6 @@ class ShardReader:
     ) -> None:
         self._place = open_folder(folder, download)
         self.manifest: Manifest = read_manifest(self._place.manifest_folder)
-        if self.manifest.form.payload != "jpeg":
-            raise ShardError(
-                f"{self.location} has the payload {self.manifest.form.payload}; the loader reads "
-                "jpeg: shard the videos again with --payload jpeg"
-            )
         entries = self.manifest.shards
         self._place.check(entries, self.manifest.digest)
         self._files = _OpenShards(self._place, entries, _OPEN_SHARDS)
@@ -269,8 +264,13 @@ class ShardReader:
 
         Raises:
             SampleFaultError: Tables and segments of samples disagree; it names all of them.
-            ShardError: A shard cannot be read.
+            ShardError: A shard cannot be read, or the set's payload is not jpeg.
         """
+        if self.manifest.form.payload != "jpeg":
+            raise ShardError(
+                f"{self.location} has the payload {self.manifest.form.payload}, strips are cut of "
+                "jpeg alone; shard the videos again with --payload jpeg"
+            )
         chosen = np.asarray(samples, np.int64)
         self.fetch_ahead(chosen)
         found: list[np.ndarray] = []

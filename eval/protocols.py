@@ -13,6 +13,7 @@ import torch
 
 from strata.config import plain
 from strata.dataload.reader import ShardReader
+from strata.dataload.videos import refuse_mixed_payloads
 from strata.distributed import World, all_equal, current_world, join_world, leave_world
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
@@ -154,7 +155,7 @@ class _Bench:
         """Features of the training and the test set, whose classes must be the same.
 
         Raises:
-            ConfigError: They are not.
+            ConfigError: They are not, or one is decoded otherwise than the other.
         """
         readers = [ShardReader(first), ShardReader(second)]
         one, two = (r.manifest.classes for r in readers)
@@ -164,6 +165,7 @@ class _Bench:
                 f"{first} and {second} have different classes ({len(one)} and {len(two)}: "
                 f"{differing}); shard both from one data set"
             )
+        refuse_mixed_payloads(readers)
         backbone, identity = self._network(untrained_seed)
         train, test = (
             extract_features(

@@ -245,7 +245,7 @@ def _report(
             f"{_CLIP_FRAMES} frames from the middle of a video, before any scaling"
         )
     lines.append(
-        "  webdataset and DALI's own readers can use the index. Strata's loader reads jpeg shards "
-        "alone: to train on these, unpack them and run tools/shard.py folder"
+        "  webdataset and DALI's own readers can use the index. Strata's loader reads its own "
+        "shards alone: to train on these, unpack them and run tools/shard.py folder"
     )
     return "\n".join(lines)

@@ -101,26 +101,26 @@ def chosen_packets(
 
 def assemble_mp4(
     segments: Sequence[Buffer], table: FrameTable, form: NormalForm, frames: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Join what is needed to decode some frames of a sample to one mp4.
 
     Args:
         segments: The sample's mp4 members in order; those that no frame touches may be empty.
         table: The sample's `frames.i32` member.
         form: The set's normal form.
-        frames: Shape `[N]`, int64, ascending, each once, each in [0, F).
+        frames: Shape `[N]`, int64, N at least 1, ascending, each once, each in [0, F).
 
     Returns:
-        Shape `[B]`, uint8: an mp4 of one track; and `[N]`, int32: which of its frames the chosen
-        ones are.
+        Shape `[B]`, uint8: an mp4 of one track; `[N]`, int32: which of its frames the chosen ones
+        are; and how many frames it has.
 
     Raises:
         ShardError: A frame is out of range, a segment is no mp4, or the table points outside it.
     """
-    if not len(frames) or frames[0] < 0 or frames[-1] >= table.num_frames:
+    if frames[0] < 0 or frames[-1] >= table.num_frames:
         raise ShardError(
-            f"mp4: frames {frames.min(initial=0)} to {frames.max(initial=0)} asked for, "
-            f"the sample has {table.num_frames}; indices start at 0"
+            f"mp4: frames {frames[0]} to {frames[-1]} asked for, the sample has "
+            f"{table.num_frames}; indices start at 0"
         )
     packets, is_key = chosen_packets(table, form, frames)
     homes = packets // table.frames_per_segment
@@ -147,7 +147,8 @@ def assemble_mp4(
         )
     head = _header(descriptions[0], table, lengths, np.flatnonzero(is_key) + 1)
     joined = bytearray().join([head, *parts])
-    return np.frombuffer(joined, np.uint8), np.searchsorted(packets, frames).astype(np.int32)
+    places = np.searchsorted(packets, frames).astype(np.int32)
+    return np.frombuffer(joined, np.uint8), places, len(packets)
 
 
 def _header(

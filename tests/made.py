@@ -4,15 +4,28 @@ import hashlib
 import io
 import json
 import tarfile
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from av.video.frame import VideoFrame
 from PIL import Image
 
-from strata.schema import FrameTable, NormalForm, SampleFacts, ShardEntry, SourceRow
+from strata.preprocess.mp4 import encode_mp4, verify_mp4
+from strata.schema import (
+    FrameTable,
+    NormalForm,
+    SampleFacts,
+    ShardEntry,
+    SourceRow,
+    segment_ext,
+)
 from strata.strip import parse_strip
 
 HEIGHT, WIDTH = 48, 64
+_FULL_BT601: dict[str, Any] = {"format": "yuvj420p", "dst_colorspace": 5, "dst_color_range": 2}
 
 
 def moving_picture(seed: int, num_frames: int, height: int = HEIGHT, width: int = WIDTH):
@@ -33,11 +46,17 @@ def encode_strip(frames: np.ndarray) -> bytes:
 
 
 def make_shards(
-    folder: Path, *, num_videos: int, num_classes: int, shard_size: int, seed: int
+    folder: Path,
+    *,
+    num_videos: int,
+    num_classes: int,
+    shard_size: int,
+    seed: int,
+    form: NormalForm | None = None,
 ) -> None:
     """A small labelled data set; video i has 33 + i % 5 frames and the class i % num_classes."""
     folder.mkdir(parents=True)
-    form = NormalForm(width=WIDTH, height=HEIGHT)
+    form = form or NormalForm(width=WIDTH, height=HEIGHT)
     rows, shards = [], []
     for number, start in enumerate(range(0, num_videos, shard_size)):
         name = f"shard-{number:06d}"
@@ -49,7 +68,7 @@ def make_shards(
                 frames = moving_picture(1000 * seed + video, 33 + video % 5)
                 key, label = f"video-{video:04d}", video % num_classes
                 line = []
-                for ext, content in _members(key, label, frames):
+                for ext, content in _members(key, label, frames, form):
                     info = tarfile.TarInfo(f"{key}.{ext}")
                     info.size = len(content)
                     offset = tar.offset + 512
@@ -94,17 +113,42 @@ def make_shards(
     (folder / "manifest.json").write_text(json.dumps(head))
 
 
-def _members(key: str, label: int, frames: np.ndarray) -> list[tuple[str, bytes]]:
-    strip = encode_strip(frames)
-    offsets, lengths = parse_strip(strip)
-    table = FrameTable(
-        label=label,
-        height=HEIGHT,
-        width=WIDTH,
-        frames_per_segment=NormalForm(width=WIDTH, height=HEIGHT).frames_per_segment,
-        offsets=offsets,
-        lengths=lengths,
+def encode_segments(frames: np.ndarray, form: NormalForm) -> tuple[list[bytes], FrameTable]:
+    """Frames as the mp4 payload, with a table that says where the packets are."""
+    full = [VideoFrame.from_ndarray(f, format="rgb24").reformat(**_FULL_BT601) for f in frames]
+    planes = np.stack([f.to_ndarray() for f in full])
+    segments, offsets, lengths = [], [], []
+    for start in range(0, len(frames), form.frames_per_segment):
+        part = planes[start : start + form.frames_per_segment]
+        segments.append(encode_mp4(part, form, Fraction(25)))
+        found = verify_mp4(segments[-1], part, form, "made")
+        offsets.append(found[0])
+        lengths.append(found[1])
+    return segments, FrameTable(
+        label=0,
+        height=form.height,
+        width=form.width,
+        frames_per_segment=form.frames_per_segment,
+        offsets=np.concatenate(offsets),
+        lengths=np.concatenate(lengths),
     )
+
+
+def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list[tuple[str, bytes]]:
+    if form.payload == "mp4":
+        segments, table = encode_segments(frames, form)
+        table = replace(table, label=label)
+    else:
+        segments = [encode_strip(frames)]
+        offsets, lengths = parse_strip(segments[0])
+        table = FrameTable(
+            label=label,
+            height=HEIGHT,
+            width=WIDTH,
+            frames_per_segment=form.frames_per_segment,
+            offsets=offsets,
+            lengths=lengths,
+        )
     facts = SampleFacts(
         key=key,
         source=f"{key}.avi",
@@ -120,4 +164,5 @@ def _members(key: str, label: int, frames: np.ndarray) -> list[tuple[str, bytes]
         source_pixel_format="rgb24",
         rotation_degrees=0,
     )
-    return [("000.jpg", strip), ("frames.i32", table.to_bytes()), ("json", facts.to_json())]
+    named = [(segment_ext(k, form.payload), s) for k, s in enumerate(segments)]
+    return [*named, ("frames.i32", table.to_bytes()), ("json", facts.to_json())]

@@ -149,7 +149,7 @@ def test_foreign_shards_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "6 samples in 2 tars, 6 with a label" in told
     assert "sizes: 96x64 (6)" in told
     assert "ms of one core to decode 16 frames" in told
-    assert "Strata's loader reads jpeg shards alone" in told
+    assert "Strata's loader reads its own shards alone" in told
     manifest = read_manifest(folder)
     assert manifest.form.payload == "foreign"
     assert manifest.classes == ("c0", "c1", "c2", "3")

@@ -80,9 +80,9 @@ def test_a_flipped_bit_is_found_by_hash(copy: Path):
         ShardReader(copy, check="hash")
 
 
-def test_a_payload_that_the_loader_does_not_read_is_named(copy: Path):
+def test_strips_of_another_payload_are_refused(copy: Path):
     head = json.loads((copy / "manifest.json").read_text())
     head["form"]["payload"] = "mp4"
     (copy / "manifest.json").write_text(json.dumps(head))
-    with pytest.raises(ShardError, match="has the payload mp4; the loader reads jpeg"):
-        ShardReader(copy)
+    with pytest.raises(ShardError, match="has the payload mp4, strips are cut of jpeg alone"):
+        ShardReader(copy).strips([0], [np.arange(2)])

@@ -1,0 +1,151 @@
+"""The mp4 payload: which decoder a rank takes, and the bytes that hold a sample's window."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from strata.dataload.faults import SampleFaultError
+from strata.dataload.pipeline import CPU_VIDEO_CODECS, video_decoder_fault
+from strata.dataload.reader import ShardReader
+from strata.errors import ConfigError, ShardError
+from strata.logs import get_logger, warn_once
+from strata.mp4 import assemble_mp4
+from strata.schema import FRAMES_EXT, FrameTable, segment_ext
+
+__all__ = ["CodedWindows", "choose_decoder", "read_windows", "refuse_mixed_payloads"]
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CodedWindows:
+    """The windows of a batch's samples, coded.
+
+    Args:
+        coded: N tall JPEGs or mp4 files, uint8.
+        places: For mp4, which of each file's frames are the window, `[T]`; empty for JPEGs, whose
+            frames are the window.
+        num_frames: Frames that are decoded for them, in all.
+    """
+
+    coded: list[np.ndarray]
+    places: list[np.ndarray]
+    num_frames: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all."""
+        return sum(c.size for c in self.coded)
+
+
+def read_windows(
+    reader: ShardReader,
+    samples: Sequence[int] | np.ndarray,
+    windows: Sequence[np.ndarray] | np.ndarray,
+) -> CodedWindows:
+    """The chosen frames of several samples, whatever the payload.
+
+    Args:
+        reader: The data set.
+        samples: Sample indices.
+        windows: Frame indices of each, `[T]`, not decreasing; repeats allowed.
+
+    Raises:
+        SampleFaultError: Samples cannot be read; it names all of them.
+    """
+    if reader.manifest.form.payload == "jpeg":
+        strips = reader.strips(samples, windows)
+        return CodedWindows(strips, [], sum(len(w) for w in windows))
+    reader.fetch_ahead(np.asarray(samples, np.int64))
+    coded, places, faults, num_frames = [], [], [], 0
+    for sample, window in zip(samples, windows, strict=True):
+        try:
+            frames, again = np.unique(np.asarray(window, np.int64), return_inverse=True)
+            content, chosen, packets = _read_video(reader, int(sample), frames)
+            coded.append(content)
+            places.append(chosen[again])
+            num_frames += packets
+        except SampleFaultError as error:
+            faults += error.faults
+    if faults:
+        raise SampleFaultError(faults)
+    return CodedWindows(coded, places, num_frames)
+
+
+def _read_video(
+    reader: ShardReader, sample: int, frames: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    content = reader.member(sample, FRAMES_EXT)
+    try:
+        table = FrameTable.from_bytes(content)
+        segments = [b""] * table.num_segments
+        for segment in np.unique(frames // table.frames_per_segment).tolist():
+            segments[segment] = reader.member(sample, segment_ext(segment, "mp4"))
+        return assemble_mp4(segments, table, reader.manifest.form, frames)
+    except SampleFaultError:
+        raise
+    except (ShardError, IndexError) as error:
+        raise SampleFaultError([reader.fault(sample, str(error))]) from error
+
+
+def choose_decoder(
+    reader: ShardReader,
+    wanted: Literal["cpu", "gpu", "auto"],
+    device: torch.device,
+    default: Literal["cpu", "gpu"],
+) -> Literal["cpu", "gpu"]:
+    """Where a rank decodes a data set.
+
+    Args:
+        reader: The data set.
+        wanted: `data.decode`.
+        device: Where the rank trains.
+        default: Where it decodes JPEGs.
+
+    Raises:
+        ConfigError: Nothing that the setting allows decodes the payload.
+    """
+    form = reader.manifest.form
+    if form.payload == "jpeg":
+        return default
+    if form.payload == "foreign":
+        raise ConfigError(
+            f"{reader.manifest.dataset} shards are not Strata's own: their videos have any size, "
+            "codec and place of key frames; unpack them and run tools/shard.py folder"
+        )
+    again = "shard the videos again with --payload jpeg"
+    if default == "gpu":
+        first, _, _ = _read_video(reader, 0, np.array([0]))
+        fault = video_decoder_fault(first, device.index or 0)
+        if fault is None:
+            return "gpu"
+        if wanted == "gpu":
+            raise ConfigError(
+                f"data.decode is gpu, but this GPU does not decode {form.codec} video ({fault}); "
+                f"use data.decode auto or cpu, or {again}"
+            )
+        warn_once(logger, f"this GPU does not decode {form.codec} video ({fault}): the CPU does")
+    if form.codec not in CPU_VIDEO_CODECS:
+        raise ConfigError(
+            f"the shards hold {form.codec} video, which DALI decodes on a GPU's video decoder "
+            f"alone, and this rank has none; {again}, or --codec {CPU_VIDEO_CODECS[0]}"
+        )
+    return "cpu"
+
+
+def refuse_mixed_payloads(readers: Sequence[ShardReader]) -> None:
+    """Refuse sets that go through different decoders, since their figures would not compare.
+
+    Raises:
+        ConfigError: The readers' payloads or codecs differ.
+    """
+    forms = [r.manifest.form for r in readers]
+    kinds = [f.payload if f.payload != "mp4" else f"mp4 ({f.codec})" for f in forms]
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            f"the shards of one run hold different payloads, {' and '.join(kinds)}; shard all "
+            "videos with the same --payload and --codec"
+        )
