@@ -69,6 +69,9 @@ class TrainConfig:
     """auto goes on from the run's newest checkpoint, or starts if there is none."""
     stop_after_steps: int = 0
     """End after so many steps since the run's start, with a checkpoint; 0 runs all epochs."""
+    collect_every_steps: int = 100
+    """Steps between collections of Python's garbage, the same on all ranks; 0 leaves it to Python,
+    which collects at any moment on any rank while the others wait."""
     plan_only: bool = False
     """Print what the run would do (docs/operations.md, The start-up page) and end."""
 
@@ -82,6 +85,8 @@ class TrainConfig:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
         if self.stop_after_steps < 0:
             raise ConfigError(f"stop_after_steps is {self.stop_after_steps}; use 0 or more")
+        if self.collect_every_steps < 0:
+            raise ConfigError(f"collect_every_steps is {self.collect_every_steps}; use 0 or more")
         if self.method.queue_length < self.data.batch_size:
             raise ConfigError(
                 f"method.queue_length {self.method.queue_length} is shorter than "

@@ -24,6 +24,7 @@ from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
+from strata.train.garbage import StepGarbage
 from strata.train.method import LossTerms, Method, VideoModel
 from strata.train.schedules import phase_at
 from strata.train.start_page import describe_run
@@ -100,6 +101,7 @@ class Trainer:
             config=plain(config),
         )
         self._progress: Any = None
+        self._garbage = StepGarbage(config.collect_every_steps)
         self._faulty: set[int] = set()
         self._saver = Saver(config.run, config.checkpoint)
         self._failed_saves, self._blocked_s, self._stopped = 0, 0.0, False
@@ -182,6 +184,7 @@ class Trainer:
                 "--resume auto"
             ) from error
         finally:
+            self._garbage.close()
             self._saver.close()
             loader.close()
             if self._progress is not None:
@@ -225,7 +228,10 @@ class Trainer:
         config = self.config
         phase = phase_at(config.schedule, batch.epoch)
         orders = [
-            order.to(self.device, non_blocking=True)
+            # From pinned memory, or the copy would wait for the device.
+            (order.pin_memory() if self.device.type == "cuda" else order).to(
+                self.device, non_blocking=True
+            )
             for order in self.model.orders(
                 batch.samples, batch.epoch, config.seed, config.data.clips.clip_frames
             )
@@ -326,6 +332,7 @@ class Trainer:
             epoch=state.epoch + last,
             epoch_step=0 if last else state.epoch_step + 1,
         )
+        self._garbage.step_done(self.state.step)
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total_steps

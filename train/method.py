@@ -7,6 +7,7 @@ K prototypes.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -220,6 +221,13 @@ class LossTerms:
     """Health of the representation, where it was asked for."""
 
 
+@cache
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on the device: to bring a constant there in every step is to wait for it every time."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
+    return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
+
+
 def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decoded clips as the input of the first convolution.
 
@@ -232,8 +240,7 @@ def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float3
         `[N, in_channels, T, H, W]`, by ImageNet's mean and deviation; the memory keeps channels
         last, so nothing is transposed.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=clips.device) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=clips.device) * 255)
+    mean, scale = _mean_and_scale(clips.device)
     values = ((clips - mean) * scale).to(dtype)
     if in_channels > 3:
         values = nn.functional.pad(values, (0, in_channels - 3))

@@ -1,0 +1,101 @@
+"""An ordinary step never reads a tensor on the host, nor brings a constant to the device."""
+
+import gc
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from strata.config import parse_config
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.metrics import Metrics
+from strata.train.config import TrainConfig
+from strata.train.loop import Trainer
+from tests.commands import TINY
+from tests.gloo import run_ranks
+
+_ATEN = torch.ops.aten
+# What waits on a GPU: .item(), bool(), float(); shapes that depend on values; torch.tensor(values).
+WAITS = (
+    _ATEN._local_scalar_dense.default,
+    _ATEN.is_nonzero.default,
+    _ATEN.equal.default,
+    _ATEN.nonzero.default,
+    _ATEN.masked_select.default,
+    _ATEN.lift_fresh.default,
+)
+# torch's Adam counts its steps in tensors on the host where it is not the fused one of GPUs; orders
+# are made on the host, and copied without waiting.
+ALLOWED = ("/torch/optim/", " in orders")
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in WAITS:
+            frames = traceback.extract_stack()
+            stack = "\n".join(f"{f.filename}:{f.lineno} in {f.name}" for f in frames)
+            if not any(allowed in stack for allowed in ALLOWED):
+                self.waits.append(f"{func}\n{stack}")
+        return func(*args, **(kwargs or {}))
+
+
+def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str, Any]:
+    """The tiny run of both stages, watched in every step and between steps."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    words = ["--config", str(folder / "tiny.yaml"), "--data.shards", str(shards / "train")]
+    words += ["--run", str(folder / "run"), "--monitor.log_every", str(log_every)]
+    words += ["--monitor.health_every", "1000", "--checkpoint.every_steps", "1000"]
+    words += ["--collect_every_steps", "4"]
+    config = parse_config(TrainConfig, words, prog="test", description="")
+    config.run.mkdir(exist_ok=True)
+    trainer = Trainer(
+        config,
+        world=world,
+        device=torch.device("cpu"),
+        reader=ShardReader(config.data.shards),
+        metrics=Metrics(),
+    )
+    watch, collected = Watch(), []
+    step, advance = trainer.step, trainer._advance
+
+    def watched_step(batch: Any) -> Any:
+        if trainer.state.step == 0:  # Constants are brought once.
+            return step(batch)
+        with watch:
+            return step(batch)
+
+    def watched_advance() -> None:
+        with watch:
+            advance()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and trainer.state.step:
+            collected.append((trainer.state.step, info["generation"]))
+
+    trainer.step, trainer._advance = watched_step, watched_advance
+    gc.callbacks.append(note)
+    try:
+        trainer.fit()
+    finally:
+        gc.callbacks.remove(note)
+    return {"waits": watch.waits, "collected": collected, "gc": gc.isenabled()}
+
+
+def test_no_wait_and_no_collection_but_at_chosen_steps(shards: Path, tmp_path: Path):
+    (found,) = run_ranks(train, 1, tmp_path, shards, 1000)
+    assert not found["waits"], f"{len(found['waits'])} waits, first {found['waits'][0]}"
+    # At first to set the start aside, then at every fourth step of 18.
+    steps = [step for step, _ in found["collected"] if step < 18]
+    assert steps == [1, 4, 8, 12, 16]
+    assert all(generation == 2 for _, generation in found["collected"][:5])
+    assert found["gc"]
