@@ -65,7 +65,7 @@ class DataConfig:
     """DALI threads of a rank; 0 divides the machine's cores by its ranks."""
     prefetch: int = 2
     """Batches made ahead."""
-    pool_samples: int = 4096
+    pool_samples: int = 16_384
     """Samples shuffled together, see dataload/plan.py."""
     check: Literal["size", "hash"] = "size"
     """Whether shards are compared with the manifest at start by size or by SHA-256."""

@@ -28,8 +28,8 @@ class Plan:
     """Samples in a global batch."""
     seed: int
     """In [0, 2^64)."""
-    pool_samples: int = 4096
-    """Samples shuffled together."""
+    pool_samples: int = 16_384
+    """Samples shuffled together: all of UCF101; for larger sets see docs/benchmarks.md."""
 
     def __post_init__(self) -> None:
         """Check that there is at least one batch.

@@ -11,6 +11,7 @@ at a time.
 import errno
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +42,8 @@ from strata.strip import assemble_strip
 
 __all__ = ["ShardReader"]
 
-_OPEN_SHARDS = 128
-"""Descriptors kept; a pool of 4,096 samples is in 33 shards of 128."""
+_OPEN_SHARDS = 256
+"""Descriptors kept; a pool of 16,384 samples is in 130 shards of 128."""
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
@@ -86,6 +87,8 @@ class _OpenShards:
         self._folder, self._entries, self._limit = folder, entries, limit
         self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()
+        # A reader that nobody closed gives its descriptors back when it goes.
+        weakref.finalize(self, _close_all, self._open)
 
     def read(self, shard: int, place: Place) -> bytes:
         """Bytes of a shard.
@@ -135,8 +138,12 @@ class _OpenShards:
     def close(self) -> None:
         """Close all."""
         with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+            _close_all(self._open)
+
+
+def _close_all(descriptors: OrderedDict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 class ShardReader:

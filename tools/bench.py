@@ -10,6 +10,8 @@ SUBJECTS = {
     "dataload": "strata.tools.bench_dataload",
     "device": "strata.tools.bench_device",
     "preprocess": "strata.tools.bench_preprocess",
+    "shuffle": "strata.tools.bench_shuffle",
+    "soak": "strata.tools.bench_soak",
     "published": "strata.tools.bench_published",
     "train": "strata.tools.bench_train",
 }

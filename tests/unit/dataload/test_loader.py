@@ -139,6 +139,45 @@ def test_one_rank_is_the_union_of_several(shards: Path, num_ranks: int):
         assert torch.equal(batch.long, joined)
 
 
+def test_a_stream_goes_on_with_other_ranks(shards: Path):
+    config = config_for(shards / "train")
+    whole = batches(config, epochs=(0, 1))
+    two = [
+        batches(config, world=World(rank=r, size=2), epochs=(0, 1), start_step=2, count=2)
+        for r in range(2)
+    ]
+    rest = batches(config, epochs=(0, 1), start_step=4)
+    assert len(rest) == 2
+    for step in (0, 1):
+        assert torch.equal(whole[2 + step].short, torch.cat([r[step].short for r in two]))
+    assert all(map(same, whole[4:], rest))
+
+
+def test_three_epochs_show_every_sample_once_each(shards: Path):
+    stream = batches(config_for(shards / "train"), epochs=(0, 3), wants_long=lambda _: False)
+    assert len(stream) == 18
+    for epoch in range(3):
+        seen = np.concatenate([b.samples for b in stream if b.epoch == epoch])
+        assert sorted(seen.tolist()) == list(range(24))
+
+
+def test_closing_a_loader_that_nobody_asked_ends_its_threads(shards: Path):
+    reader = ShardReader(shards / "train")
+    config = config_for(shards / "train")
+    before = threading.active_count()
+    loader = TrainLoader(
+        reader,
+        config,
+        open_plan(reader, config, SEED),
+        world=World(),
+        device=CPU,
+        epochs=(0, 1000),
+    )
+    assert threading.active_count() > before
+    loader.close()
+    assert threading.active_count() == before
+
+
 def test_the_long_sequence_comes_where_it_is_wanted(shards: Path):
     config = config_for(shards / "train", clips=ClipSpec(long_stride=2))
     stream = batches(config, wants_long=lambda epoch: epoch == 1)

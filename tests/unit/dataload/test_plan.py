@@ -41,6 +41,38 @@ def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+@pytest.mark.parametrize("plan", list(plans()), ids=str)
+def test_a_run_that_changes_its_ranks_takes_the_same_samples(plan: Plan):
+    """Three epochs; after each step the run may go on with another number of ranks."""
+    rng = np.random.default_rng(len(plan.shard_sizes))
+    divisors = [r for r in (1, 2, 4, 8) if plan.batch_size % r == 0]
+    whole = plan.steps_per_epoch * plan.batch_size
+    for epoch in range(3):
+        taken = []
+        for step in range(plan.steps_per_epoch):
+            ranks = int(rng.choice(divisors))
+            taken += [plan.batch(epoch, step, rank, ranks) for rank in range(ranks)]
+        taken = np.concatenate(taken)
+        np.testing.assert_array_equal(taken, plan.epoch_order(epoch)[:whole])
+        assert len(set(taken.tolist())) == whole
+        assert plan.num_samples - whole < plan.batch_size
+
+
+def test_every_rank_has_the_same_full_batches_and_no_more():
+    plan = Plan(shard_sizes=(10, 3), batch_size=4, seed=0)
+    assert plan.steps_per_epoch == 3
+    for rank in range(2):
+        assert [len(plan.batch(0, step, rank, 2)) for step in range(3)] == [2, 2, 2]
+        with pytest.raises(ValueError, match="step 3 is outside the epoch's 3"):
+            plan.batch(0, 3, rank, 2)
+
+
+def test_what_an_epoch_leaves_over_changes():
+    plan = Plan(shard_sizes=(50, 50, 3), batch_size=8, seed=0)
+    left = [set(plan.epoch_order(e)[96:].tolist()) for e in range(8)]
+    assert len(set.union(*left)) > 20
+
+
 def test_reads_stay_within_a_pool_of_whole_shards():
     plan = Plan(shard_sizes=(100,) * 20, batch_size=10, seed=0, pool_samples=400)
     for start in range(0, 2000, 400):
