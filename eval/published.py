@@ -1,0 +1,56 @@
+"""What others published, to stand beside one's own figures; each with its protocol and source."""
+
+from strata.eval.page import Published
+
+__all__ = ["PUBLISHED"]
+
+_SUPPLEMENT = "supplement of Qian et al., ICCV 2021, Table 3"
+_PAPER = "Qian et al., ICCV 2021, as listed by wizwand.com (backbone not named there)"
+_TEMPORAL = {
+    "neither temporal term": "55.9 / 28.1",
+    "L_aug alone": "59.3 / 30.7",
+    "L_ret alone": "60.4 / 31.9",
+    "both (the full method)": "63.2 / 33.4",
+}
+
+PUBLISHED: tuple[Published, ...] = (
+    *(
+        Published(
+            what=f"Qian et al., R3D-18, Kinetics-400; {terms}",
+            protocol="linear probe, Top-1, UCF101 / HMDB51",
+            figure=figure,
+            source=_SUPPLEMENT,
+        )
+        for terms, figure in _TEMPORAL.items()
+    ),
+    Published(
+        what="Qian et al., best listed",
+        protocol="finetune, Top-1, UCF101 / HMDB51",
+        figure="79.1 / 47.6",
+        source=_PAPER,
+    ),
+    Published(
+        what="Qian et al., best listed",
+        protocol="retrieval R@1, UCF101 / HMDB51",
+        figure="41.5 / 20.7",
+        source=_PAPER,
+    ),
+    Published(
+        what="TCLR, R3D-18, UCF101",
+        protocol="retrieval R@1, UCF101",
+        figure="56.2",
+        source="Dave et al., CVIU 2022, arXiv 2101.07974",
+    ),
+    Published(
+        what="TCLR, R3D-18, UCF101",
+        protocol="finetune, Top-1, UCF101 / HMDB51",
+        figure="82.4 / 52.9",
+        source="Dave et al., CVIU 2022, arXiv 2101.07974",
+    ),
+    Published(
+        what="RSPNet, R3D-18, Kinetics-400, 200 epochs",
+        protocol="finetune, Top-1, UCF101 / HMDB51",
+        figure="74.3 / 41.8",
+        source="Chen et al., AAAI 2021, README of its code",
+    ),
+)
