@@ -212,6 +212,22 @@ def test_the_release_divides_the_graph_by_the_batch_once_more():
         assert twice[name] == pytest.approx(once[name] / 4, rel=1e-5)
 
 
+def test_no_gradient_reaches_the_high_level_through_e():
+    """The graph terms teach the levels that follow E; the embeddings E is made of stay alone."""
+    model = build(recipe(num_prototypes=2))
+    out = embed(model, SECOND)
+    made_of = out.instance.requires_grad_()
+    graph = Method(model, model.config, World()).losses(out, SECOND, with_health=True)
+    assert graph.health["graph_off_diagonal_mass"] > 0.01
+    # The total's derivative by z and the scores is that of L_ins and L_pro alone.
+    instance, scores = torch.autograd.grad(graph.total, (made_of, out.scores), retain_graph=True)
+    without = recipe(num_prototypes=2, weights=weights(graph_low=0.0, graph_mid=0.0))
+    other = build(without)
+    alone = Method(other, without, World()).losses(out, SECOND, with_health=False)
+    expected = torch.autograd.grad(alone.total, (made_of, out.scores), retain_graph=True)
+    torch.testing.assert_close((instance, scores), expected)
+
+
 # The strided long sequence of the release
 
 
