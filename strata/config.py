@@ -15,7 +15,9 @@ __all__ = ["dump_config", "parse_config", "plain"]
 
 ConfigT = TypeVar("ConfigT")
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+jsonargparse.set_parsing_settings(
+    docstring_parse_attribute_docstrings=True, add_print_completion_argument=True
+)
 
 
 def parse_config(

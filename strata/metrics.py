@@ -6,7 +6,7 @@ Prometheus naming: base units, `_total` for counters, ratios from 0 to 1. Collec
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -109,6 +109,7 @@ class Metrics:
         self._jsonl: TextIO | None = None
         if jsonl is not None:
             self._jsonl = jsonl.open("a", encoding="utf-8")
+        self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._server: Any = None
         self.set("strata_build_info", 1, version=strata.__version__)
 
@@ -132,8 +133,14 @@ class Metrics:
         """Put a value into a histogram."""
         self._child(name, labels).observe(value)
 
+    def tell(self, listener: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """Call `listener(kind, fields)` with every record from now on."""
+        self._listeners.append(listener)
+
     def record(self, kind: str, **fields: Any) -> None:
         """Append one JSON line, with the Unix time in seconds and `kind`."""
+        for listener in self._listeners:
+            listener(kind, fields)
         if self._jsonl is not None:
             line = {"time_s": round(time.time(), 3), "kind": kind, **fields}
             self._jsonl.write(json.dumps(line) + "\n")

@@ -7,6 +7,7 @@ from typing import Literal
 from strata.dataload.loader import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.tensorboard import require_tensorboard
 from strata.train.checkpoint import CheckpointConfig
 from strata.train.engine import EngineConfig
 from strata.train.method import MethodConfig
@@ -30,6 +31,9 @@ class MonitorConfig:
     """Steps between readings of the representation's health."""
     progress: bool = True
     """Whether rank 0 shows a progress bar."""
+    tensorboard: bool = False
+    """Whether rank 0 also writes TensorBoard's event files, to <run>/tensorboard; needs the package
+    tensorboard."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -41,6 +45,8 @@ class MonitorConfig:
             raise ConfigError(f"monitor.port is {self.port}; use 0 to 65535")
         if self.log_every < 1 or self.health_every < 1:
             raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
+        if self.tensorboard:
+            require_tensorboard()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from strata.distributed import all_equal, barrier, current_world, join_world, le
 from strata.errors import EXIT_PREEMPTED, run_rank
 from strata.logs import set_up_logging
 from strata.metrics import Metrics
+from strata.tensorboard import TensorBoard
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         config.run.mkdir(parents=True, exist_ok=True)
     barrier()
     metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
+    if config.monitor.tensorboard and world.is_first:
+        metrics.tell(TensorBoard(config.run / "tensorboard"))
     try:
         if config.monitor.port:
             metrics.serve(config.monitor.host, config.monitor.port + world.local_rank)

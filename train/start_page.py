@@ -165,7 +165,7 @@ def _rates(config: TrainConfig) -> str:
 def _memory(memory: MemoryEstimate, stage: int, world: World) -> str:
     parts = " + ".join(f"{_bytes(value)} {name}" for name, value in vars(memory).items())
     a_rank = "a rank, " if world.size > 1 else ""
-    return f"about {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
+    return f"at least {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
 
 
 def _checkpoints(config: TrainConfig, plan: Plan) -> str:

@@ -1,0 +1,64 @@
+"""The figures of a run as TensorBoard's event files, beside JSON lines and Prometheus."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from strata.errors import ConfigError
+
+__all__ = ["TensorBoard", "require_tensorboard"]
+
+
+def require_tensorboard() -> None:
+    """Check that the optional package is there.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "monitor.tensorboard needs the package tensorboard, which is not installed; "
+            "pip install tensorboard, or leave monitor.tensorboard false"
+        )
+
+
+class TensorBoard:
+    """Writes the numbers of `step` records; call it with every record of a run.
+
+    Args:
+        folder: Where event files go; a run that goes on adds a file and hides what it repeats.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Take a record; `start` opens the file, `step` becomes scalars."""
+        if kind == "start":
+            # Takes a second to import; only who asks for it pays.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=fields["step"] + 1)
+        elif kind == "step" and self._writer is not None:
+            for name, value in _numbers("", fields):
+                if name != "step":
+                    self._writer.add_scalar(name, value, fields["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _numbers(prefix: str, fields: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Names joined by slashes, which TensorBoard shows as groups."""
+    found: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found += _numbers(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + name, float(value)))
+    return found

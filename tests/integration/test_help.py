@@ -1,0 +1,40 @@
+"""The help is made from the settings' own texts, and the shell completes their names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.commands import ROOT, succeed
+
+
+def test_the_help_explains_every_setting():
+    text = succeed("train/main.py", "--help")
+    flat = " ".join(text.split())
+    assert "--data.batch_size" in text
+    assert "Samples in a global batch, over all ranks." in flat
+    assert "--monitor.tensorboard" in text
+    assert "Print what the run would do" in flat
+
+
+def test_bash_completes_the_settings(tmp_path: Path):
+    """What docs/operations.md tells to do, in a real bash."""
+    completed = subprocess.run(
+        [sys.executable, "train/main.py", "--print_completion=shtab-bash"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    script = tmp_path / "complete.bash"
+    script.write_text(completed.stdout)
+    asked = """
+        source "$1"
+        COMP_WORDS=(train/main.py --data.batch) COMP_CWORD=1 COMP_LINE="" COMP_POINT=0
+        how=$(complete -p train/main.py)
+        [[ $how =~ -F\\ ([^ ]+) ]] && ${BASH_REMATCH[1]} train/main.py --data.batch train/main.py
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    done = subprocess.run(
+        ["bash", "-c", asked, "bash", str(script)], capture_output=True, text=True, check=True
+    )
+    assert "--data.batch_size" in done.stdout.split()
