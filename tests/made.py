@@ -65,7 +65,9 @@ def make_shards(
         members = range(start, min(start + shard_size, num_videos))
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for place, video in enumerate(members):
-                frames = moving_picture(1000 * seed + video, 33 + video % 5)
+                frames = moving_picture(
+                    1000 * seed + video, 33 + video % 5, form.height, form.width
+                )
                 key, label = f"video-{video:04d}", video % num_classes
                 line = []
                 for ext, content in _members(key, label, frames, form):
@@ -143,8 +145,8 @@ def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list
         offsets, lengths = parse_strip(segments[0])
         table = FrameTable(
             label=label,
-            height=HEIGHT,
-            width=WIDTH,
+            height=form.height,
+            width=form.width,
             frames_per_segment=form.frames_per_segment,
             offsets=offsets,
             lengths=lengths,
@@ -158,8 +160,8 @@ def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list
         class_name=f"class-{label}",
         num_frames=len(frames),
         fps=25.0,
-        source_width=WIDTH,
-        source_height=HEIGHT,
+        source_width=form.width,
+        source_height=form.height,
         source_codec="made",
         source_pixel_format="rgb24",
         rotation_degrees=0,

@@ -1,0 +1,101 @@
+"""The graph on a GPU against the reference, and what its video decoder can; skipped without one."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.pipeline import ViewSlice, video_decoder_fault
+from strata.dataload.reader import ShardReader
+from strata.dataload.reference import decode_strip, decode_video, reference_view
+from strata.distributed import World
+from strata.schema import NormalForm
+from tests.made import encode_segments, make_shards, moving_picture
+from tests.views import (
+    CASES,
+    FRAMES,
+    HEIGHT,
+    IDENTITY,
+    SIZE,
+    encode,
+    moving_pictures,
+    rows_of,
+    run_graph,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+VIDEO_HEIGHT, VIDEO_WIDTH = 128, 176
+
+
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_every_operation_agrees_with_the_reference(name: str, maps: bool, decode: str):
+    parameters = rows_of(name) if maps else dataclasses.replace(IDENTITY, **CASES[name])
+    if not maps and ("gray" in CASES[name] or name == "per frame"):
+        pytest.skip("a twist has no gray and is drawn once a clip: the loader asks for maps here")
+    strip = encode(moving_pictures(1))
+    cut = ViewSlice(0, FRAMES)
+    (got,) = run_graph(
+        [strip],
+        [parameters],
+        (cut,),
+        decode=decode,
+        augment="gpu",
+        device_id=0,
+        colour_maps=maps,
+    )
+    want = reference_view(decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True)
+    gap = np.abs(got[0].astype(int) - want.astype(int))
+    assert gap.mean() <= (0.3 if decode == "cpu" else 1.5)
+    # nvJPEG upsamples chroma in its own way, which shows at edges of colour.
+    assert gap.max() <= (3 if decode == "cpu" else 64)
+
+
+def test_devices_give_the_same_views_of_the_same_frames():
+    strips = [encode(moving_pictures(s)) for s in range(2)]
+    rows = [rows_of("all"), rows_of("per frame")]
+    names = [f.name for f in dataclasses.fields(rows[0])]
+    both = dataclasses.replace(
+        rows[0], **{n: np.concatenate([getattr(r, n) for r in rows]) for n in names}
+    )
+    cuts = (ViewSlice(0, FRAMES),)
+    (on_cpu,) = run_graph(strips, [both], cuts)
+    (on_gpu,) = run_graph(strips, [both], cuts, augment="gpu", device_id=0, colour_maps=True)
+    assert np.abs(on_cpu.astype(int) - on_gpu.astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])
+def test_video_is_decoded_as_the_reference_does(codec, tmp_path: Path):
+    form = NormalForm(
+        width=VIDEO_WIDTH, height=VIDEO_HEIGHT, payload="mp4", codec=codec, quantizer=4
+    )
+    frames = moving_picture(1, 40, VIDEO_HEIGHT, VIDEO_WIDTH)
+    (segment,), _ = encode_segments(frames, form)
+    fault = video_decoder_fault(np.frombuffer(segment, np.uint8), 0)
+    if fault is not None:
+        pytest.skip(f"this GPU does not decode {codec}: {fault}")
+    make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=1, form=form)
+    reader = ShardReader(tmp_path / "set")
+    loader = EvaluationLoader(
+        reader,
+        DataConfig(shards=tmp_path / "set", size=VIDEO_HEIGHT, decode="gpu"),
+        world=World(),
+        device=torch.device("cuda", 0),
+        videos_per_batch=4,
+        num_clips=1,
+        stride=1,
+    )
+    batch = next(iter(loader))
+    loader.close()
+    left = (VIDEO_WIDTH - VIDEO_HEIGHT) // 2
+    for row in range(4):
+        whole = decode_video(np.frombuffer(reader.member(row, "000.mp4"), np.uint8))
+        start = round((int(reader.num_frames[row]) - 16) / 2)
+        want = whole[start : start + 16, :, left : left + VIDEO_HEIGHT].astype(int)
+        gap = np.abs(batch.clips[row, 0].cpu().numpy().astype(int) - want)
+        # Chroma is upsampled in the hardware's own way; a wrong frame or range is off by more.
+        assert gap.mean() <= 2

@@ -1,0 +1,173 @@
+"""Look at what training sees: `python tools/inspect_batch.py --data.shards DIR --out DIR`.
+
+Makes one batch exactly as training does and writes each sample as a contact sheet (PNG), a row of
+frames a view, and as a small video (mp4) with its views side by side.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image, ImageDraw
+
+from strata.config import parse_config
+from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.errors import ConfigError, exit_with_one_line
+
+__all__ = ["InspectConfig", "contact_sheet", "main", "side_by_side"]
+
+_CAPTION_ROWS = 14
+_GAP = 4
+_RATE = 8
+"""Frames a second of the videos: slow enough to see single frames."""
+_ZOOM = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Which batch to look at, and where to write it."""
+
+    data: DataConfig
+    """As in training: any config of train/main.py has it."""
+    out: Path
+    """Folder for the pictures and videos."""
+    num: int = 8
+    """Samples of the batch to write."""
+    seed: int = 0
+    """The run's seed."""
+    epoch: int = 0
+    step: int = 0
+    """Within the epoch."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if self.num < 1 or self.epoch < 0 or self.step < 0:
+            raise ConfigError("num must be 1 or more, epoch and step 0 or more")
+
+
+def contact_sheet(views: Sequence[tuple[str, np.ndarray]], title: str, columns: int) -> Image.Image:
+    """Frames of each view in reading order, `columns` a row.
+
+    Args:
+        views: Caption and `[T, S, S, 3]`, uint8, of each.
+        title: First line.
+        columns: Frames in a row.
+    """
+    size = views[0][1].shape[1]
+    tile = size + _GAP
+    rows = [-(-len(frames) // columns) for _, frames in views]
+    height = _CAPTION_ROWS + sum(_CAPTION_ROWS + r * tile for r in rows)
+    sheet = Image.new("RGB", (columns * tile, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2, 1), title, fill="black")
+    top = _CAPTION_ROWS
+    for (caption, frames), num_rows in zip(views, rows, strict=True):
+        draw.text((2, top + 1), caption, fill="black")
+        top += _CAPTION_ROWS
+        for k, frame in enumerate(frames):
+            place = (k % columns * tile, top + k // columns * tile)
+            sheet.paste(Image.fromarray(frame), place)
+        top += num_rows * tile
+    return sheet
+
+
+def side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:
+    """The views as one video; shorter ones begin again.
+
+    Args:
+        views: `[T, S, S, 3]` each, uint8.
+
+    Returns:
+        Shape `[longest T, even rows, even columns, 3]`, uint8.
+    """
+    length = max(map(len, views))
+    parts = []
+    for frames in views:
+        looped = frames[np.arange(length) % len(frames)]
+        parts += [looped, np.full((*looped.shape[:2], _GAP, 3), 255, np.uint8)]
+    joined = np.concatenate(parts[:-1], axis=2)
+    return joined.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+
+
+def _write_video(path: Path, frames: np.ndarray) -> None:
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(_RATE), options={"crf": "12"})
+        if not isinstance(stream, VideoStream):
+            raise TypeError(f"a video encoder gave {type(stream).__name__}")
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    plan = open_plan(reader, config.data, config.seed)
+    if config.step >= plan.steps_per_epoch:
+        raise ConfigError(
+            f"step is {config.step}, an epoch has {plan.steps_per_epoch} of "
+            f"{config.data.batch_size} samples; use a smaller step or data.batch_size"
+        )
+    loader = TrainLoader(
+        reader,
+        config.data,
+        plan,
+        world=World(),
+        device=device,
+        epochs=(config.epoch, config.epoch + 1),
+        start_step=config.step,
+    )
+    try:
+        return next(iter(loader))
+    finally:
+        loader.close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line.
+
+    Raises:
+        ConfigError: A setting is out of its range.
+    """
+    config = parse_config(
+        InspectConfig,
+        argv,
+        prog="tools/inspect_batch.py",
+        description="Write the views of a training batch as pictures and videos.",
+    )
+    reader = ShardReader(config.data.shards, config.data.check, config.data.download)
+    batch = _make_batch(config, reader)
+    config.out.mkdir(parents=True, exist_ok=True)
+    classes = reader.manifest.classes
+    for row, sample in enumerate(batch.samples[: config.num].tolist()):
+        views = [(f"short clip {k + 1}", batch.short[row, k].cpu().numpy()) for k in range(2)]
+        if batch.long is not None:
+            views.append(("long sequence", batch.long[row].cpu().numpy()))
+        label = int(reader.labels[sample])
+        name = f"{row:03d}-{reader.keys[sample]}"
+        title = f"{reader.keys[sample]}   {classes[label] if label >= 0 else 'no label'}"
+        title += f"   seed {config.seed}, epoch {config.epoch}, step {config.step}"
+        sheet = contact_sheet(views, title, config.data.clips.clip_frames)
+        sheet.save(config.out / f"{name}.png")
+        _write_video(config.out / f"{name}.mp4", side_by_side([v for _, v in views]))
+    written = min(config.num, len(batch.samples))
+    print(f"{written} samples of {len(batch.samples)} -> {config.out}", flush=True)
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])
