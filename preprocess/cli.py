@@ -15,7 +15,8 @@ from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
 from strata.preprocess.progress import LogKind
-from strata.preprocess.run import ShardSettings, merge_set, shard_slice
+from strata.preprocess.run import merge_set, shard_slice
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
 from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
 
@@ -117,7 +118,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--samples-per-shard", type=int, default=settings.samples_per_shard)
     add("--seed", type=int, default=settings.seed, help="of the shuffle and the test share")
     add("--workers", type=int, default=settings.workers, help="processes; 0: one for each CPU")
-    add("--timeout", type=float, default=settings.timeout_s, metavar="S", help="for a hung codec")
+    add(
+        "--timeout",
+        type=float,
+        default=settings.timeout_s,
+        metavar="S",
+        help="without a packet, frame or segment: hung",
+    )
     add("--dry-run", action="store_true", help="tell what would be done, time it on a few videos")
     add("--slice", metavar="I/N", help="make only part I of N; default: RANK and WORLD_SIZE if set")
     add("--log", choices=get_args(LogKind), default="bar", help="what to write on stderr")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strata.errors import VideoFault
-from strata.preprocess.run import ShardSettings, plan_shards
+from strata.preprocess.run import plan_shards
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import Source, SourceSet, sample_key
 from strata.preprocess.worker import Done, Member, Task, make_sample
 from strata.schema import NO_LABEL

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +17,15 @@ from av.video.stream import VideoStream
 
 from strata.errors import FaultKind, VideoFault
 
-__all__ = ["Timing", "VideoFacts", "hash_file", "open_video", "read_facts", "read_timing"]
+__all__ = [
+    "Timing",
+    "VideoFacts",
+    "hash_file",
+    "no_pulse",
+    "open_video",
+    "read_facts",
+    "read_timing",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +46,32 @@ class VideoFacts:
     """Width of a pixel divided by its height."""
 
 
-def hash_file(path: Path, source: str) -> tuple[str, int]:
+_HASH_BYTES = 1 << 20
+
+
+def no_pulse() -> None:
+    """For callers that watch nobody."""
+
+
+def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, int]:
     """SHA-256 and size of a file.
+
+    Args:
+        path: The file.
+        source: The file as the user would name it.
+        pulse: Called after each piece.
 
     Raises:
         VideoFault: The file is missing or may not be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        digest, num_bytes = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(_HASH_BYTES):
+                digest.update(piece)
+                num_bytes += len(piece)
+                pulse()
+        return digest.hexdigest(), num_bytes
     except OSError as error:
         raise VideoFault(FaultKind.UNREADABLE, source, error.strerror or str(error)) from error
 
@@ -120,8 +145,13 @@ _MAX_STRETCH = 2.0
 broken timestamps, and the frames are taken as they come."""
 
 
-def read_timing(path: Path, source: str) -> Timing:
+def read_timing(path: Path, source: str, pulse: Callable[[], None]) -> Timing:
     """Read the timestamps of all packets, which costs a pass over the file and no decoding.
+
+    Args:
+        path: The file.
+        source: The file as the user would name it.
+        pulse: Called for each packet.
 
     Raises:
         VideoFault: The container does not open.
@@ -134,6 +164,7 @@ def read_timing(path: Path, source: str) -> Timing:
         promised_s = _promised_seconds(container, stream)
         try:
             for packet in container.demux(stream):
+                pulse()
                 if packet.size:
                     if packet.pts is None:
                         complete = False
@@ -145,7 +176,10 @@ def read_timing(path: Path, source: str) -> Timing:
     missing = 0.0
     if promised_s and len(times):
         missing = 1 - float(times[-1] * base) / promised_s
-        if missing > 0 and _last_second_of_all(path, source) >= (1 - missing / 2) * promised_s:
+        if (
+            missing > 0
+            and _last_second_of_all(path, source, pulse) >= (1 - missing / 2) * promised_s
+        ):
             missing = 0.0  # Sound goes on where the pictures end: they are all there.
     steps = np.diff(times)
     if not complete or len(steps) < 2:
@@ -179,12 +213,13 @@ def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
         return (container.duration or 0) / av.time_base
 
 
-def _last_second_of_all(path: Path, source: str) -> float:
+def _last_second_of_all(path: Path, source: str, pulse: Callable[[], None]) -> float:
     """The last timestamp of any stream, in seconds."""
     last = 0.0
     with open_video(path, source) as (container, _):
         try:
             for packet in container.demux():
+                pulse()
                 if packet.pts is not None and packet.time_base:
                     last = max(
                         last, float((packet.pts + (packet.duration or 0)) * packet.time_base)

@@ -10,16 +10,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +20,13 @@ import av
 from PIL import features
 
 from strata.counter_random import Stream, permutation
-from strata.errors import ConfigError, FaultKind, ShardError
+from strata.errors import ShardError
+from strata.preprocess.driver import ShardBuild, drive, record_path
 from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
-from strata.preprocess.progress import LogKind, Progress, open_progress
-from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
-from strata.preprocess.sources import Source, SourceSet, sample_key
-from strata.preprocess.worker import Done, Member, Message, Rejected, Task, serve
+from strata.preprocess.progress import LogKind, open_progress
+from strata.preprocess.settings import ShardSettings
+from strata.preprocess.shards import replace_file, shard_name
+from strata.preprocess.sources import Source, SourceSet
 from strata.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
@@ -43,54 +37,10 @@ from strata.schema import (
     read_manifest,
 )
 
-__all__ = ["ShardSettings", "merge_set", "plan_shards", "shard_set", "shard_slice"]
+__all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 
 _PROGRESS_FOLDER = ".progress"
 _PLAN_NAME = "plan.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardSettings:
-    """How to shard."""
-
-    form: NormalForm = field(default_factory=NormalForm)
-    """The form of every sample."""
-    samples_per_shard: int = 128
-    """Sources to a shard; 128 clips of UCF101 are about 140 MB."""
-    seed: int = 0
-    """Of the shuffle, in [0, 2^32)."""
-    workers: int = 0
-    """Processes; 0 for one on each CPU that this process may use."""
-    timeout_s: float = 300.0
-    """Seconds without a finished segment after which a video counts as hung."""
-    buffer_bytes: int = 1 << 30
-    """Finished members that may wait for a slower video before them."""
-    slice_index: int = 0
-    """Which part of the shards to make, from 0."""
-    slice_count: int = 1
-    """Parts in all; the shards of a part are those whose number leaves its index."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.samples_per_shard < 1:
-            raise ConfigError(f"samples per shard is {self.samples_per_shard}; use 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}; use 1 or more, or 0 for all CPUs")
-        if self.timeout_s <= 0:
-            raise ConfigError(f"timeout is {self.timeout_s} s; use more than 0")
-        if not 0 <= self.slice_index < self.slice_count:
-            raise ConfigError(f"slice is {self.slice_index}/{self.slice_count}; use 0/n to (n-1)/n")
-
-    @property
-    def num_workers(self) -> int:
-        """Processes to start."""
-        return self.workers or len(os.sched_getaffinity(0))
 
 
 def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
@@ -200,7 +150,7 @@ def shard_slice(
                 if _read_record(folder, progress_folder, index, identity["plan"]) is None
             ]
             builds = [
-                _ShardBuild(
+                ShardBuild(
                     folder,
                     progress_folder,
                     index,
@@ -215,7 +165,7 @@ def shard_slice(
             total = sum(len(plan[index]) for index in mine)
             left = sum(len(plan[index]) for index in todo)
             with open_progress(log, source_set.split, total, total - left) as progress:
-                _Driver(builds, settings, progress).run()
+                drive(builds, settings, progress)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return True
@@ -358,10 +308,6 @@ _Record = tuple[ShardEntry | None, list[SourceRow]]
 """A finished shard: its entry, or None if all its videos were rejected; and its rows."""
 
 
-def _record_path(progress_folder: Path, index: int) -> Path:
-    return progress_folder / f"{shard_name(index)}.json"
-
-
 def _read_record(
     folder: Path, progress_folder: Path, index: int, plan_digest: str
 ) -> _Record | None:
@@ -370,7 +316,7 @@ def _read_record(
     Raises:
         ShardError: It was made by a run with other videos or settings.
     """
-    path = _record_path(progress_folder, index)
+    path = record_path(progress_folder, index)
     if not path.exists():
         return None
     content = json.loads(path.read_bytes())
@@ -386,321 +332,3 @@ def _read_record(
         if not whole or not tar.with_suffix(INDEX_SUFFIX).is_file():
             return None
     return entry, [SourceRow(**row) for row in content["rows"]]
-
-
-class _ShardBuild:
-    """One shard under way: takes messages in any order, writes samples in the plan's order."""
-
-    def __init__(
-        self,
-        folder: Path,
-        progress_folder: Path,
-        index: int,
-        sources: Sequence[Source],
-        classes: Sequence[str],
-        videos: Path,
-        *,
-        plan_digest: str,
-        slice_name: str,
-    ) -> None:
-        self.index = index
-        self._plan_digest = plan_digest
-        self._slice_name = slice_name
-        self._folder = folder
-        self._progress_folder = progress_folder
-        self._sources = sources
-        self._classes = classes
-        self._videos = videos
-        self._next = 0
-        self._waiting: dict[int, list[Message]] = {}
-        self._rows: list[SourceRow] = []
-        self._num_frames = 0
-        self._writer: ShardWriter | None = None
-
-    @property
-    def next(self) -> int:
-        """The place whose messages are written at once."""
-        return self._next
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the shard and its record are on disk."""
-        return self._next == len(self._sources)
-
-    def source_name(self, place: int) -> str:
-        """The source at a place."""
-        return self._sources[place].name
-
-    def tasks(self) -> Iterator[tuple[int, Task | Rejected]]:
-        """Places and what is to do there."""
-        for place, source in enumerate(self._sources):
-            if source.fault is not None:
-                yield place, Rejected(*source.fault)
-            elif source.path is None:
-                raise AssertionError(f"{source.name} is not on disk")
-            else:
-                label = source.label
-                yield (
-                    place,
-                    Task(
-                        path=source.path,
-                        name=source.name,
-                        file_name=source.path.relative_to(self._videos).as_posix(),
-                        key=sample_key(source.name),
-                        label=label,
-                        class_name=self._classes[label] if label >= 0 else None,
-                    ),
-                )
-
-    def forget(self, place: int) -> int:
-        """Drop what a dead worker sent for a place; returns the bytes that waited."""
-        if place == self._next:
-            if self._writer is not None:
-                self._writer.drop_sample()
-            return 0
-        return _waiting_bytes(self._waiting.pop(place, []))
-
-    def put(self, place: int, message: Message) -> int:
-        """Take a message for a place; returns by how much the waiting bytes changed."""
-        if place != self._next:
-            self._waiting.setdefault(place, []).append(message)
-            return len(message.content) if isinstance(message, Member) else 0
-        change = 0
-        self._apply(message)
-        while self._next in self._waiting:
-            place = self._next
-            messages = self._waiting.pop(place)
-            change -= _waiting_bytes(messages)
-            for waiting in messages:
-                self._apply(waiting)
-            if self._next == place:
-                break  # The rest of this sample is still to come.
-        return change
-
-    def _apply(self, message: Message) -> None:
-        source = self._sources[self._next]
-        key = sample_key(source.name)
-        match message:
-            case Member(ext, content):
-                writer = self._writer
-                if writer is None:
-                    writer = self._writer = ShardWriter(
-                        self._folder, self.index, tag=self._slice_name
-                    )
-                    writer.begin_sample()
-                writer.add(key, ext, content)
-                return
-            case Done(num_frames):
-                if self._writer is None:
-                    raise AssertionError("a sample without members")
-                position = self._writer.num_samples
-                self._writer.end_sample()
-                self._num_frames += num_frames
-                row = SourceRow(
-                    source=source.name,
-                    status="written",
-                    key=key,
-                    label=source.label,
-                    num_frames=num_frames,
-                    position=position,
-                )
-            case Rejected(kind, detail):
-                if self._writer is not None:
-                    self._writer.drop_sample()
-                row = SourceRow(
-                    source=source.name,
-                    status="rejected",
-                    label=source.label,
-                    reason=kind.value,
-                    detail=detail,
-                )
-        self._rows.append(row)
-        self._next += 1
-        if self._next < len(self._sources):
-            if self._writer is not None:
-                self._writer.begin_sample()
-        else:
-            self._finish()
-
-    def _finish(self) -> None:
-        entry = None
-        if self._writer is not None and self._writer.num_samples:
-            num_bytes, sha256 = self._writer.finish()
-            entry = ShardEntry(
-                name=self._writer.path.name,
-                num_samples=self._writer.num_samples,
-                num_frames=self._num_frames,
-                num_bytes=num_bytes,
-                sha256=sha256,
-            )
-        else:
-            self.discard()
-        record = {
-            "plan": self._plan_digest,
-            "entry": entry and dataclasses.asdict(entry),
-            "rows": [dataclasses.asdict(row) for row in self._rows],
-        }
-        replace_file(_record_path(self._progress_folder, self.index), canonical_json(record))
-        sync_folder(self._progress_folder)
-
-    def discard(self) -> None:
-        """Remove what is unfinished."""
-        if self._writer is not None and not self.is_finished:
-            self._writer.discard()
-
-
-def _waiting_bytes(messages: Sequence[Message]) -> int:
-    return sum(len(m.content) for m in messages if isinstance(m, Member))
-
-
-@dataclass
-class _Work:
-    build: _ShardBuild
-    place: int
-    task: Task
-    num_crashes: int = 0
-
-
-class _Worker:
-    """A worker process and what it is at."""
-
-    def __init__(self, form: NormalForm) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection: Connection
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=serve, args=(theirs, form), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.work: _Work | None = None
-        self.heard_s = time.monotonic()
-
-    def give(self, work: _Work) -> None:
-        self.work = work
-        self.heard_s = time.monotonic()
-        try:
-            self.connection.send(work.task)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # It died idle; reading from it tells the driver, which starts another.
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
-
-
-class _Driver:
-    """Hands tasks to workers and messages to shards, within a bound on memory."""
-
-    def __init__(
-        self, builds: Sequence[_ShardBuild], settings: ShardSettings, progress: Progress
-    ) -> None:
-        self._builds = builds
-        self._settings = settings
-        self._progress = progress
-        self._todo = self._all_work()
-        self._again: deque[_Work] = deque()
-        self._waiting_bytes = 0
-        self._workers: list[_Worker] = []
-
-    def run(self) -> None:
-        """Finish all shards, or leave only finished ones."""
-        with ExitStack() as stack:
-            stack.callback(self._clean_up)
-            while True:
-                self._hand_out()
-                if not any(worker.work for worker in self._workers):
-                    return
-                self._listen()
-
-    def _clean_up(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-        for build in self._builds:
-            build.discard()
-
-    def _all_work(self) -> Iterator[_Work]:
-        for build in self._builds:
-            for place, task in build.tasks():
-                if isinstance(task, Rejected):
-                    self._take(build, place, task)
-                else:
-                    yield _Work(build, place, task)
-
-    def _hand_out(self) -> None:
-        """Give every idle worker a task, unless too much already waits for a slow video."""
-        while True:
-            worker = next((w for w in self._workers if w.work is None), None)
-            if worker is None and len(self._workers) == self._settings.num_workers:
-                return
-            # What is done again goes out in any case: the others may wait for just this one.
-            if self._again:
-                work = self._again.popleft()
-            elif self._waiting_bytes < self._settings.buffer_bytes:
-                work = next(self._todo, None)
-            else:
-                return
-            if work is None:
-                return
-            if worker is None:
-                worker = _Worker(self._settings.form)
-                self._workers.append(worker)
-            worker.give(work)
-
-    def _listen(self) -> None:
-        """Take one message from each worker that has one; see to the dead and the hung."""
-        readable: dict[Connection, _Worker] = {}
-        for worker in self._workers:
-            # Under pressure only those are heard whose words can be written at once: the others
-            # wait in their pipes. The first of the open shards always is among the heard.
-            work = worker.work
-            if work is not None and (
-                self._waiting_bytes < self._settings.buffer_bytes or work.place == work.build.next
-            ):
-                readable[worker.connection] = worker
-        for connection in wait(list(readable), timeout=1.0):
-            worker = readable[connection]  # pyright: ignore[reportArgumentType]
-            try:
-                message = worker.connection.recv()
-            except (EOFError, ConnectionResetError):
-                self._bury(worker)
-                continue
-            worker.heard_s = time.monotonic()
-            if worker.work is None:
-                raise AssertionError("a message from an idle worker")
-            self._take(worker.work.build, worker.work.place, message)
-            if not isinstance(message, Member):
-                worker.work = None
-        for worker in list(readable.values()):
-            silent_s = time.monotonic() - worker.heard_s
-            if worker.work is not None and silent_s > self._settings.timeout_s:
-                if worker.connection.poll():
-                    continue  # It has spoken; it was we who did not listen.
-                detail = f"no segment in {self._settings.timeout_s:.0f} s"
-                self._replace(worker, Rejected(FaultKind.TIMEOUT, detail))
-
-    def _bury(self, worker: _Worker) -> None:
-        """A worker died: try its video once more, as it may have been killed from outside."""
-        worker.process.join()
-        work = worker.work
-        if work is not None and work.num_crashes == 0:
-            work.num_crashes += 1
-            self._waiting_bytes -= work.build.forget(work.place)
-            self._again.append(work)
-            self._replace(worker, None)
-            return
-        code = worker.process.exitcode
-        self._replace(worker, Rejected(FaultKind.CRASH, f"the codec ended its process ({code})"))
-
-    def _replace(self, worker: _Worker, verdict: Rejected | None) -> None:
-        self._workers.remove(worker)
-        worker.stop()
-        if verdict is not None and worker.work is not None:
-            self._take(worker.work.build, worker.work.place, verdict)
-
-    def _take(self, build: _ShardBuild, place: int, message: Message) -> None:
-        self._waiting_bytes += build.put(place, message)
-        if isinstance(message, Rejected):
-            name = build.source_name(place)
-            self._progress.rejected(name, message.kind.value, message.detail)
-        if not isinstance(message, Member):
-            self._progress.done()

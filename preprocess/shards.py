@@ -1,18 +1,29 @@
 """Write one tar with its index: same members, same bytes; whole or not at all."""
 
+import errno
 import hashlib
 import os
 import tarfile
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from strata.schema import INDEX_SUFFIX, SHARD_SUFFIX
 
-__all__ = ["INDEX_VERSION", "ShardWriter", "replace_file", "shard_name", "sync_folder"]
+__all__ = [
+    "BLOCK",
+    "INDEX_VERSION",
+    "ShardWriter",
+    "replace_file",
+    "shard_name",
+    "sync_folder",
+    "tar_header",
+]
 
-_BLOCK = 512
+BLOCK = 512
+"""Bytes; headers and contents of a tar are padded to it."""
 INDEX_VERSION = "v1.2"
 """Of DALI's `wds2idx`."""
 _TEMPORARY = ".tmp"
@@ -21,6 +32,14 @@ _TEMPORARY = ".tmp"
 def shard_name(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:06d}{SHARD_SUFFIX}"
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """The header of a member; owner, time and mode are fixed, so the name and size decide it."""
+    header = tarfile.TarInfo(name)
+    header.size = num_bytes
+    header.mode = 0o644
+    return header.tobuf(tarfile.USTAR_FORMAT)
 
 
 def sync_folder(folder: Path) -> None:
@@ -64,12 +83,11 @@ class ShardWriter:
     def __init__(self, folder: Path, index: int, tag: str = "0-of-1") -> None:
         self.path = folder / shard_name(index)
         self._temporary = self.path.with_name(f"{self.path.name}.{tag}{_TEMPORARY}")
-        self._file = self._temporary.open("wb")
-        self._hash = hashlib.sha256()
+        self._file = self._temporary.open("wb", buffering=0)
         self._offset = 0
         self._lines: list[str] = []
         self._members: list[str] = []
-        self._sample_start = (0, self._hash.copy())
+        self._sample_start = 0
 
     @property
     def num_samples(self) -> int:
@@ -79,18 +97,26 @@ class ShardWriter:
     def begin_sample(self) -> None:
         """Start a sample; what `add` writes from now on can be taken back by `drop_sample`."""
         self._members = []
-        self._sample_start = (self._offset, self._hash.copy())
+        self._sample_start = self._offset
 
-    def add(self, key: str, ext: str, content: bytes) -> None:
-        """Append one member of the sample that was begun."""
-        name = f"{key}.{ext}"
-        header = tarfile.TarInfo(name)
-        header.size = len(content)
-        header.mode = 0o644
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        self._members.append(f"{ext} {self._offset} {len(content)} {name}")
-        self._write(content)
-        self._write(b"\0" * (-len(content) % _BLOCK))
+    def add(self, members: Sequence[tuple[str, int, int]], descriptor: int, num_bytes: int) -> None:
+        """Append members of the sample that was begun, already laid out as in a tar.
+
+        Args:
+            members: Name, offset of the content in these bytes and its size, for each.
+            descriptor: Of a file that holds the bytes from its beginning.
+            num_bytes: How many.
+        """
+        for name, offset, size in members:
+            ext = name.partition(".")[2]
+            self._members.append(f"{ext} {self._offset + offset} {size} {name}")
+        done = 0
+        while done < num_bytes:
+            count = os.sendfile(self._file.fileno(), descriptor, done, num_bytes - done)
+            if not count:
+                raise AssertionError(f"{num_bytes} bytes were announced, {done} came")
+            done += count
+        self._offset += num_bytes
 
     def end_sample(self) -> None:
         """Keep the sample."""
@@ -98,7 +124,7 @@ class ShardWriter:
 
     def drop_sample(self) -> None:
         """Take back all that was added since `begin_sample`."""
-        self._offset, self._hash = self._sample_start[0], self._sample_start[1].copy()
+        self._offset = self._sample_start
         self._members = []
         self._file.seek(self._offset)
         self._file.truncate()
@@ -106,30 +132,33 @@ class ShardWriter:
     def finish(self) -> tuple[int, str]:
         """End the tar, write the index, make both durable and give them their names.
 
+        The tar is read back to be hashed, so the hash is of what stands in the file.
+
         Returns:
             Size in bytes and SHA-256 of the tar.
         """
-        self._write(b"\0" * (2 * _BLOCK))
-        self._file.flush()
+        end = bytes(2 * BLOCK)
+        while end:  # A raw file may take less than it is given.
+            end = end[self._file.write(end) :]
+        self._offset += 2 * BLOCK
         os.fsync(self._file.fileno())
         self._file.close()
+        with self._temporary.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if file.tell() != self._offset:
+                raise OSError(errno.EIO, f"{file.tell()} of {self._offset} bytes read back")
         head = f"{INDEX_VERSION} {len(self._lines)}\n"
         index = head + "".join(line + "\n" for line in self._lines)
         replace_file(self.path.with_suffix(INDEX_SUFFIX), index.encode())
         self._temporary.replace(self.path)
         sync_folder(self.path.parent)
-        return self._offset, self._hash.hexdigest()
+        return self._offset, sha256
 
     def discard(self) -> None:
         """Remove the unfinished shard."""
         with suppress(OSError):  # On a full disk closing fails to write, and need not.
             self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-    def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._hash.update(content)
-        self._offset += len(content)
 
     def __enter__(self) -> "ShardWriter":
         return self

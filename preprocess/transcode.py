@@ -1,7 +1,7 @@
 """One video to the normal form: decode, turn upright, scale, and encode strips."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +14,14 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
-from strata.preprocess.probe import Timing, VideoFacts, open_video, read_facts, read_timing
+from strata.preprocess.probe import (
+    Timing,
+    VideoFacts,
+    no_pulse,
+    open_video,
+    read_facts,
+    read_timing,
+)
 from strata.schema import NormalForm
 
 __all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
@@ -111,11 +118,19 @@ class FrameSource:
         form: The normal form.
         min_decoded_share: The share of the frames that the header promises below which the video
             counts as truncated. Headers are often wrong by a few frames.
+        pulse: Called for each packet and each frame that is read.
     """
 
     def __init__(
-        self, path: Path, source: str, form: NormalForm, *, min_decoded_share: float = 0.9
+        self,
+        path: Path,
+        source: str,
+        form: NormalForm,
+        *,
+        min_decoded_share: float = 0.9,
+        pulse: Callable[[], None] = no_pulse,
     ) -> None:
+        self._pulse = pulse
         self._path = path
         self._source = source
         self._form = form
@@ -196,12 +211,13 @@ class FrameSource:
         """Decoded frames, scaled and turned, as full-range BT.601 4:2:0."""
         graph: Graph | None = None
         shape: tuple[object, ...] = ()
-        self._timing = read_timing(self._path, self._source)
+        self._timing = read_timing(self._path, self._source, self._pulse)
         with open_video(self._path, self._source) as (container, stream):
             facts = self.facts = read_facts(stream)
             try:
                 for frame in container.decode(stream):
                     self._num_decoded += 1
+                    self._pulse()
                     # Sticky: a stream that mixes both must not start anew at every change.
                     self.deinterlaced |= frame.interlaced_frame
                     now = (frame.width, frame.height, frame.format.name, frame.colorspace)

@@ -4,7 +4,9 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import parent_process
@@ -13,10 +15,12 @@ from pathlib import Path
 
 import av.logging
 import numpy as np
+from av.error import FFmpegError
 
 from strata.errors import FaultKind, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
-from strata.preprocess.probe import hash_file
+from strata.preprocess.parts import PartPacker, Rejected, WorkerFailure
+from strata.preprocess.probe import hash_file, no_pulse
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.verify import verify_strip
 from strata.schema import (
@@ -31,13 +35,16 @@ from strata.schema import (
 __all__ = [
     "Done",
     "Member",
-    "Rejected",
     "Task",
+    "is_media_fault",
     "keep_freed_memory",
     "make_sample",
     "make_segment",
+    "send_sample",
     "serve",
 ]
+
+_SEGMENT_SUFFIXES = (".jpg", ".mp4")
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,6 @@ class Done:
     num_frames: int
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """The video cannot be used; members sent before are void."""
-
-    kind: FaultKind
-    detail: str
-
-
-Message = Member | Done | Rejected
-
-
 def make_segment(
     planes: np.ndarray, form: NormalForm, rate: Fraction, source: str
 ) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
@@ -108,16 +104,24 @@ def make_segment(
             raise AssertionError("foreign samples are indexed, not made")
 
 
-def make_sample(task: Task, form: NormalForm) -> Iterator[Message]:
+def make_sample(
+    task: Task, form: NormalForm, pulse: Callable[[], None] = no_pulse
+) -> Iterator[Member | Done]:
     """Transcode and verify one video, giving each member as soon as it is ready.
 
     Never more than one segment's frames are held, however long the video is.
 
+    Args:
+        task: The video.
+        form: The normal form.
+        pulse: Called whenever it got on: a piece of the file was hashed, a packet read, a frame
+            decoded.
+
     Raises:
         VideoFault: The video cannot be used.
     """
-    sha256, num_bytes = hash_file(task.path, task.name)
-    frames = FrameSource(task.path, task.name, form)
+    sha256, num_bytes = hash_file(task.path, task.name, pulse)
+    frames = FrameSource(task.path, task.name, form, pulse=pulse)
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     for number, planes in enumerate(frames.segments()):
@@ -181,24 +185,76 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, most_bytes)
 
 
-def serve(connection: Connection, form: NormalForm) -> None:
-    """Answer tasks with messages until the connection closes; the body of a worker process."""
+_MEDIA_LIBRARIES = frozenset({"av", "PIL"})
+_ALWAYS_BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
+
+
+def is_media_fault(error: Exception) -> bool:
+    """Whether a video upset a media library, rather than the program being wrong.
+
+    FFmpeg's own errors are that, memory that a header asked for in vain is, and so is what else was
+    raised inside PyAV or Pillow, unless it says that they were called wrongly.
+    """
+    if isinstance(error, FFmpegError | MemoryError):
+        return True
+    if isinstance(error, _ALWAYS_BUGS):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return where.partition(".")[0] in _MEDIA_LIBRARIES
+
+
+def send_sample(
+    connection: Connection, task: Task, form: NormalForm, pulse: Callable[[], None]
+) -> None:
+    """Make a sample and send it; one segment at a time, the last one with all the rest."""
+    packer = PartPacker(connection, task.key)
+    for message in make_sample(task, form, pulse):
+        pulse()
+        match message:
+            case Member(ext, content):
+                if ext.endswith(_SEGMENT_SUFFIXES) and not packer.is_empty:
+                    packer.send()
+                packer.add(ext, content)
+            case Done(num_frames):
+                packer.send(num_frames)
+
+
+def serve(connection: Connection, form: NormalForm, heartbeat: "ctypes.c_double") -> None:
+    """Answer tasks with messages until the connection closes; the body of a worker process.
+
+    Args:
+        connection: To the driver.
+        form: The normal form.
+        heartbeat: Shared with the driver: when this worker last got on, by `time.monotonic`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
     keep_freed_memory()
     av.logging.set_level(av.logging.PANIC)  # What matters comes as exceptions.
     threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    def pulse() -> None:
+        heartbeat.value = time.monotonic()
+
     while True:
         try:
             task = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
+        if task is None:
+            continue  # An answer that the sample before did not live to wait for.
         try:
-            for message in make_sample(task, form):
-                connection.send(message)
+            pulse()
+            send_sample(connection, task, form, pulse)
         except VideoFault as fault:
             connection.send(Rejected(fault.kind, fault.detail))
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, EOFError):
             return
         except Exception as error:  # The boundary: one video must not end a run of days.
-            detail = f"{type(error).__name__}: {error}"
-            connection.send(Rejected(FaultKind.CRASH, detail))
+            if is_media_fault(error):
+                detail = f"{type(error).__name__}: {error}"
+                connection.send(Rejected(FaultKind.CRASH, detail))
+            else:
+                connection.send(WorkerFailure(traceback.format_exc()))

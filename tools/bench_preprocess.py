@@ -21,7 +21,8 @@ from PIL import Image
 
 from strata.errors import ConfigError
 from strata.preprocess.mp4 import encode_mp4, to_stored_range
-from strata.preprocess.run import ShardSettings, shard_set
+from strata.preprocess.run import shard_set
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import VIDEO_SUFFIXES, Source, SourceSet
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.worker import keep_freed_memory

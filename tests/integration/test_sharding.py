@@ -228,7 +228,7 @@ def test_hung_codec_costs_one_video(tmp_path: Path) -> None:
     shard(tmp_path / "videos", tmp_path / "out", "--timeout", "3")
     rows = {r.source: r for r in read_manifest(tmp_path / "out" / "train").rows}
     assert rows["hangs.mp4"].reason == "timeout"
-    assert rows["hangs.mp4"].detail == "no segment in 3 s"
+    assert rows["hangs.mp4"].detail == "no packet, frame or segment in 3 s"
     assert [rows[f"{n}.mp4"].status for n in range(3)] == ["written"] * 3
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from strata.errors import ConfigError, ShardError
-from strata.preprocess import run
+from strata.preprocess import driver, run
 from strata.preprocess.cli import main, parse_command, run_command, slice_of
 from strata.preprocess.progress import JsonLog
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import find_folder
 from strata.schema import read_manifest
 from tests.integration.test_sharding import (
@@ -203,17 +204,17 @@ def test_little_memory_for_waiting_members(tmp_path: Path, monkeypatch: pytest.M
     seed = next(
         k
         for k in range(1000)
-        if run.plan_shards(source_set, run.ShardSettings(seed=k))[0][0].name == "long.avi"
+        if run.plan_shards(source_set, ShardSettings(seed=k))[0][0].name == "long.avi"
     )
     most: dict[int, int] = {}
-    take = run._Driver._take
+    take = driver._Driver._take
 
-    def watch(self: run._Driver, *args: object) -> None:
+    def watch(self: driver._Driver, *args: object) -> None:
         take(self, *args)  # pyright: ignore[reportArgumentType]
         size = self._settings.buffer_bytes
-        most[size] = max(most.get(size, 0), self._waiting_bytes)
+        most[size] = max(most.get(size, 0), self._waiting.num_bytes)
 
-    monkeypatch.setattr(run._Driver, "_take", watch)
+    monkeypatch.setattr(driver._Driver, "_take", watch)
     for size in (1, 1 << 30):
         out = tmp_path / str(size)
         command = parse_command([*argv, "--out", str(out), "--seed", str(seed)])

@@ -1,4 +1,5 @@
 import hashlib
+import multiprocessing
 import subprocess
 import sys
 import tarfile
@@ -7,16 +8,29 @@ from pathlib import Path
 import pytest
 
 from strata.preprocess.manifest import build_manifest, write_manifest
+from strata.preprocess.parts import PartPacker, Sent, receive
 from strata.preprocess.shards import ShardWriter
 from strata.schema import NormalForm, ShardEntry, SourceRow, read_manifest
+
+
+def add(writer: ShardWriter, key: str, members: list[tuple[str, bytes]]) -> None:
+    """As a worker and the driver do it, through a file in memory."""
+    ours, theirs = multiprocessing.Pipe()
+    packer = PartPacker(theirs, key)
+    for ext, content in members:
+        packer.add(ext, content)
+    packer.send(1)
+    sent = receive(ours)
+    assert isinstance(sent, Sent)
+    writer.add(sent.part.members, sent.descriptor, sent.part.num_bytes)
+    sent.close()
 
 
 def write_shard(folder: Path, samples: dict[str, list[tuple[str, bytes]]]) -> ShardWriter:
     with ShardWriter(folder, 7) as writer:
         for key, members in samples.items():
             writer.begin_sample()
-            for ext, content in members:
-                writer.add(key, ext, content)
+            add(writer, key, members)
             writer.end_sample()
         writer.finish()
     return writer
@@ -64,13 +78,12 @@ def test_dropped_sample_leaves_no_trace(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "dropped", 7) as writer:
         for key, members in SAMPLES.items():
             writer.begin_sample()
-            writer.add("bad", "000.jpg", b"q" * 5000)
+            add(writer, "bad", [("000.jpg", b"q" * 5000)])
             writer.drop_sample()
-            for ext, content in members:
-                writer.add(key, ext, content)
+            add(writer, key, members)
             writer.end_sample()
         writer.begin_sample()
-        writer.add("bad", "000.jpg", b"q" * 5000)
+        add(writer, "bad", [("000.jpg", b"q" * 5000)])
         writer.drop_sample()
         num_bytes, sha256 = writer.finish()
     content = writer.path.read_bytes()
@@ -84,7 +97,7 @@ def test_dropped_sample_leaves_no_trace(tmp_path: Path) -> None:
 def test_unfinished_shard_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, 0) as writer:  # noqa: PT012
         writer.begin_sample()
-        writer.add("a", "000.jpg", b"x")
+        add(writer, "a", [("000.jpg", b"x")])
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,54 @@
+"""How to shard: what decides the bytes, and what only decides the way there."""
+
+import os
+from dataclasses import dataclass, field
+
+from strata.errors import ConfigError
+from strata.schema import NormalForm
+
+__all__ = ["ShardSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings:
+    """How to shard."""
+
+    form: NormalForm = field(default_factory=NormalForm)
+    """The form of every sample."""
+    samples_per_shard: int = 128
+    """Sources to a shard; 128 clips of UCF101 are about 140 MB."""
+    seed: int = 0
+    """Of the shuffle, in [0, 2^32)."""
+    workers: int = 0
+    """Processes; 0 for one on each CPU that this process may use."""
+    timeout_s: float = 300.0
+    """Seconds without a packet, a frame or a segment after which a video counts as hung; one that is
+    merely long or slow does not."""
+    buffer_bytes: int = 1 << 30
+    """Finished members that may wait for a slower video before them."""
+    slice_index: int = 0
+    """Which part of the shards to make, from 0."""
+    slice_count: int = 1
+    """Parts in all; the shards of a part are those whose number leaves its index."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"samples per shard is {self.samples_per_shard}; use 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; use 1 or more, or 0 for all CPUs")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"timeout is {self.timeout_s} s; use more than 0")
+        if not 0 <= self.slice_index < self.slice_count:
+            raise ConfigError(f"slice is {self.slice_index}/{self.slice_count}; use 0/n to (n-1)/n")
+
+    @property
+    def num_workers(self) -> int:
+        """Processes to start."""
+        return self.workers or len(os.sched_getaffinity(0))
