@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
+import yaml
+
 from strata.errors import ConfigError, ShardError
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
@@ -93,6 +95,7 @@ class _Parser(argparse.ArgumentParser):
 def _add_common(parser: argparse.ArgumentParser) -> None:
     form, settings = NormalForm(), ShardSettings()
     add = parser.add_argument
+    add("--config", type=Path, help="YAML of these options, split: 1; those given here win")
     add("--videos", type=Path, required=True, help="folder of the videos")
     add("--out", type=Path, required=True, help="gets one folder for each set")
     add("--width", type=int, default=form.width, help="pixels, a multiple of 16")
@@ -133,6 +136,44 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--max-rejects", type=float, default=0.05, metavar="SHARE", help="more: exit status 2")
 
 
+def _with_config(parser: argparse.ArgumentParser, dataset: str, given: Sequence[str]) -> list[str]:
+    """Arguments with those of a `--config` file put before them, so that later ones win.
+
+    Raises:
+        ConfigError: The file is not readable, is for another dataset, or has a key that is none.
+    """
+    finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path, action="append", default=[])
+    found, _ = finder.parse_known_args(given)
+    options = {action.dest: action for action in parser._actions if action.option_strings}
+    words: list[str] = []
+    for path in found.config:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"cannot read {path} ({reason}); mend --config") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} is not a table of options; write lines like  quality: 90")
+        meant = content.pop("dataset", dataset)
+        if meant != dataset:
+            raise ConfigError(f"{path} is for {meant}; the command says {dataset}")
+        for key, value in content.items():
+            action = options.get(str(key))
+            if action is None or key in ("help", "config", "local_rank"):
+                raise ConfigError(f"{path}: {key!r} is no option of {parser.prog}; see its --help")
+            name = next(o for o in action.option_strings if o.startswith("--"))
+            is_switch = action.nargs == 0
+            if is_switch != isinstance(value, bool) or not isinstance(
+                value, bool | int | float | str
+            ):
+                kind = "true or false" if is_switch else "one number or word"
+                raise ConfigError(f"{path}: {key} is {value!r}; use {kind}")
+            if value is not False:
+                words.append(name if is_switch else f"{name}={value}")
+    return [*words, *given]
+
+
 def parse_command(argv: Sequence[str]) -> ShardCommand:
     """Parse the command line.
 
@@ -168,6 +209,8 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     )
     datasets.add_parser("merge", help="the manifest over all slices: merge FOLDER ...")
     datasets.add_parser("index", help="index and manifest for foreign shards: index FOLDER")
+    if argv and argv[0] in get_args(Dataset):
+        argv = [argv[0], *_with_config(datasets.choices[argv[0]], argv[0], argv[1:])]
     args = parser.parse_args(argv)
     if not 0 <= args.max_rejects <= 1:
         raise ConfigError(f"--max-rejects is {args.max_rejects}; use a share from 0 to 1")

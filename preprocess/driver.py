@@ -1,4 +1,4 @@
-"""The driver's loop: tasks to worker processes, what they make to shards, faults to their videos."""
+"""The driver's loop: tasks to workers, what they make to shards, faults to their videos."""
 
 import ctypes
 import dataclasses
@@ -185,7 +185,7 @@ class ShardBuild:
                 row = SourceRow(
                     source=source.name,
                     status="written",
-                    key=sample_key(source.name),
+                    key=part.members[0][0].partition(".")[0],
                     label=source.label,
                     num_frames=part.num_frames,
                     position=position,
@@ -222,7 +222,7 @@ class ShardBuild:
         record = {
             "plan": self._plan_digest,
             "entry": entry and dataclasses.asdict(entry),
-            "rows": [dataclasses.asdict(row) for row in self._rows],
+            "rows": [vars(row) for row in self._rows],
         }
         replace_file(record_path(self._progress_folder, self.index), canonical_json(record))
         sync_folder(self._progress_folder)

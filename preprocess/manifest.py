@@ -34,7 +34,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def _row_json(row: SourceRow) -> bytes:
-    return canonical_json({k: v for k, v in dataclasses.asdict(row).items() if v is not None})
+    return canonical_json({k: v for k, v in vars(row).items() if v is not None})
 
 
 def _head(manifest: Manifest) -> dict[str, Any]:

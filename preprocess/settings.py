@@ -22,8 +22,8 @@ class ShardSettings:
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use."""
     timeout_s: float = 300.0
-    """Seconds without a packet, a frame or a segment after which a video counts as hung; one that is
-    merely long or slow does not."""
+    """Seconds without a packet, a frame or a segment after which a video counts as hung; one that
+    is merely long or slow does not."""
     buffer_bytes: int = 1 << 30
     """Finished members that may wait for a slower video before them."""
     slice_index: int = 0

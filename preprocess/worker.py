@@ -202,7 +202,11 @@ def is_media_fault(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    if trace is None:
+        return False
+    # PyAV is compiled: its frames know their file, like av/video/frame.py, and no module.
+    frame = trace.tb_frame
+    where = frame.f_globals.get("__name__") or frame.f_code.co_filename.replace("/", ".")
     return where.partition(".")[0] in _MEDIA_LIBRARIES
 
 

@@ -89,9 +89,10 @@ def _ffmpeg(paths: Sequence[Path], workers: int, folder: Path) -> None:
         list(pool.map(convert, enumerate(paths)))
 
 
-def _cpu_seconds() -> float:
-    """Of this process and all its children that have ended."""
-    used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+def _cpu_seconds(*whose: int) -> float:
+    """Of this process and all its children that have ended, or of one of the two."""
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    used = [resource.getrusage(w) for w in whose or both]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
@@ -123,14 +124,18 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
     else:
         print("ffmpeg: skipped, there is no such command here (apt-get install ffmpeg)")
     num_frames = 0
+    driver_s: list[tuple[float, float]] = []
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
 
             def run(folder: Path = folder) -> None:
                 nonlocal num_frames
+                start_s, children_s = time.thread_time(), _cpu_seconds(resource.RUSAGE_CHILDREN)
                 manifest = shard_set(source_set, videos, folder / "shards", settings)
                 num_frames = sum(s.num_frames for s in manifest.shards)
+                worker_s = _cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
+                driver_s.append((time.thread_time() - start_s, worker_s))
 
             times["strata"].append(_time(run))
             times["bare loop"].append(_time(lambda: _floor(paths, workers)))
@@ -144,6 +149,11 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
             f"{name:<12}{seconds:>9.2f}{len(paths) / seconds:>10.1f}{num_frames / seconds:>10,.0f}"
             f"{cpu_s:>9.2f}{cpu_s / num_frames * 1e6:>14.0f}   all rounds: {every}"
         )
+    own_ms, worker_ms = np.array(driver_s).min(0) / len(paths) * 1e3
+    print(
+        f"driver's own thread {own_ms:.2f} ms a video, workers {worker_ms:.2f}: "
+        f"computed, one driver feeds {worker_ms / own_ms:.0f} cores"
+    )
     for name in list(times)[1:]:
         by_clock, by_cpu = best[name] / best["strata"]
         print(f"strata / {name}: {by_clock:.2f} of its rate by the clock, {by_cpu:.2f} by CPU time")

@@ -1,5 +1,6 @@
 """Videos to shards with real worker processes."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -18,7 +19,8 @@ from PIL import Image
 
 from strata.errors import ConfigError, ShardError
 from strata.preprocess.cli import closing_table, main, parse_command, run_command
-from strata.schema import FrameTable, read_manifest
+from strata.preprocess.driver import WorkerError
+from strata.schema import FrameTable, NormalForm, read_manifest
 from strata.strip import assemble_strip
 from tests.unit.preprocess.videos import moving_scene, write_video
 
@@ -269,6 +271,17 @@ def test_crash_twice_costs_the_video(tmp_path: Path) -> None:
     (row,) = read_manifest(tmp_path / "out" / "train").rows
     assert row.reason == "crash"
     assert row.detail == "the codec ended its process (-9)"
+
+
+def test_a_fault_of_the_program_ends_the_run(videos: Path, tmp_path: Path) -> None:
+    """It would reject every video, and nobody would know why."""
+    command = parse_command(
+        ["folder", "--videos", str(videos / "run"), "--out", str(tmp_path), "--log", "none"]
+    )
+    broken = dataclasses.replace(command.settings, form=NormalForm(payload="foreign", min_frames=1))
+    with pytest.raises(WorkerError, match=r"\d.mp4: a fault of the program(.|\n)*AssertionError"):
+        run_command(dataclasses.replace(command, settings=broken))
+    assert not list((tmp_path / "train").glob("*.t*"))
 
 
 def test_test_fraction_and_no_labels(videos: Path, tmp_path: Path) -> None:

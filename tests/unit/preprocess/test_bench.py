@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_table_and_ratio(
         seconds, _, frames_per_s = line.removeprefix(name).split()[:3]
         assert float(seconds) * float(frames_per_s.replace(",", "")) == pytest.approx(80, rel=0.05)
     assert "strata / bare loop: " in told
+    assert re.search(r"driver's own thread [\d.]+ ms a video, workers [\d.]+: computed, one", told)
 
 
 def test_likeness_of_choices(videos: Path) -> None:

@@ -1,0 +1,61 @@
+"""What a worker makes of what goes wrong, and that it says when it gets on."""
+
+from pathlib import Path
+
+import av
+import pytest
+from PIL import Image
+
+from strata.preprocess.probe import hash_file
+from strata.preprocess.worker import Done, Task, is_media_fault, make_sample
+from strata.schema import NormalForm
+from tests.unit.preprocess.videos import moving_scene, write_video
+
+
+def raised_by(what: str) -> Exception:
+    try:
+        match what:
+            case "ffmpeg":
+                av.open("/nowhere/at/all.mp4")
+            case "inside PyAV":
+                av.VideoFrame(16, 16, "no such format")
+            case "inside Pillow":
+                Image.new("no such mode", (1, 1))
+            case "memory":
+                raise MemoryError
+            case "ours":
+                raise ValueError("a sum that is wrong")
+            case "called wrongly":
+                av.VideoFrame("wide", "high")  # pyright: ignore[reportArgumentType]
+            case "assertion":
+                raise AssertionError
+    except Exception as error:
+        return error
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize("what", ["ffmpeg", "inside PyAV", "inside Pillow", "memory"])
+def test_faults_of_a_video(what: str) -> None:
+    assert is_media_fault(raised_by(what))
+
+
+@pytest.mark.parametrize("what", ["ours", "called wrongly", "assertion"])
+def test_faults_of_the_program(what: str) -> None:
+    assert not is_media_fault(raised_by(what))
+
+
+def test_hashing_says_that_it_gets_on(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(3 << 20))
+    pulses: list[int] = []
+    _, num_bytes = hash_file(path, "a", lambda: pulses.append(1))
+    assert (num_bytes, len(pulses)) == (3 << 20, 3)
+
+
+def test_every_frame_says_that_it_gets_on(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.avi", moving_scene(30, 96, 64))
+    pulses: list[int] = []
+    form = NormalForm(width=96, height=64, min_frames=1)
+    messages = list(make_sample(Task(path, "a", "a", "a", 0, "x"), form, lambda: pulses.append(1)))
+    assert messages[-1] == Done(30)
+    assert len(pulses) >= 1 + 2 * 30  # the file, its packets, its frames
