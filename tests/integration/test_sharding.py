@@ -184,23 +184,62 @@ def test_foreign_folder_is_left_alone(videos: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"train/thesis.txt": b"precious"}
 
 
-@pytest.mark.parametrize("wait_s", [0.3, 0.9, 1.3, 1.6, 1.9])
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from strata.preprocess.cli import main
+
+left = int(sys.argv[1])
+
+def count(owner, name):
+    plain = getattr(owner, name)
+    def counted(*words, **options):
+        global left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*words, **options)
+    setattr(owner, name, counted)
+
+for name in ("fsync", "sendfile", "unlink", "rmdir"):
+    count(os, name)
+for name in ("replace", "unlink", "mkdir"):
+    count(Path, name)
+main(sys.argv[2:])
+print(int(sys.argv[1]) - left)
+"""
+"""Sharding in a process that is killed before a given one of the calls that change the disk."""
+
+
+def killed_run(videos: Path, out: Path, calls: int) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", KILLED, str(calls), "folder", "--videos", str(videos)]
+    words += ["--out", str(out), "--workers", "1", "--max-rejects", "1", "--log", "none", *SMALL]
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def calls_in_all(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    done = killed_run(videos, tmp_path_factory.mktemp("counted"), 1 << 30)
+    return int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.35, 0.5, 0.65, 0.75, 0.8, 0.86, 0.93, 1.0])
 def test_killed_run_goes_on_to_the_same_bytes(
-    videos: Path, shards: Path, tmp_path: Path, wait_s: float
+    videos: Path, shards: Path, tmp_path: Path, calls_in_all: int, share: float
 ) -> None:
-    call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--videos", videos]
-    call += ["--out", tmp_path, "--workers", "1", "--max-rejects", "1", *SMALL]
-    process = subprocess.Popen(
-        list(map(str, call)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    time.sleep(wait_s)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if not (tmp_path / "train" / "manifest.json").exists() and (tmp_path / "train").exists():
+    """From the first call on the disk to the last, those of the merge are the last fifth."""
+    done = killed_run(videos, tmp_path, max(round(share * calls_in_all), 1))
+    assert done.returncode == -signal.SIGKILL
+    folder = tmp_path / "train"
+    for tar in folder.glob("*.tar"):  # What bears its name is whole.
+        assert tar.read_bytes() == (shards / tar.name).read_bytes()
+    if (folder / "manifest.json").exists():
+        assert read_manifest(folder) == read_manifest(shards)
+    elif folder.exists():
         with pytest.raises(ShardError, match=r"no manifest.json; sharding did not finish"):
-            read_manifest(tmp_path / "train")
+            read_manifest(folder)
     shard(videos, tmp_path)
-    assert contents(tmp_path / "train") == contents(shards)
+    assert contents(folder) == contents(shards)
 
 
 def test_fault_after_the_first_segment_takes_its_members_back(tmp_path: Path) -> None:
