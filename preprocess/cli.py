@@ -18,7 +18,7 @@ from strata.preprocess.foreign import index_folder
 from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
 from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
-from strata.preprocess.settings import ShardSettings
+from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
 from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
 
@@ -119,6 +119,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add("--min-frames", type=int, default=form.min_frames, help="shorter videos are rejected")
     add("--samples-per-shard", type=int, default=settings.samples_per_shard)
+    add(
+        "--read-back",
+        choices=get_args(ReadBack),
+        default=settings.read_back,
+        help="frames decoded back and compared: every 8th, or all for a sixth more CPU time",
+    )
     add("--seed", type=int, default=settings.seed, help="of the shuffle and the test share")
     add("--workers", type=int, default=settings.workers, help="processes; 0: one for each CPU")
     add(
@@ -234,6 +240,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         form=form,
         samples_per_shard=args.samples_per_shard,
         seed=args.seed,
+        read_back=args.read_back,
         workers=args.workers or _share_of_cpus(os.environ),
         slice_index=slice_index,
         slice_count=slice_count,

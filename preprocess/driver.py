@@ -20,7 +20,7 @@ from strata.errors import FaultKind
 from strata.preprocess.manifest import canonical_json
 from strata.preprocess.parts import Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
-from strata.preprocess.settings import ShardSettings
+from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
@@ -253,13 +253,13 @@ class _Work:
 class _Worker:
     """A worker process and what it is at."""
 
-    def __init__(self, form: NormalForm) -> None:
+    def __init__(self, form: NormalForm, read_back: ReadBack) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
         self._heartbeat = RawValue(ctypes.c_double, time.monotonic())
         self.process: BaseProcess = context.Process(
-            target=serve, args=(theirs, form, self._heartbeat), daemon=True
+            target=serve, args=(theirs, form, read_back, self._heartbeat), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -368,7 +368,7 @@ class _Driver:
             if work is None:
                 return
             if worker is None:
-                worker = _Worker(self._settings.form)
+                worker = _Worker(self._settings.form, self._settings.read_back)
                 self._workers.append(worker)
             worker.give(work)
 

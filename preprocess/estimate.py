@@ -106,7 +106,9 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
     for source, classes in chosen[::step][:_SAMPLE_VIDEOS]:
         start_s = time.perf_counter()
         try:
-            for message in make_sample(_task(source, classes, videos), settings.form):
+            for message in make_sample(
+                _task(source, classes, videos), settings.form, settings.read_back
+            ):
                 if isinstance(message, Member):
                     timed.shard_bytes += -(-len(message.content) // 512) * 512 + 512
                 elif isinstance(message, Done):

@@ -56,6 +56,7 @@ def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
     stored: dict[str, Any] = {
         "seed": settings.seed,
         "samples_per_shard": settings.samples_per_shard,
+        "read_back": settings.read_back,
         "encoder": {
             "pyav": av.__version__,
             "ffmpeg": ".".join(map(str, av.library_versions["libavcodec"])),

@@ -2,11 +2,15 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from strata.errors import ConfigError
 from strata.schema import NormalForm
 
-__all__ = ["ShardSettings"]
+__all__ = ["ReadBack", "ShardSettings"]
+
+ReadBack = Literal["all", "sampled"]
+"""Which frames of a JPEG sample are decoded back and compared before it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,9 @@ class ShardSettings:
     """Sources to a shard; 128 clips of UCF101 are about 140 MB."""
     seed: int = 0
     """Of the shuffle, in [0, 2^32)."""
+    read_back: ReadBack = "sampled"
+    """`sampled`: every restart marker is counted, every 8th frame and the last decoded back and
+    compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded whole."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use."""
     timeout_s: float = 300.0

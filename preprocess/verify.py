@@ -19,6 +19,9 @@ __all__ = ["verify_strip"]
 _ROUNDING = 1.5
 """Grey levels that integer DCTs and two roundings add."""
 
+_FULL_EVERY = 16
+"""How many frames there are to one that is compared pixel by pixel."""
+
 
 def _decode(jpeg: bytes, size: tuple[int, int]) -> np.ndarray:
     picture = Image.open(io.BytesIO(jpeg))
@@ -32,19 +35,20 @@ def _root_mean_square(difference: np.ndarray) -> np.ndarray:
 
 
 def verify_strip(
-    jpeg: bytes, planes: np.ndarray, form: NormalForm, source: str, *, full_every: int = 16
+    jpeg: bytes, planes: np.ndarray, form: NormalForm, source: str, *, every: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode a strip and compare number and likeness of its frames with the source.
 
-    Every frame is entropy-decoded in full and compared by the means of its 8 x 8 blocks, in luma
-    and chroma; some are also cut out as the loader will cut them, and compared pixel by pixel.
+    Frames are entropy-decoded in full and compared by the means of their 8 x 8 blocks, in luma and
+    chroma; some are also compared pixel by pixel, cut out as the loader will cut them. Whatever
+    `every` is, each frame's restart marker is found and counted.
 
     Args:
         jpeg: The strip.
         planes: What `encode_strip` was given.
         form: The normal form.
         source: The video as the user would name it.
-        full_every: How many frames there are to one that is compared pixel by pixel.
+        every: How many frames there are to one that is decoded; the last always is.
 
     Returns:
         The offsets and lengths of `parse_strip`.
@@ -64,17 +68,22 @@ def verify_strip(
             )
         steps = _quantisation_steps(picture)
 
-        small = _decode(jpeg, (width // 8, count * height // 8))
-        small = small.reshape(count, height // 8, width // 8, 3)
+        table = FrameTable(0, height, width, form.frames_per_segment, offsets, lengths)
+        chosen = (
+            np.arange(count) if every == 1 else np.append(np.arange(0, count - 1, every), count - 1)
+        )
+        read = jpeg if every == 1 else assemble_strip([jpeg], table, chosen).tobytes()
+        small = _decode(read, (width // 8, len(chosen) * height // 8))
+        small = small.reshape(len(chosen), height // 8, width // 8, 3)
+        looked_at = planes if every == 1 else planes[chosen]
         for channel, name in enumerate(("luma", "Cb", "Cr")):
-            means = _block_means(planes, channel, height, width)
+            means = _block_means(looked_at, channel, height, width)
             error = _root_mean_square(small[..., channel] - means)
             # A JPEG block of 8 x 8 chroma values covers 2 x 2 of the means.
             bound = _bound_of_means(steps[min(channel, 1)], 8 if channel == 0 else 4)
-            _compare(error, bound + _ROUNDING, source, f"block means of {name}")
+            _compare(error, bound + _ROUNDING, source, f"block means of {name}", chosen)
 
-        chosen = np.arange(0, count, full_every)
-        table = FrameTable(0, height, width, form.frames_per_segment, offsets, lengths)
+        chosen = np.arange(0, count, _FULL_EVERY * (1 if every == 1 else 2))
         cut = assemble_strip([jpeg], table, chosen)
         full = _decode(cut.tobytes(), (width, len(chosen) * height)).reshape(-1, height, width, 3)
         error = _root_mean_square(full[..., 0].astype(np.int16) - planes[chosen, :height])
@@ -114,12 +123,10 @@ def _block_means(planes: np.ndarray, channel: int, height: int, width: int) -> n
     return small.reshape(count, rows // side, columns // side)
 
 
-def _compare(
-    error: np.ndarray, bound: float, source: str, what: str, frames: np.ndarray | None = None
-) -> None:
+def _compare(error: np.ndarray, bound: float, source: str, what: str, frames: np.ndarray) -> None:
     worst = int(error.argmax())
     if error[worst] > bound:
-        frame = worst if frames is None else int(frames[worst])
+        frame = int(frames[worst])
         raise VideoFault(
             FaultKind.UNLIKE,
             source,

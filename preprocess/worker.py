@@ -21,6 +21,7 @@ from strata.errors import FaultKind, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.preprocess.parts import PartPacker, Rejected, WorkerFailure
 from strata.preprocess.probe import hash_file, no_pulse
+from strata.preprocess.settings import ReadBack
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.verify import verify_strip
 from strata.schema import (
@@ -76,8 +77,16 @@ class Done:
     num_frames: int
 
 
+_SAMPLED_EVERY = 8
+"""Frames to one that `sampled` decodes."""
+
+
 def make_segment(
-    planes: np.ndarray, form: NormalForm, rate: Fraction, source: str
+    planes: np.ndarray,
+    form: NormalForm,
+    rate: Fraction,
+    source: str,
+    read_back: ReadBack,
 ) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
     """Encode frames in the form's payload and read them back.
 
@@ -86,6 +95,7 @@ def make_segment(
         form: The normal form.
         rate: Frames per second; 25 is taken where it is 0.
         source: The video as the user would name it.
+        read_back: Which frames are decoded again; of mp4 always all.
 
     Returns:
         The member, and the offset in it and the length of each frame's coded bytes, both `[F]`.
@@ -96,7 +106,8 @@ def make_segment(
     match form.payload:
         case "jpeg":
             content = encode_strip(planes, form)
-            return content, verify_strip(content, planes, form, source)
+            every = 1 if read_back == "all" else _SAMPLED_EVERY
+            return content, verify_strip(content, planes, form, source, every=every)
         case "mp4":
             content = encode_mp4(planes, form, rate or Fraction(25))
             return content, verify_mp4(content, planes, form, source)
@@ -105,7 +116,7 @@ def make_segment(
 
 
 def make_sample(
-    task: Task, form: NormalForm, pulse: Callable[[], None] = no_pulse
+    task: Task, form: NormalForm, read_back: ReadBack, pulse: Callable[[], None] = no_pulse
 ) -> Iterator[Member | Done]:
     """Transcode and verify one video, giving each member as soon as it is ready.
 
@@ -114,6 +125,7 @@ def make_sample(
     Args:
         task: The video.
         form: The normal form.
+        read_back: Which frames are decoded back and compared.
         pulse: Called whenever it got on: a piece of the file was hashed, a packet read, a frame
             decoded.
 
@@ -125,7 +137,7 @@ def make_sample(
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     for number, planes in enumerate(frames.segments()):
-        content, places = make_segment(planes, form, frames.rate, task.name)
+        content, places = make_segment(planes, form, frames.rate, task.name, read_back)
         offsets.append(places[0])
         lengths.append(places[1])
         yield Member(segment_ext(number, form.payload), content)
@@ -211,11 +223,15 @@ def is_media_fault(error: Exception) -> bool:
 
 
 def send_sample(
-    connection: Connection, task: Task, form: NormalForm, pulse: Callable[[], None]
+    connection: Connection,
+    task: Task,
+    form: NormalForm,
+    read_back: ReadBack,
+    pulse: Callable[[], None],
 ) -> None:
     """Make a sample and send it; one segment at a time, the last one with all the rest."""
     packer = PartPacker(connection, task.key)
-    for message in make_sample(task, form, pulse):
+    for message in make_sample(task, form, read_back, pulse):
         pulse()
         match message:
             case Member(ext, content):
@@ -226,12 +242,15 @@ def send_sample(
                 packer.send(num_frames)
 
 
-def serve(connection: Connection, form: NormalForm, heartbeat: "ctypes.c_double") -> None:
+def serve(
+    connection: Connection, form: NormalForm, read_back: ReadBack, heartbeat: "ctypes.c_double"
+) -> None:
     """Answer tasks with messages until the connection closes; the body of a worker process.
 
     Args:
         connection: To the driver.
         form: The normal form.
+        read_back: Which frames are decoded back and compared.
         heartbeat: Shared with the driver: when this worker last got on, by `time.monotonic`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
@@ -251,7 +270,7 @@ def serve(connection: Connection, form: NormalForm, heartbeat: "ctypes.c_double"
             continue  # An answer that the sample before did not live to wait for.
         try:
             pulse()
-            send_sample(connection, task, form, pulse)
+            send_sample(connection, task, form, read_back, pulse)
         except VideoFault as fault:
             connection.send(Rejected(fault.kind, fault.detail))
         except (BrokenPipeError, ConnectionResetError, EOFError):

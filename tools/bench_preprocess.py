@@ -118,7 +118,12 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
     ]
     source_set = SourceSet(dataset="bench", split="all", classes=("any",), sources=tuple(sources))
     settings = ShardSettings(form=NormalForm(min_frames=1), workers=workers)
-    times: dict[str, list[tuple[float, float]]] = {"strata": [], "bare loop": []}
+    reading_all = replace(settings, read_back="all")
+    times: dict[str, list[tuple[float, float]]] = {
+        "strata": [],
+        "bare loop": [],
+        "strata, all": [],
+    }
     if shutil.which("ffmpeg"):
         times["ffmpeg"] = []
     else:
@@ -139,6 +144,10 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
 
             times["strata"].append(_time(run))
             times["bare loop"].append(_time(lambda: _floor(paths, workers)))
+            all_folder = folder / "all"
+            times["strata, all"].append(
+                _time(lambda f=all_folder: shard_set(source_set, videos, f, reading_all))
+            )
             if "ffmpeg" in times:
                 times["ffmpeg"].append(_time(lambda f=folder: _ffmpeg(paths, workers, f)))
     print(f"{'':<12}{'seconds':>9}{'videos/s':>10}{'frames/s':>10}{'CPU s':>9}{'CPU us/frame':>14}")

@@ -286,6 +286,8 @@ class ChildKiller(threading.Thread):
             time.sleep(0.05)
             for child in multiprocessing.active_children():
                 if child.pid not in killed and child.pid is not None:
+                    # Stopped while it starts, it cannot be done before it is killed.
+                    os.kill(child.pid, signal.SIGSTOP)
                     time.sleep(0.5)
                     os.kill(child.pid, signal.SIGKILL)
                     killed.add(child.pid)

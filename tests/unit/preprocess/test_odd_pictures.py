@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
         path = write_video(tmp_path / f"{segments}.avi", frames)
         task = Task(path, "a", "a", "a", -1, None)
         tracemalloc.start()
-        members = sum(isinstance(m, Member) for m in make_sample(task, form))
+        members = sum(isinstance(m, Member) for m in make_sample(task, form, "all"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert members == segments + 2
@@ -194,7 +194,7 @@ def test_member_names_of_a_very_long_video() -> None:
 def test_mp4_segments_of_a_sample(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(100, 96, 64))
     form = NormalForm(width=96, height=64, min_frames=1, payload="mp4", segment_frames=48)
-    messages = list(make_sample(Task(path, "a", "a", "a", 3, "x"), form))
+    messages = list(make_sample(Task(path, "a", "a", "a", 3, "x"), form, "sampled"))
     names = [m.ext for m in messages if isinstance(m, Member)]
     assert names == ["000.mp4", "001.mp4", "002.mp4", "frames.i32", "json"]
     assert messages[-1] == Done(100)

@@ -146,12 +146,27 @@ def test_verify_finds_other_pictures(damage: str) -> None:
     assert caught.value.kind is FaultKind.UNLIKE
 
 
-def test_verify_finds_a_missing_frame() -> None:
+@pytest.mark.parametrize("every", [1, 8])
+def test_verify_finds_a_missing_frame(every: int) -> None:
     form = NormalForm(width=96, height=64)
     planes = smooth_planes(8)
     with pytest.raises(VideoFault, match="8 frames in, 7") as caught:
-        verify_strip(encode_strip(planes[:7], form), planes, form, "a")
+        verify_strip(encode_strip(planes[:7], form), planes, form, "a", every=every)
     assert caught.value.kind is FaultKind.WRONG_COUNT
+
+
+def test_sampled_verification_decodes_every_so_manieth_frame_and_the_last() -> None:
+    form = NormalForm(width=96, height=64)
+    planes = smooth_planes(11)
+    found = []
+    for frame in range(11):
+        wrong = planes.copy()
+        wrong[frame, :32] += 40
+        try:
+            verify_strip(encode_strip(wrong, form), planes, form, "a", every=4)
+        except VideoFault:
+            found.append(frame)
+    assert found == [0, 4, 8, 10]
 
 
 def test_verify_finds_damaged_bytes() -> None:

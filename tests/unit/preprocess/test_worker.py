@@ -56,6 +56,8 @@ def test_every_frame_says_that_it_gets_on(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(30, 96, 64))
     pulses: list[int] = []
     form = NormalForm(width=96, height=64, min_frames=1)
-    messages = list(make_sample(Task(path, "a", "a", "a", 0, "x"), form, lambda: pulses.append(1)))
+    messages = list(
+        make_sample(Task(path, "a", "a", "a", 0, "x"), form, "all", lambda: pulses.append(1))
+    )
     assert messages[-1] == Done(30)
     assert len(pulses) >= 1 + 2 * 30  # the file, its packets, its frames
