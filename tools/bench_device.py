@@ -1,14 +1,17 @@
 """How fast a machine decodes, loads and trains: `python tools/bench.py device --shards DIR`.
 
-Each part alone, on synthetic or repeated samples, so that parts can be set against each other. On a
-GPU: JPEG strips by engine, single frames, the graph, the loader, the training step. On a CPU the
-same at the size asked for.
+Each part alone, then the whole, in one run, so that the parts can be set against each other:
+decoders, decoding with augmentation, the loader, the training step on clips that are there already
+(each variant differs from the plain one in one thing), and the real run. On a CPU the same at the
+size asked for.
 """
 
 import argparse
-import io
+import dataclasses
+import gc
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import pipeline_def
-from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
@@ -27,15 +28,49 @@ from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.tools import bench_train
+from strata.tools.bench_decoders import decodings
+from strata.train.budget import step_cost
+from strata.train.config import TrainConfig
 from strata.train.method import Method, MethodConfig, VideoModel
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import ScheduleConfig, phase_at
 
-__all__ = ["main"]
+__all__ = ["VARIANTS", "main"]
 
 _CLIPS = ClipSpec()
-_MATRIX = 8192
-_NAMES = ("ceilings", "jpeg", "graph", "loader", "step")
+_PARTS = ("ceilings", "decode", "graph", "loader", "step", "whole")
+_PROFILED_STEPS = 3
+_PROFILED_ROWS = 15
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the step is computed; the default is how `train/main.py` does it on this machine."""
+
+    model: str = "r3d18"
+    precision: str = "auto"
+    channels_last: bool = True
+    in_channels: int = 4
+    fold_stem: bool = False
+    compiled: bool = False
+    batch_share: float = 1.0
+    """Of the batch that was asked for."""
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant(),
+    "three channels": Variant(in_channels=3),
+    "channels first": Variant(channels_last=False),
+    "fp32": Variant(precision="fp32"),
+    "half the batch": Variant(batch_share=0.5),
+    "folded stem": Variant(fold_stem=True),
+    "compiled": Variant(compiled=True),
+    "compiled, folded stem": Variant(compiled=True, fold_stem=True),
+    "s3d": Variant(model="s3d"),
+    "s3d, compiled": Variant(model="s3d", compiled=True),
+}
+"""What the part `step` measures, by the names that `--variants` takes."""
 
 
 class _Bench:
@@ -46,6 +81,8 @@ class _Bench:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.reader = ShardReader(args.shards)
         self.form = self.reader.manifest.form
+        self.records: list[dict[str, Any]] = []
+        self.peaks: dict[str, float] = {}
         rng = np.random.default_rng(0)
         self.strips = []
         for number in range(args.batch):
@@ -75,69 +112,47 @@ class _Bench:
 
     def record(self, part: str, **fields: Any) -> None:
         """Print a measurement, and append it to the file that was asked for."""
-        line = json.dumps({"part": part, **fields})
+        record = {"part": part, **fields}
+        self.records.append(record)
+        line = json.dumps(record)
         print(line, flush=True)
         if self.args.out is not None:
             with self.args.out.open("a", encoding="utf-8") as out:
                 out.write(line + "\n")
 
+    def peak(self, precision: str) -> float:
+        """Operations a second of the machine's own matrix product, measured once a precision."""
+        if precision not in self.peaks:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.peaks[precision] = bench_train.measured_peak(self.device, dtype, self.args.seconds)
+        return self.peaks[precision]
+
     def ceilings(self) -> None:
-        """The card's own matrix product and copy, against which the rest is held."""
-        if not self.on_gpu:
-            self.record("ceilings", device="cpu", cores=len(os.sched_getaffinity(0)))
-            return
-        left = torch.randn(_MATRIX, _MATRIX, device=self.device, dtype=torch.bfloat16)
-        products = self.rate(lambda: left @ left, 1)
-        source = torch.empty(2**30, device=self.device)
+        """The machine's own matrix product and copy, against which the rest is held."""
+        precision = "bf16" if self.on_gpu else "fp32"
+        source = torch.empty(2**30 if self.on_gpu else 2**26, device=self.device)
         target = torch.empty_like(source)
         copies = self.rate(lambda: target.copy_(source), 1)
         self.record(
             "ceilings",
-            device=torch.cuda.get_device_name(),
+            device=torch.cuda.get_device_name() if self.on_gpu else "cpu",
+            cores=len(os.sched_getaffinity(0)),
+            load=os.getloadavg()[0],
             torch=torch.__version__,
-            matmul_bf16_tflops=2 * _MATRIX**3 * products / 1e12,
-            copy_tb_per_s=2 * source.nbytes * copies / 1e12,
+            precision=precision,
+            matmul_tflops=self.peak(precision) / 1e12,
+            copy_gb_per_s=2 * source.nbytes * copies / 1e9,
         )
 
-    def jpeg(self) -> None:
-        """Strips of a window's frames, and the same frames as single JPEGs."""
-        single = []
-        for strip in self.strips[:16]:
-            with Image.open(io.BytesIO(strip.tobytes())) as picture:
-                rows = np.asarray(picture.convert("RGB"))
-            for frame in rows.reshape(-1, self.form.height, self.form.width, 3):
-                out = io.BytesIO()
-                Image.fromarray(frame).save(out, "JPEG", quality=self.form.quality)
-                single.append(np.frombuffer(out.getvalue(), np.uint8))
-        frames_per_strip = _CLIPS.window_frames
-        for device in ("cpu", "mixed") if self.on_gpu else ("cpu",):
-            for name, pictures, frames in (
-                ("strip", self.strips, frames_per_strip),
-                ("single", single, 1),
-            ):
-                decode = self._decoder(device, len(pictures))
-                rate = self.rate(lambda d=decode, p=pictures: d(p), len(pictures) * frames)
-                self.record("jpeg", device=device, stored=name, frames_per_s=rate)
-
-    def _decoder(self, device: str, batch: int) -> Callable[[Sequence[np.ndarray]], Any]:
-        @pipeline_def
-        def graph() -> Any:
-            coded = fn.external_source(name="coded")
-            return fn.decoders.image(coded, device=device, output_type=types.DALIImageType.RGB)
-
-        pipe: Any = graph(
-            batch_size=batch,
-            num_threads=self.args.threads,
-            device_id=0 if self.on_gpu else None,
-            prefetch_queue_depth=1,
-        )
-        pipe.build()
-
-        def run(pictures: Sequence[np.ndarray]) -> Any:
-            pipe.feed_input("coded", list(pictures))
-            return pipe.run()
-
-        return run
+    def decode(self) -> None:
+        """Strips of a window's frames, the same frames as single JPEGs, and video."""
+        for each in decodings(
+            self.reader, self.strips, threads=self.args.threads, on_gpu=self.on_gpu
+        ):
+            fields = {n: v for n, v in vars(each).items() if n != "run"}
+            rate = self.rate(each.run, each.frames)
+            samples = rate / _CLIPS.window_frames
+            self.record("decode", **fields, frames_per_s=rate, samples_per_s=samples)
 
     def graph(self) -> None:
         """Decode and augment the paper recipe's three views."""
@@ -164,9 +179,9 @@ class _Bench:
         places: tuple[tuple[Any, Any], ...] = (("cpu", "cpu"),)
         if self.on_gpu:
             places = (("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu"))
-        for decode, augment in places:
-            graph = ClipPipeline(
-                GraphSpec(
+        for threads in self.args.threads:
+            for decode, augment in places:
+                spec = GraphSpec(
                     batch_size=batch,
                     strip_frames=_CLIPS.window_frames,
                     height=self.form.height,
@@ -177,91 +192,267 @@ class _Bench:
                     decode=decode,
                     augment=augment,
                     device_id=0 if self.on_gpu else None,
-                    num_threads=self.args.threads,
+                    num_threads=threads,
                 )
-            )
-            rate = self.rate(lambda g=graph: g.run(self.strips, parameters), batch)
-            self.record("graph", decode=decode, augment=augment, samples_per_s=rate)
+                graph = ClipPipeline(spec)
+                rate = self.rate(lambda g=graph: g.run(self.strips, parameters), batch)
+                places_of = {"decode": decode, "augment": augment, "threads": threads}
+                self.record("graph", **places_of, samples_per_s=rate)
 
     def loader(self) -> None:
         """Batches as training gets them; the set must hold a batch."""
-        config = DataConfig(
-            shards=self.reader.location,
-            batch_size=min(self.args.batch, self.reader.num_samples),
-            size=self.args.size,
-            threads=self.args.threads,
-        )
-        loader = TrainLoader(
-            self.reader,
-            config,
-            open_plan(self.reader, config, 0),
-            world=World(),
-            device=self.device,
-            epochs=(0, 1_000_000),
-        )
-        batches = iter(loader)
-        rate = self.rate(lambda: next(batches), config.batch_size)
-        self.record("loader", batch=config.batch_size, samples_per_s=rate)
-        loader.close()
+        batch = min(self.args.batch, self.reader.num_samples)
+        places: tuple[Any, ...] = ("cpu", "gpu") if self.on_gpu else ("cpu",)
+        for decode in places:
+            config = DataConfig(
+                shards=self.reader.location,
+                batch_size=batch,
+                size=self.args.size,
+                threads=self.args.threads[-1],
+                decode=decode,
+            )
+            loader = TrainLoader(
+                self.reader,
+                config,
+                open_plan(self.reader, config, 0),
+                world=World(),
+                device=self.device,
+                epochs=(0, 1_000_000),
+            )
+            batches = iter(loader)
+            rate = self.rate(lambda b=batches: next(b), batch)
+            loader.close()
+            self.record("loader", decode=decode, batch=batch, samples_per_s=rate)
 
     def step(self) -> None:
         """Forward, losses, backward and update on random clips, without DeepSpeed."""
-        args = self.args
+        for name in self.args.variants:
+            for stage in self.args.stages:
+                self._step(name, VARIANTS[name], stage)
+                gc.collect()
+                if self.on_gpu:
+                    torch.cuda.empty_cache()
+
+    def _step(self, name: str, variant: Variant, stage: int) -> None:
+        batch = max(int(self.args.batch * variant.batch_share), 2)
+        precision = variant.precision
+        if precision == "auto":
+            precision = "bf16" if self.on_gpu else "fp32"
+        config = TrainConfig(
+            run=Path("unset"),
+            data=DataConfig(shards=self.reader.location, batch_size=batch, size=self.args.size),
+            model=BackboneConfig(
+                name=variant.model,  # type: ignore[arg-type]
+                width=self.args.width,
+                in_channels=variant.in_channels,  # type: ignore[arg-type]
+                fold_stem=variant.fold_stem,
+            ),
+            method=MethodConfig(queue_length=max(1024, batch)),
+        )
         if self.on_gpu:
             torch.backends.cudnn.benchmark = True
-        for stage in (1, 2):
-            torch.manual_seed(0)
-            recipe = MethodConfig(queue_length=max(1024, args.batch))
-            backbone = BackboneConfig(name=args.model, width=args.width, in_channels=4)
-            model = VideoModel(backbone, recipe, _CLIPS.clip_frames).to(self.device).train()
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        model = VideoModel(config.model, config.method, _CLIPS.clip_frames).to(self.device).train()
+        if variant.channels_last:
             model.backbone.channels_last()
-            method = Method(model, recipe, World())
-            phase = phase_at(ScheduleConfig(), 1 if stage == 1 else 60)
-            optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-5)
-            shape = (args.size, args.size, 3)
-            short = self._random(args.batch, 2, _CLIPS.clip_frames, *shape)
-            long = self._random(args.batch, _CLIPS.window_frames, *shape) if stage == 2 else None
-            orders = [o.to(self.device) for o in model.orders(np.arange(args.batch), 0, 0, 16)]
+        if variant.compiled:
+            model.backbone.compile()
+        method = Method(model, config.method, World())
+        phase = phase_at(ScheduleConfig(), 1 if stage == 1 else 60)
+        optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-5, fused=self.on_gpu)
+        shape = (self.args.size, self.args.size, 3)
+        short = self._random(batch, 2, _CLIPS.clip_frames, *shape)
+        long = self._random(batch, _CLIPS.window_frames, *shape) if stage == 2 else None
+        orders = [o.to(self.device) for o in model.orders(np.arange(batch), 0, 0, 16)]
 
-            def run() -> None:
-                with torch.autocast("cuda", torch.bfloat16, enabled=self.on_gpu):
-                    out = model(short, long, *orders, phase)  # noqa: B023 - called in this round
-                method.losses(out, phase, with_health=False).total.backward()  # noqa: B023
-                optimizer.step()  # noqa: B023
-                optimizer.zero_grad()  # noqa: B023
+        def run() -> None:
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+                out = model(short, long, *orders, phase)
+            method.losses(out, phase, with_health=False).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-            rate = self.rate(run, args.batch)
-            memory = torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None
+        rate = self.rate(run, batch)
+        flops = step_cost(config, videos=batch, stage=stage).flops * rate / batch
+        self.record(
+            "step",
+            variant=name,
+            stage=stage,
+            batch=batch,
+            precision=precision,
+            samples_per_s=rate,
+            tflops=flops / 1e12,
+            mfu=flops / self.peak(precision),
+            memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
+        )
+        if self.args.profile:
+            self._profile(run, name, stage)
+
+    def _profile(self, run: Callable[[], None], name: str, stage: int) -> None:
+        """The operators that take most time, to find what to mend first."""
+        activities = [ProfilerActivity.CPU]
+        if self.on_gpu:
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiler:
+            for _ in range(_PROFILED_STEPS):
+                run()
+            self._wait()
+        order = "self_cuda_time_total" if self.on_gpu else "self_cpu_time_total"
+        print(f"{_PROFILED_STEPS} steps of {name}, stage {stage}:")
+        print(profiler.key_averages().table(sort_by=order, row_limit=_PROFILED_ROWS), flush=True)
+
+    def whole(self) -> None:
+        """The real run, and its share of what the step alone does."""
+        batch = min(self.args.batch, self.reader.num_samples)
+        words = ["--data.shards", self.reader.location, "--data.batch_size", batch]
+        words += ["--data.size", self.args.size, "--data.threads", self.args.threads[-1]]
+        words += ["--model.width", self.args.width, "--model.in_channels", 4]
+        words += ["--method.queue_length", max(1024, batch)]
+        words += ["--steps", self.args.steps, "--seconds", self.args.seconds]
+        words += ["--stages", *self.args.stages]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "train.jsonl"
+            bench_train.main([*map(str, words), "--out", str(out)])
+            lines = out.read_text(encoding="utf-8").splitlines()
+        for found in map(json.loads, lines):
+            shares = {n: s / found["step_s"] for n, s in found["parts_s"].items()}
+            alone = [
+                r["samples_per_s"]
+                for r in self.records
+                if r["part"] == "step"
+                and r["variant"] == "plain"
+                and (r["stage"], r["batch"]) == (found["stage"], batch)
+            ]
             self.record(
-                "step", model=args.model, stage=stage, samples_per_s=rate, memory_gib=memory
+                "whole",
+                stage=found["stage"],
+                batch=batch,
+                precision="bf16" if found["autocast"] else "fp32",
+                samples_per_s=found["samples_per_s"],
+                of_step_alone=found["samples_per_s"] / alone[0] if alone else None,
+                tflops=found["flops_per_s"] / 1e12,
+                mfu=found["mfu"],
+                memory_gib=found["memory_bytes"] / 2**30,
+                shares=shares,
             )
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
 
 
+def _name(record: dict[str, Any]) -> str:
+    """What tells a record from others of its part."""
+    match record["part"]:
+        case "decode":
+            engines = record["hardware_share"]
+            return (
+                f"{record['stored']}, {record['device']}, {record['threads']} threads"
+                + (f", from frame {record['start']}" if record["start"] else "")
+                + (f", {engines:.0%} to the engines" if engines is not None else "")
+            )
+        case "graph":
+            threads = f"{record['threads']} threads"
+            return f"decode {record['decode']}, augment {record['augment']}, {threads}"
+        case "loader":
+            return f"decode {record['decode']}"
+        case "step":
+            return f"{record['variant']}, stage {record['stage']}, batch {record['batch']}"
+        case "whole":
+            return f"stage {record['stage']}, batch {record['batch']}"
+        case part:
+            return part
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records as a Markdown table; decoders in windows of 32 frames, as a sample has."""
+    lines = ["| part | | samples/s | frames/s | TFLOP/s | of peak | GiB |", "|---" * 7 + "|"]
+    for record in records:
+        if record["part"] == "ceilings":
+            lines.append(
+                f"| ceilings | {record['device']}, {record['precision']} matrix product; copy "
+                f"{record['copy_gb_per_s']:,.0f} GB/s | | | {record['matmul_tflops']:.2f} | | |"
+            )
+            continue
+        frames, tflops = record.get("frames_per_s"), record.get("tflops")
+        share, memory = record.get("mfu"), record.get("memory_gib")
+        cells = [
+            record["part"],
+            _name(record),
+            f"{record['samples_per_s']:,.1f}",
+            f"{frames:,.0f}" if frames is not None else "",
+            f"{tflops:.2f}" if tflops is not None else "",
+            f"{share:.1%}" if share is not None else "",
+            f"{memory:.1f}" if memory is not None else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for record in records:
+        if record["part"] == "whole":
+            parts = ", ".join(f"{n} {s:.1%}" for n, s in record["shares"].items())
+            alone = record["of_step_alone"]
+            ratio = "step alone not measured" if alone is None else f"{alone:.2f} of the step alone"
+            lines.append(f"\nwhole, {_name(record)}: {ratio}; {parts}")
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Samples a second of all parts as bars, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    shown = [r for r in records if "samples_per_s" in r][::-1]
+    figure = Figure(figsize=(9, 0.6 + 0.24 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    parts = [p for p in _PARTS if any(r["part"] == p for r in shown)]
+    colours = {part: f"C{place}" for place, part in enumerate(parts)}
+    rates = [r["samples_per_s"] for r in shown]
+    names = [f"{r['part']}: {_name(r)}" for r in shown]
+    bars = axes.barh(names, rates, color=[colours[r["part"]] for r in shown])
+    axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=7)
+    axes.set(xscale="log", xlabel="samples/s (32 frames each)", xlim=(None, 3 * max(rates)))
+    axes.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=150)
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the command line.
 
     Raises:
-        ConfigError: A part is not known.
+        ConfigError: A part or a variant is not known.
     """
+    cores = len(os.sched_getaffinity(0))
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="tools/bench.py device")
-    parser.add_argument("--shards", type=Path, required=True, help="a folder of shards")
-    parser.add_argument("--parts", nargs="+", default=list(_NAMES), help=" ".join(_NAMES))
+    parser.add_argument("--shards", type=Path, required=True, help="a folder of jpeg shards")
+    parser.add_argument("--parts", nargs="+", default=list(_PARTS), help=" ".join(_PARTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS) if on_gpu else ["plain", "channels first", "folded stem", "s3d"],
+        help="of the step: " + "; ".join(VARIANTS),
+    )
+    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--batch", type=int, default=256, help="samples a step")
     parser.add_argument("--size", type=int, default=112, help="pixels of a view")
-    parser.add_argument("--model", default="r3d18", choices=["r3d18", "s3d"])
     parser.add_argument("--width", type=int, default=64, help="channels of the stem")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, nargs="+", default=[cores], help="of DALI")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--steps", type=int, default=20, help="of the whole, a stage")
+    parser.add_argument("--profile", action="store_true", help="the step's slowest operators")
     parser.add_argument("--out", type=Path, default=None, help="JSON lines to append to")
+    parser.add_argument("--plot", type=Path, default=None, help="picture (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.parts) - set(_NAMES))
-    if unknown:
-        raise ConfigError(
-            f"tools/bench.py device has no part {unknown[0]}; use {', '.join(_NAMES)}"
-        )
+    for what, asked, known in (
+        ("part", args.parts, _PARTS),
+        ("variant", args.variants, tuple(VARIANTS)),
+    ):
+        unknown = sorted(set(asked) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"tools/bench.py device has no {what} {unknown[0]}; use {', '.join(known)}"
+            )
     bench = _Bench(args)
     for part in args.parts:
         getattr(bench, part)()
+    print(table(bench.records))
+    if args.plot is not None:
+        plot(bench.records, args.plot)

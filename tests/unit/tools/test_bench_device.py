@@ -4,22 +4,55 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from strata.errors import ConfigError
 from strata.tools.bench_device import main
 
-
-def test_every_part_gives_a_rate(shards: Path, tmp_path: Path):
-    out = tmp_path / "out.jsonl"
-    sizes = ["--batch", "4", "--size", "32", "--width", "8", "--threads", "1"]
-    main(["--shards", str(shards / "train"), *sizes, "--seconds", "0.1", "--out", str(out)])
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {line["part"] for line in lines} == {"ceilings", "jpeg", "graph", "loader", "step"}
-    rates = [v for line in lines for k, v in line.items() if k.endswith("per_s")]
-    assert len(rates) >= 5
-    assert all(rate > 0 for rate in rates)
+PARTS = ("ceilings", "decode", "graph", "loader", "step", "whole")
 
 
-def test_an_unknown_part_is_named(shards: Path):
-    with pytest.raises(ConfigError, match="has no part engine"):
-        main(["--shards", str(shards / "train"), "--parts", "engine"])
+def test_every_part_gives_a_rate(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "out.jsonl", tmp_path / "plot.png"
+    words = ["--shards", str(shards / "train"), "--batch", "4", "--size", "32", "--width", "8"]
+    words += ["--threads", "1", "2", "--variants", "plain", "half the batch", "--stages", "1"]
+    words += ["--seconds", "0.1", "--steps", "2", "--out", str(out), "--plot", str(picture)]
+    main(words)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    by_part = {part: [r for r in records if r["part"] == part] for part in PARTS}
+    assert all(by_part.values())
+    assert all(v > 0 for r in records for k, v in r.items() if k.endswith("per_s"))
+    assert {(r["stored"], r["threads"], r["start"]) for r in by_part["decode"]} == {
+        (stored, threads, start)
+        for stored in ("strip", "single", "mjpeg", "vp9 gop 16")
+        for threads in (1, 2)
+        for start in ((0, 32) if stored in ("mjpeg", "vp9 gop 16") else (0,))
+    }
+    assert [(r["variant"], r["batch"]) for r in by_part["step"]] == [
+        ("plain", 4),
+        ("half the batch", 2),
+    ]
+    (whole,) = by_part["whole"]
+    assert whole["of_step_alone"] == pytest.approx(
+        whole["samples_per_s"] / by_part["step"][0]["samples_per_s"]
+    )
+    assert sum(whole["shares"].values()) == pytest.approx(1, abs=0.02)
+    told = capsys.readouterr().out
+    assert "| step | plain, stage 1, batch 4 |" in told
+    assert "of the step alone; data wait" in told
+    with Image.open(picture) as image:
+        assert image.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--parts", "engine"], "has no part engine; use ceilings"),
+        (["--variants", "fast"], "has no variant fast; use plain"),
+    ],
+)
+def test_what_is_not_known_is_named(shards: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--shards", str(shards / "train"), *words])
