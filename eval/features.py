@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,17 +12,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
-from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.labelled import check_labels
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
-from strata.train.method import normalise
+from strata.train.encode import LEVELS, VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 
-__all__ = ["FeatureConfig", "Features", "extract_features"]
+__all__ = ["LEVEL_CHOICES", "FeatureConfig", "Features", "extract_features", "write_features"]
+
+LevelChoice = Literal["low", "mid", "high", "all"]
+LEVEL_CHOICES: tuple[LevelChoice, ...] = ("low", "mid", "high", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,9 @@ class FeatureConfig:
     """Rows and columns of a clip; 0 takes what the network was pretrained on. TEXT: 112."""
     clip_frames: int = 0
     """Frames of a clip; 0 takes what the network was pretrained on. TEXT: 16."""
-    level: Literal["low", "mid", "high"] = "high"
-    """Which level's maps are averaged over time and space."""
+    level: LevelChoice = "high"
+    """Which level's maps are averaged over time and space; all joins the three, each clip's vector
+    of a level brought to unit length before."""
     videos_per_batch: int = 8
     """Videos that a rank encodes at a time; changes memory, not results."""
 
@@ -49,8 +53,20 @@ class FeatureConfig:
         for name in ("num_clips", "stride", "videos_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"features.{name} is {getattr(self, name)}; use 1 or more")
-        if self.size < 0 or self.clip_frames < 0:
-            raise ConfigError("features.size and features.clip_frames must be 0 or more")
+        if self.size < 0 or self.clip_frames < 0 or self.clip_frames % 2:
+            raise ConfigError(
+                "features.size must be 0 or more, features.clip_frames even and 0 or more"
+            )
+
+    def clips(self) -> VideoClips:
+        """The clips, once size and clip_frames are resolved."""
+        return VideoClips(
+            num_clips=self.num_clips,
+            stride=self.stride,
+            size=self.size,
+            clip_frames=self.clip_frames,
+            videos_per_batch=self.videos_per_batch,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,20 +74,29 @@ class Features:
     """Features of N videos in the order of the data set.
 
     Args:
-        clips: Shape `[N, clips a video, C]`, float32: averages over time and space.
+        levels: By level, shape `[N, clips a video, C]`, float32: averages over time and space.
         labels: Shape `[N]`, int64.
         keys: N sample keys.
         classes: Class names by label.
     """
 
-    clips: np.ndarray
+    levels: Mapping[str, np.ndarray]
     labels: np.ndarray
     keys: tuple[str, ...]
     classes: tuple[str, ...]
 
-    def videos(self) -> np.ndarray:
+    def clips(self, level: LevelChoice) -> np.ndarray:
+        """Features of the clips at a level, `[N, clips a video, C]`; see `FeatureConfig.level`."""
+        if level != "all":
+            return self.levels[level]
+        tiny = np.finfo(np.float32).tiny
+        norms = {k: np.linalg.norm(v, axis=2, keepdims=True) for k, v in self.levels.items()}
+        unit = [self.levels[k] / np.maximum(norms[k], tiny) for k in LEVELS]
+        return np.concatenate(unit, axis=2)
+
+    def videos(self, level: LevelChoice) -> np.ndarray:
         """Mean over the clips of each video: `[N, C]`."""
-        return self.clips.mean(axis=1)
+        return self.clips(level).mean(axis=1)
 
 
 def _digest(parts: dict[str, Any]) -> str:
@@ -100,85 +125,74 @@ def extract_features(
         cache: Folder for features by (network, manifest, protocol); None to compute anew.
 
     Returns:
-        Features in the order of the data set.
+        Features of all levels in the order of the data set.
 
     Raises:
-        ShardError: The data set has samples without labels, or a sample is missing.
+        ShardError: The data set has samples without labels, or a sample does not decode.
     """
-    if (reader.labels < 0).any():
-        raise ShardError(
-            f"{reader.location} has samples without labels; evaluate on a set with classes"
-        )
-    # The batch size changes no result, so it is not part of the identity.
-    protocol = {k: v for k, v in asdict(config).items() if k != "videos_per_batch"}
+    check_labels(reader)
+    # Neither the batch size nor the level changes what is computed.
+    apart = ("videos_per_batch", "level")
+    protocol = {k: v for k, v in asdict(config).items() if k not in apart}
+    protocol["precision"] = "bf16" if device.type == "cuda" else "fp32"
     name = _digest({"network": network, "set": reader.manifest.digest, "protocol": protocol})
     path = None if cache is None else cache / f"{name}.safetensors"
-    clips = None if path is None else _cached(path)
-    if clips is None:
-        clips = _encode(backbone, reader, config, world, device)
+    levels = None
+    # Only if every rank sees the file; on a disk that is not shared, all compute.
+    if path is not None and all(gather_objects(path.is_file())):
+        levels = _cached(path)
+    if levels is None:
+        backbone.eval()
+        levels = over_videos(
+            encode_levels(backbone, device),
+            reader,
+            config.clips(),
+            world=world,
+            device=device,
+            shown=f"features {reader.name}",
+        )
         if path is not None and world.is_first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file({"clips": clips}, temporary)
-            temporary.replace(path)
+            _write(levels, path)
     # No rank may look into the cache again before it is whole.
     barrier()
-    return Features(clips, reader.labels, reader.keys, reader.manifest.classes)
+    return Features(levels, reader.labels, reader.keys, reader.manifest.classes)
 
 
-def _cached(path: Path) -> np.ndarray | None:
-    # Rank 0 may be ahead of the others: it writes only after a collective that all take part in.
-    if not path.is_file():
-        return None
+def _write(levels: dict[str, np.ndarray], path: Path) -> None:
+    """Whole or not at all: under a name of its own, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(levels, temporary)
+    with temporary.open("rb") as content:
+        os.fsync(content.fileno())
+    temporary.replace(path)
+
+
+def _cached(path: Path) -> dict[str, np.ndarray]:
     try:
-        return load_file(path)["clips"]
-    except SafetensorError as error:
+        found = load_file(path)
+        return {level: found[level] for level in LEVELS}
+    except (SafetensorError, KeyError) as error:
         raise ShardError(
             f"cached features {path} are damaged ({error}); delete the file"
         ) from error
 
 
-@torch.inference_mode()
-def _encode(
-    backbone: Backbone,
-    reader: ShardReader,
-    config: FeatureConfig,
-    world: World,
-    device: torch.device,
-) -> np.ndarray:
-    backbone.eval()
-    in_channels = backbone.input_conv().in_channels
-    loader = EvaluationLoader(
-        reader,
-        DataConfig(
-            shards=reader.location,
-            size=config.size,
-            clips=ClipSpec(clip_frames=config.clip_frames),
-        ),
-        world=world,
-        device=device,
-        videos_per_batch=config.videos_per_batch,
-        num_clips=config.num_clips,
-        stride=config.stride,
-    )
-    samples: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
-    shown = tqdm(
-        loader, total=len(loader), desc=f"features {reader.name}", disable=not world.is_first
-    )
-    try:
-        for batch in shown:
-            flat = normalise(batch.clips.flatten(0, 1), in_channels)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                maps = getattr(backbone(flat), config.level)
-            vectors = maps.float().mean(dim=(2, 3, 4)).unflatten(0, batch.clips.shape[:2])
-            parts.append(vectors.cpu().numpy()[batch.valid])
-            samples.append(batch.samples[batch.valid])
-    finally:
-        loader.close()
-    gathered = gather_objects((np.concatenate(samples), np.concatenate(parts)))
-    order = np.concatenate([s for s, _ in gathered])
-    clips = np.concatenate([c for _, c in gathered])
-    if not np.array_equal(np.sort(order), np.arange(reader.num_samples)):
-        raise ShardError(f"{reader.location}: not every sample was encoded exactly once")
-    return clips[np.argsort(order)]
+def write_features(features: Features, path: Path) -> None:
+    """Export features for use elsewhere, as an .npz file.
+
+    Its arrays are `low`, `mid` and `high` (`[N, clips a video, C]`, float32), `labels` (`[N]`,
+    int64), `keys` and `classes` (text).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as out:
+        np.savez(
+            out,
+            allow_pickle=False,
+            labels=features.labels,
+            keys=np.array(features.keys),
+            classes=np.array(features.classes),
+            **features.levels,
+        )
+    temporary.replace(path)

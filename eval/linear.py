@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strata.errors import ConfigError
+from strata.eval.accuracy import Accuracy, measure_accuracy
 
 __all__ = ["LinearConfig", "LinearResult", "linear_probe"]
 
@@ -44,16 +45,12 @@ class LinearResult:
     """Accuracy of a probe.
 
     Args:
-        top1: Share of test videos whose class has the highest mean probability.
-        top5: Share of those whose class is among the five highest.
+        accuracy: On the test videos.
         train_top1: Top-1 on the training videos.
-        predictions: Shape `[N]`: predicted label of each test video.
     """
 
-    top1: float
-    top5: float
+    accuracy: Accuracy
     train_top1: float
-    predictions: np.ndarray
 
 
 def _probabilities(classifier: nn.Module, clips: Tensor) -> Tensor:
@@ -118,13 +115,8 @@ def linear_probe(
             optimizer.step()
             schedule.step()
     classifier.eval()
-    probabilities = _probabilities(classifier, test_clips)
-    truth = torch.from_numpy(test_labels)
-    best = probabilities.topk(min(5, num_classes), dim=1).indices
     on_train = _probabilities(classifier, clips).argmax(dim=1)
     return LinearResult(
-        top1=(best[:, 0] == truth).double().mean().item(),
-        top5=(best == truth[:, None]).any(dim=1).double().mean().item(),
+        accuracy=measure_accuracy(_probabilities(classifier, test_clips).numpy(), test_labels),
         train_top1=(on_train == torch.from_numpy(train_labels)).double().mean().item(),
-        predictions=best[:, 0].numpy(),
     )

@@ -1,106 +1,105 @@
-"""From a command's settings to a result: load encoders, extract features, measure, write."""
+"""The evaluations: retrieval, linear probe, finetuning, and both probes beside untrained ones."""
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from strata.config import plain
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import refuse_mixed_payloads
-from strata.distributed import World, all_equal, current_world, join_world, leave_world
-from strata.errors import CheckpointError, ConfigError
-from strata.eval.features import FeatureConfig, Features, extract_features
+from strata.distributed import all_equal
+from strata.errors import ConfigError
+from strata.eval.accuracy import ClassSpace
+from strata.eval.bench import Bench, Evaluation, OneNetwork, SetPair, open_bench, set_pairs
+from strata.eval.classifier import (
+    ClassifierConfig,
+    ClassifierRun,
+    finetune_settings,
+    linear_settings,
+)
+from strata.eval.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
 from strata.eval.linear import LinearConfig, linear_probe
+from strata.eval.record import Figures, PairResult, accuracy_result, retrieval_result
 from strata.eval.retrieval import (
+    CENTRINGS,
     RECALL_AT,
+    Centring,
     RetrievalConfig,
     chance_recall,
     recall_at,
     retrieve,
 )
-from strata.train.checkpoint import (
-    RunState,
-    backbone_config,
-    find_checkpoint,
-    load_backbone,
-    read_state,
-)
-from strata.train.engine import EngineConfig, choose_device
-from strata.train.models.backbones import Backbone, build_backbone
 
 __all__ = [
     "CompareEvaluation",
+    "FeaturesExport",
+    "FinetuneEvaluation",
     "LinearEvaluation",
     "RetrievalEvaluation",
     "run_compare",
+    "run_features",
+    "run_finetune",
     "run_linear",
     "run_retrieval",
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Evaluation:
-    """What all evaluations share."""
-
-    checkpoint: Path
-    """A run's folder, whose newest checkpoint is taken, or a checkpoint's folder."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    """How a video becomes features."""
-    out: Path | None = None
-    """File for the result; by default under the checkpoint's run, in eval/."""
+_CENTRE_TEXT: dict[Centring, str] = {
+    "none": "no centring",
+    "gallery": "centred by the gallery's mean",
+    "each": "each set centred by its own mean (uses statistics of the test set)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OneNetwork(_Evaluation):
-    """An evaluation of one network."""
-
-    weights: Literal["pretrained", "untrained"] = "pretrained"
-    """untrained draws the same network anew from the seed: the baseline."""
-    seed: int = 0
-    """Of the untrained weights."""
-
-    @property
-    def untrained_seed(self) -> int | None:
-        """The seed of an untrained network, or None for the checkpoint's weights."""
-        return self.seed if self.weights == "untrained" else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalEvaluation(_OneNetwork):
+class RetrievalEvaluation(OneNetwork):
     """Settings of `eval/main.py retrieval`."""
 
-    gallery: Path
+    gallery: Path | None = None
     """Shards of the training set."""
-    query: Path
+    query: Path | None = None
     """Shards of the test set."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """What the protocol leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearEvaluation(_OneNetwork):
-    """Settings of `eval/main.py linear`."""
+class FinetuneEvaluation(OneNetwork):
+    """Settings of `eval/main.py finetune`."""
 
-    train: Path
+    train: Path | None = None
     """Shards of the training set."""
-    test: Path
+    test: Path | None = None
     """Shards of the test set."""
-    probe: LinearConfig = field(default_factory=LinearConfig)
-    """What the protocol leaves open."""
+    training: ClassifierConfig = field(default_factory=finetune_settings)
+    """How the network is trained."""
+    run: Path | None = None
+    """Folder of the training; by default one by its settings, so that the same command goes on
+    where it was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareEvaluation(_Evaluation):
-    """Settings of `eval/main.py compare`: both protocols, beside untrained networks and chance."""
+class LinearEvaluation(OneNetwork):
+    """Settings of `eval/main.py linear`."""
+
+    train: Path | None = None
+    """Shards of the training set."""
+    test: Path | None = None
+    """Shards of the test set."""
+    variant: Literal["augmented", "cached"] = "augmented"
+    """augmented trains on augmented clips, encoded anew each epoch (CoCLR). cached trains on the
+    features of the training videos' test clips, encoded once: minutes instead of hours."""
+    training: ClassifierConfig = field(default_factory=linear_settings)
+    """Of the augmented variant."""
+    probe: LinearConfig = field(default_factory=LinearConfig)
+    """Of the cached variant."""
+    run: Path | None = None
+    """Folder of the augmented variant's training, see finetune."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareEvaluation(Evaluation):
+    """Settings of `eval/main.py compare`: retrieval and cached probe, beside untrained networks."""
 
     train: Path
     """Shards of the training set: the gallery, and what the probe learns from."""
@@ -114,185 +113,321 @@ class CompareEvaluation(_Evaluation):
     """What the linear probe leaves open."""
 
 
-class _Bench:
-    """A formed world, a checkpoint, and a way to the features of its network or an untrained one.
+@dataclass(frozen=True, kw_only=True)
+class FeaturesExport(Evaluation):
+    """Settings of `eval/main.py features`: features as an .npz file, for use elsewhere."""
 
-    Args:
-        config: The evaluation's settings.
-        found: The checkpoint's folder.
-        world: This rank and its peers.
-        device: Where to compute.
-    """
-
-    def __init__(
-        self, config: _Evaluation, found: Path, world: World, device: torch.device
-    ) -> None:
-        self.world, self._device, self._found = world, device, found
-        self.state: RunState = read_state(found)
-        data = self.state.config["data"]
-        self.features = dataclasses.replace(
-            config.features,
-            size=config.features.size or data["size"],
-            clip_frames=config.features.clip_frames or data["clips"]["clip_frames"],
-        )
-        self._config = config
-        self._results = found.parent.parent / "eval"
-        self._identity = (found / "complete.json").read_text(encoding="utf-8")
-        all_equal("checkpoint", self._identity)
-
-    def _network(self, untrained_seed: int | None) -> tuple[Backbone, str]:
-        """An encoder on the device, and what identifies its weights."""
-        if untrained_seed is None:
-            return load_backbone(self._found).to(self._device), self._identity
-        torch.manual_seed(untrained_seed)
-        backbone = build_backbone(backbone_config(self.state.config))
-        identity = json.dumps([self.state.config["model"], "untrained", untrained_seed])
-        return backbone.to(self._device), identity
-
-    def pair(
-        self, first: Path, second: Path, untrained_seed: int | None
-    ) -> tuple[Features, Features]:
-        """Features of the training and the test set, whose classes must be the same.
-
-        Raises:
-            ConfigError: They are not, or one is decoded otherwise than the other.
-        """
-        readers = [ShardReader(first), ShardReader(second)]
-        one, two = (r.manifest.classes for r in readers)
-        if one != two:
-            differing = ", ".join(sorted(set(one) ^ set(two))[:3]) or "another order"
-            raise ConfigError(
-                f"{first} and {second} have different classes ({len(one)} and {len(two)}: "
-                f"{differing}); shard both from one data set"
-            )
-        refuse_mixed_payloads(readers)
-        backbone, identity = self._network(untrained_seed)
-        train, test = (
-            extract_features(
-                backbone,
-                reader,
-                self.features,
-                world=self.world,
-                device=self._device,
-                network=identity,
-                cache=self._results / "features",
-            )
-            for reader in readers
-        )
-        return train, test
-
-    def write(self, name: str, result: Mapping[str, Any]) -> None:
-        """Leave a result as JSON, with all that decided it, and print its figures."""
-        if not self.world.is_first:
-            return
-        path = self._config.out or self._results / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "evaluation": name,
-            "step": self.state.step,
-            "settings": plain(dataclasses.replace(self._config, features=self.features)),
-            "pretraining": self.state.config,
-            "pretraining_manifest_digest": self.state.manifest_digest,
-            **result,
-        }
-        path.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        print(f"{name} of {self._found}")
-        for row, figures in result["figures"].items():
-            print(f"  {row:<22}" + "".join(f"{k} {v:7.2%}   " for k, v in figures.items()))
-        print(f"  written to {path}", flush=True)
+    shards: Path
+    """The data set."""
+    weights: Literal["pretrained", "untrained"] = "pretrained"
+    """untrained draws the same network anew from the seed."""
+    seed: int = 0
+    """Of the untrained weights."""
 
 
-@contextmanager
-def _bench(config: _Evaluation) -> Iterator[_Bench]:
-    found = find_checkpoint(config.checkpoint)
-    if found is None:
-        raise CheckpointError(
-            f"{config.checkpoint} holds no whole checkpoint; pretrain with train/main.py first, "
-            "or mend --checkpoint"
-        )
-    device = choose_device(EngineConfig(device=config.device), current_world())
-    world = join_world(device)
-    try:
-        yield _Bench(config, found, world, device)
-    finally:
-        leave_world()
+def _level_text(config: FeatureConfig) -> str:
+    if config.level == "all":
+        return "the three levels' averages over time and space, of unit length each, joined"
+    return f"the {config.level} level's average over time and space"
 
 
-def _retrieval_figures(
-    gallery: Features, queries: Features, config: RetrievalConfig
-) -> dict[str, dict[str, float]]:
-    nearest = retrieve(queries.videos(), gallery.videos(), config, max(RECALL_AT))
-    recalls = recall_at(queries.labels, gallery.labels, nearest)
-    chance = chance_recall(queries.labels, gallery.labels)
-    return {
-        "measured": {f"R@{k}": v for k, v in recalls.items()},
-        "chance": {f"R@{k}": v for k, v in chance.items()},
-    }
-
-
-def _linear_figures(
-    train: Features, test: Features, config: LinearConfig
-) -> dict[str, dict[str, float]]:
-    # Only classes that occur are outputs; a part of a data set keeps its own numbering.
-    present = np.unique(np.concatenate([train.labels, test.labels]))
-    result = linear_probe(
-        train.clips,
-        np.searchsorted(present, train.labels),
-        test.clips,
-        np.searchsorted(present, test.labels),
-        len(present),
-        config,
+def retrieval_text(bench: Bench, centre: Centring) -> str:
+    """The protocol of a retrieval in words."""
+    return (
+        f"retrieval: test videos query the training set, cosine similarity, {bench.clips_text()}; "
+        f"{_level_text(bench.features)}, mean over clips, {_CENTRE_TEXT[centre]}"
     )
-    return {
-        "measured": {"Top-1": result.top1, "Top-5": result.top5},
-        "training": {"Top-1": result.train_top1},
-        "chance": {"Top-1": 1 / len(present), "Top-5": min(5, len(present)) / len(present)},
-    }
 
 
-def _set_facts(train: Features, test: Features) -> dict[str, Any]:
-    present = np.unique(np.concatenate([train.labels, test.labels]))
-    return {
-        "num_train": len(train.labels),
-        "num_test": len(test.labels),
-        "classes": [train.classes[k] for k in present],
-    }
+def cached_text(bench: Bench) -> str:
+    """The protocol of the cached linear probe in words."""
+    return (
+        f"linear, cached: a linear layer on frozen features of the centre crops, "
+        f"{bench.clips_text()}; {_level_text(bench.features)}, unit length and batch norm; softmax "
+        "probabilities averaged over a video's clips"
+    )
 
 
-def _name(protocol: str, config: _OneNetwork) -> str:
-    seed = config.untrained_seed
-    return protocol if seed is None else f"{protocol}-untrained-{seed}"
+def training_text(name: str, bench: Bench, config: ClassifierConfig) -> str:
+    """The protocol of a trained classifier in words."""
+    learns = "the encoder frozen" if config.train == "head" else "all weights learn"
+    norm = "unit length and batch norm" if config.normalised else "no normalisation"
+    low = config.views.crop_area[0]
+    return (
+        f"{name}: {learns}, {config.epochs} epochs of one augmented clip a video (crop from {low:g}"
+        f" of the area, jitter with probability {config.jitter:g}, flip), Adam "
+        f"{config.learning_rate:g} (encoder x{config.backbone_lr_factor:g}), batch "
+        f"{config.batch_size}, L2 {config.weight_decay:g}, {norm}, dropout {config.dropout:g}; "
+        f"test of the last epoch's weights: {bench.clips_text()}, softmax probabilities averaged"
+    )
+
+
+def retrieval_figures(
+    gallery: Features, queries: Features, level: Any, centre: Centring
+) -> dict[str, float]:
+    """R@k of one level and centring."""
+    nearest, _ = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
+    return {f"R@{k}": v for k, v in recall_at(queries.labels, gallery.labels, nearest).items()}
+
+
+def _chance_recall(gallery: Features, queries: Features) -> dict[str, float]:
+    return {f"R@{k}": v for k, v in chance_recall(queries.labels, gallery.labels).items()}
+
+
+def chance_accuracy(num_classes: int) -> dict[str, float]:
+    """Accuracy of drawing classes by lot."""
+    return {"Top-1": 1 / num_classes, "Top-5": min(5, num_classes) / num_classes}
 
 
 def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
-    with _bench(config) as bench:
-        gallery, queries = bench.pair(config.gallery, config.query, config.untrained_seed)
-        figures = _retrieval_figures(gallery, queries, config.retrieval)
-        facts = _set_facts(gallery, queries)
-        bench.write(_name("retrieval", config), {"figures": figures, **facts})
+    pairs = set_pairs(config, config.gallery, config.query, ("gallery", "query"))
+    with open_bench(config) as bench:
+        results = []
+        for pair in pairs:
+            gallery = bench.encode(pair.train, config.untrained_seed)
+            queries = bench.encode(pair.test, config.untrained_seed)
+            level, centre = bench.features.level, config.retrieval.centre
+            nearest, similarity = retrieve(
+                queries.videos(level), gallery.videos(level), centre, max(RECALL_AT)
+            )
+            recalls = recall_at(queries.labels, gallery.labels, nearest)
+            variants: Figures = {}
+            if config.retrieval.variants:
+                for level in LEVEL_CHOICES:
+                    for other in CENTRINGS:
+                        name = f"{level} level, {_CENTRE_TEXT[other]}"
+                        variants[name] = retrieval_figures(gallery, queries, level, other)
+            results.append(
+                PairResult(
+                    data=pair.data,
+                    split=pair.split,
+                    sets=pair.facts(),
+                    figures={
+                        "measured": {f"R@{k}": v for k, v in recalls.items()},
+                        "chance": _chance_recall(gallery, queries),
+                    },
+                    variants=variants,
+                    details=retrieval_result(
+                        queries, gallery, nearest, similarity, config.retrieval.shown
+                    ),
+                )
+            )
+        bench.write(
+            _name("retrieval", config),
+            retrieval_text(bench, config.retrieval.centre),
+            results,
+            {},
+        )
+
+
+def _name(protocol: str, config: OneNetwork) -> str:
+    seed = config.untrained_seed
+    return protocol if seed is None else f"{protocol}-untrained-{seed}"
+
+
+def _probe(
+    train: Features, test: Features, level: Any, config: LinearConfig
+) -> tuple[Figures, dict[str, Any]]:
+    """The cached linear probe: figures, and details for the page."""
+    space = ClassSpace.of(train.labels, test.labels, train.classes, learned=True)
+    result = linear_probe(
+        train.clips(level),
+        space.index(train.labels),
+        test.clips(level),
+        space.index(test.labels),
+        len(space),
+        config,
+    )
+    figures = {
+        "measured": {"Top-1": result.accuracy.top1, "Top-5": result.accuracy.top5},
+        "training": {"Top-1": result.train_top1},
+        "chance": chance_accuracy(len(space)),
+    }
+    return figures, accuracy_result(result.accuracy, space, test.keys)
 
 
 def run_linear(config: LinearEvaluation) -> None:
-    """Train a linear classifier on frozen features and report Top-1 and Top-5."""
-    with _bench(config) as bench:
-        train, test = bench.pair(config.train, config.test, config.untrained_seed)
-        figures = _linear_figures(train, test, config.probe)
-        bench.write(_name("linear", config), {"figures": figures, **_set_facts(train, test)})
+    """Train a linear classifier on a frozen encoder and report Top-1 and Top-5."""
+    if config.training.train != "head":
+        raise ConfigError("training.train is all; the linear probe is for head, use finetune")
+    if config.variant == "augmented":
+        _run_classifier("linear", config, config.training, config.train, config.test)
+        return
+    pairs = set_pairs(config, config.train, config.test, ("train", "test"))
+    with open_bench(config) as bench:
+        results = []
+        for pair in pairs:
+            train = bench.encode(pair.train, config.untrained_seed)
+            test = bench.encode(pair.test, config.untrained_seed)
+            figures, details = _probe(train, test, bench.features.level, config.probe)
+            results.append(
+                PairResult(
+                    data=pair.data,
+                    split=pair.split,
+                    sets=pair.facts(),
+                    figures=figures,
+                    details=details,
+                )
+            )
+        bench.write(_name("linear-cached", config), cached_text(bench), results, {})
+
+
+def run_finetune(config: FinetuneEvaluation) -> None:
+    """Train the whole network from the checkpoint's encoder and report Top-1 and Top-5."""
+    if config.training.train != "all":
+        raise ConfigError("training.train is head; finetuning is for all, use linear")
+    _run_classifier("finetune", config, config.training, config.train, config.test)
+
+
+def _run_classifier(
+    name: str,
+    config: FinetuneEvaluation | LinearEvaluation,
+    training: ClassifierConfig,
+    train: Path | None,
+    test: Path | None,
+) -> None:
+    pairs = set_pairs(config, train, test, ("train", "test"))
+    if config.features.level != "high":
+        raise ConfigError(
+            f"features.level is {config.features.level}; {name} trains on the high level, other "
+            "levels are for retrieval and the cached probe"
+        )
+    name = _name(name, config)
+    with open_bench(config) as bench:
+        results, unfinished = [], False
+        for pair in pairs:
+            result = _train_and_test(name, bench, config, training, pair)
+            if result is None:
+                unfinished = True
+            else:
+                results.append(result)
+        if not unfinished:
+            bench.write(name, training_text(name, bench, training), results, {})
+
+
+def _train_and_test(
+    name: str,
+    bench: Bench,
+    config: FinetuneEvaluation | LinearEvaluation,
+    training: ClassifierConfig,
+    pair: SetPair,
+) -> PairResult | None:
+    """One training; None where it was told to stop before its end."""
+    backbone, identity = bench.network(config.untrained_seed)
+    sets = pair.facts()
+    clips = bench.features.clips()
+    described = {
+        "evaluation": name,
+        "network": identity,
+        "digests": {k: v["manifest_digest"] for k, v in sets.items()},
+        "training": plain(replace(training, max_steps=0)),
+        "size": clips.size,
+        "clip_frames": clips.clip_frames,
+        "model": bench.state.config["model"],
+    }
+    if config.run is None:
+        folder = bench.folder(name, described)
+    else:
+        folder = config.run / f"{pair.data}-{pair.split}" if config.data else config.run
+    all_equal("folder of the training", str(folder))
+    run = ClassifierRun(
+        backbone,
+        pair.train,
+        pair.test,
+        training,
+        clips,
+        folder=folder,
+        described=described,
+        world=bench.world,
+        device=bench.device,
+    )
+    run.fit()
+    if run.state.epoch < training.epochs:
+        if bench.world.is_first:
+            print(
+                f"{name} stopped at step {run.state.step}; the same command without "
+                f"--training.max_steps goes on ({folder})",
+                flush=True,
+            )
+        return None
+    accuracy = run.test()
+    return PairResult(
+        data=pair.data,
+        split=pair.split,
+        sets=sets,
+        figures={
+            "measured": {"Top-1": accuracy.top1, "Top-5": accuracy.top5},
+            "chance": chance_accuracy(len(run.space)),
+        },
+        details={
+            **accuracy_result(accuracy, run.space, pair.test.keys),
+            "run": str(folder),
+            "curves": _curves(folder / "log.jsonl") if bench.world.is_first else {},
+        },
+    )
+
+
+def _curves(log: Path) -> dict[str, list[float]]:
+    """The training's curves from its log; where a resume repeated steps, the later counts."""
+    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    by_step = {r["step"]: r for r in records if r["kind"] == "step"}
+    ordered: Sequence[dict[str, Any]] = [by_step[s] for s in sorted(by_step)]
+    return {name: [r[name] for r in ordered] for name in ("step", "epoch", "loss", "top1")}
 
 
 def run_compare(config: CompareEvaluation) -> None:
-    """Both protocols on the checkpoint and on untrained networks of the same architecture."""
-    with _bench(config) as bench:
-        figures: dict[str, dict[str, float]] = {}
-        facts: dict[str, Any] = {}
-        networks: list[int | None] = [None, *config.untrained_seeds]
-        for seed in networks:
+    """Both cached protocols on the checkpoint and on untrained networks of its architecture."""
+    shared = OneNetwork(checkpoint=config.checkpoint)
+    (pair,) = set_pairs(shared, config.train, config.test, ("train", "test"))
+    with open_bench(config) as bench:
+        figures: Figures = {}
+        details: dict[str, Any] = {}
+        chance: dict[str, float] = {}
+        level, centre = bench.features.level, config.retrieval.centre
+        for seed in (None, *config.untrained_seeds):
             name = "pretrained" if seed is None else f"untrained, seed {seed}"
-            train, test = bench.pair(config.train, config.test, seed)
-            facts = _set_facts(train, test)
-            recalls = _retrieval_figures(train, test, config.retrieval)
-            accuracy = _linear_figures(train, test, config.probe)
-            figures[name] = recalls["measured"] | accuracy["measured"]
-            figures["chance"] = recalls["chance"] | accuracy["chance"]
-        bench.write("compare", {"figures": figures, **facts})
+            train, test = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
+            recalls = retrieval_figures(train, test, level, centre)
+            accuracy, linear = _probe(train, test, level, config.probe)
+            figures[name] = recalls | accuracy["measured"]
+            if seed is None:
+                nearest = retrieve(test.videos(level), train.videos(level), centre, max(RECALL_AT))
+                details["retrieval"] = retrieval_result(
+                    test, train, *nearest, config.retrieval.shown
+                )
+                details["linear"] = linear
+                chance = _chance_recall(train, test) | accuracy["chance"]
+        figures["chance"] = chance
+        result = PairResult(
+            data=pair.data,
+            split=pair.split,
+            sets=pair.facts(),
+            figures=figures,
+            details=details,
+        )
+        protocols = {"retrieval": retrieval_text(bench, centre), "linear": cached_text(bench)}
+        bench.write("compare", "; ".join(protocols.values()), [result], {"protocols": protocols})
+
+
+def run_features(config: FeaturesExport) -> None:
+    """Export the features of a data set."""
+    if config.out is None:
+        raise ConfigError("features: give --out FILE.npz")
+    reader = ShardReader(config.shards)
+    with open_bench(config) as bench:
+        seed = config.seed if config.weights == "untrained" else None
+        features = bench.encode(reader, seed)
+        if bench.world.is_first:
+            write_features(features, config.out)
+            print(f"features of {len(features.keys)} videos written to {config.out}", flush=True)
+
+
+RUNNERS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+    "retrieval": (RetrievalEvaluation, run_retrieval),
+    "linear": (LinearEvaluation, run_linear),
+    "finetune": (FinetuneEvaluation, run_finetune),
+    "compare": (CompareEvaluation, run_compare),
+    "features": (FeaturesExport, run_features),
+}
+"""By the command's first word: its settings and what runs it."""

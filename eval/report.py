@@ -4,7 +4,6 @@ import html
 import io
 import json
 import statistics
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import matplotlib
 
 import strata
 from strata.config import plain
+from strata.eval.record import commit
 
 __all__ = ["DemoResult", "curves", "write_report"]
 
@@ -99,18 +99,6 @@ def curves(logs: tuple[Path, ...]) -> str:
     return text[text.index("<svg") :]
 
 
-def _commit() -> str:
-    """The code's commit, where it runs from a checkout."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() or "not in a checkout"
-
-
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -147,7 +135,7 @@ def write_report(result: DemoResult, out: Path) -> Path:
     Returns:
         The page's path.
     """
-    record = {"strata": strata.__version__, "commit": _commit(), **plain(result)}
+    record = {"strata": strata.__version__, "commit": commit(), **plain(result)}
     (out / "report.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
@@ -158,7 +146,7 @@ def write_report(result: DemoResult, out: Path) -> Path:
         rows=rows,
         curves=curves(result.logs),
         version=strata.__version__,
-        commit=html.escape(_commit()),
+        commit=html.escape(commit()),
         digest=html.escape(result.manifest_digest[:16]),
         wall=result.wall_s,
     )

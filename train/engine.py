@@ -65,6 +65,8 @@ class ParameterGroup:
 
     name: str
     parameters: Sequence[nn.Parameter]
+    lr_factor: float = 1.0
+    """Learning rate of the group over that of the others."""
 
 
 def choose_device(config: EngineConfig, world: World) -> torch.device:
@@ -141,7 +143,8 @@ class Engine:
     """A model, its optimizer and its peers.
 
     Args:
-        model: Called through `__call__`; its parameters must all be in `groups`.
+        model: Called through `__call__`; its parameters must all be in `groups`, but for those
+            that need no gradient.
         groups: What can be frozen apart.
         config: The typed settings.
         batch_size: Samples in a global batch.
@@ -173,6 +176,7 @@ class Engine:
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
         self._config = config
+        self._lr_factors = {g.name: g.lr_factor for g in groups}
         self._zero = config.zero
         self._world = world
         self._model = model
@@ -207,7 +211,8 @@ class Engine:
         optimizer = self.engine.optimizer
         for group in optimizer.param_groups:
             still = group["name"] in frozen
-            group["lr"] = 0.0 if still else self._config.learning_rate * lr_factor
+            own = lr_factor * self._lr_factors[group["name"]]
+            group["lr"] = 0.0 if still else self._config.learning_rate * own
             group["weight_decay"] = 0.0 if still else self._config.weight_decay
             if still and self._zero == 0:
                 for parameter in group["params"]:

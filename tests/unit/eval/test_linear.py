@@ -30,15 +30,15 @@ def test_close_to_logistic_regression(rng: np.random.Generator):
     probabilities = model.predict_proba(flat(test) / scale).reshape(90, 4, 3).mean(axis=1)
     want = (probabilities.argmax(axis=1) == test_labels).mean()
     assert 0.6 < want < 1
-    assert abs(got.top1 - want) <= 0.05
-    assert got.top5 == 1.0
+    assert abs(got.accuracy.top1 - want) <= 0.05
+    assert got.accuracy.top5 == 1.0
 
 
 def test_the_same_settings_give_the_same_result(rng: np.random.Generator):
     data = (*clusters(rng, 30, 1.0), *clusters(rng, 30, 1.0))
     one, two = (linear_probe(*data, 3, LinearConfig(epochs=3)) for _ in range(2))
-    np.testing.assert_array_equal(one.predictions, two.predictions)
-    assert one.top1 == two.top1
+    np.testing.assert_array_equal(one.accuracy.predictions, two.accuracy.predictions)
+    assert one.accuracy.top1 == two.accuracy.top1
 
 
 def test_the_prediction_averages_probabilities_over_clips(rng: np.random.Generator):
@@ -47,7 +47,7 @@ def test_the_prediction_averages_probabilities_over_clips(rng: np.random.Generat
     mixed = train[labels == 0][:5].copy()
     mixed[:, 3] = train[labels == 1][:5, 3]
     result = linear_probe(train, labels, mixed, np.zeros(5, int), 3, LinearConfig(epochs=40))
-    assert result.top1 == 1.0
+    assert result.accuracy.top1 == 1.0
 
 
 def test_an_empty_training_set_is_an_error():

@@ -1,0 +1,274 @@
+"""Where an evaluation stands: a formed world, a checkpoint, its network, the sets to measure on."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from strata.config import plain
+from strata.dataload.reader import ShardReader
+from strata.dataload.videos import refuse_mixed_payloads
+from strata.distributed import World, all_equal, current_world, join_world, leave_world
+from strata.errors import CheckpointError, ConfigError
+from strata.eval.features import FeatureConfig, Features, extract_features
+from strata.eval.record import PairResult, table, write_record
+from strata.train.checkpoint import (
+    RunState,
+    backbone_config,
+    find_checkpoint,
+    load_backbone,
+    read_state,
+)
+from strata.train.engine import EngineConfig, choose_device
+from strata.train.models.backbones import Backbone, build_backbone
+
+__all__ = ["Bench", "Evaluation", "OneNetwork", "SetPair", "open_bench", "set_pairs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What all evaluations share."""
+
+    checkpoint: Path
+    """A run's folder, whose newest checkpoint is taken, or a checkpoint's folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    """How a video becomes features."""
+    out: Path | None = None
+    """File for the result; by default report.json in a folder of its own under the checkpoint's
+    run, in eval/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneNetwork(Evaluation):
+    """An evaluation of one network."""
+
+    weights: Literal["pretrained", "untrained"] = "pretrained"
+    """untrained draws the same network anew from the seed: the baseline."""
+    seed: int = 0
+    """Of the untrained weights."""
+    backbone: Literal["any", "r3d18", "s3d"] = "any"
+    """The encoder that the checkpoint must have; another is refused."""
+    data: tuple[Path, ...] = ()
+    """Folders of shards with train01, test01 and so on, for instance [shards/ucf101,
+    shards/hmdb51]: instead of a training and a test set."""
+    splits: tuple[int, ...] = (1, 2, 3)
+    """Splits of each folder of `data`."""
+
+    @property
+    def untrained_seed(self) -> int | None:
+        """The seed of an untrained network, or None for the checkpoint's weights."""
+        return self.seed if self.weights == "untrained" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetPair:
+    """A training set and a test set of the same classes."""
+
+    data: str
+    split: str
+    train: ShardReader
+    test: ShardReader
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the sets."""
+        return {
+            name: {
+                "folder": str(reader.location),
+                "manifest_digest": reader.manifest.digest,
+                "num_videos": reader.num_samples,
+            }
+            for name, reader in (("train", self.train), ("test", self.test))
+        }
+
+
+def set_pairs(
+    config: OneNetwork, train: Path | None, test: Path | None, names: tuple[str, str]
+) -> list[SetPair]:
+    """The sets of an evaluation, opened and compared.
+
+    Args:
+        config: With `data` and `splits`.
+        train: One training set, instead of `data`.
+        test: Its test set.
+        names: What the two are called on the command line.
+
+    Raises:
+        ConfigError: Neither or both are given, or the classes of a pair differ.
+        ShardError: A folder is missing or incomplete.
+    """
+    both = f"--{names[0]} and --{names[1]}"
+    if config.data:
+        if train is not None or test is not None:
+            raise ConfigError(f"give either --data or {both}, not all")
+        if not config.splits:
+            raise ConfigError("--splits is empty; use for instance [1,2,3]")
+        return [
+            _pair(root.name, str(n), root / f"train{n:02d}", root / f"test{n:02d}")
+            for root in config.data
+            for n in config.splits
+        ]
+    if train is None or test is None:
+        raise ConfigError(f"give {both}, or --data with folders of train01 and test01")
+    return [_pair("", "", train, test)]
+
+
+def _pair(data: str, split: str, first: Path, second: Path) -> SetPair:
+    readers = [ShardReader(first), ShardReader(second)]
+    one, two = (r.manifest.classes for r in readers)
+    if one != two:
+        differing = ", ".join(sorted(set(one) ^ set(two))[:3]) or "another order"
+        raise ConfigError(
+            f"{first} and {second} have different classes ({len(one)} and {len(two)}: "
+            f"{differing}); shard both from one data set"
+        )
+    refuse_mixed_payloads(readers)
+    train, test = readers
+    return SetPair(
+        data=data or train.manifest.dataset,
+        split=split or f"{train.manifest.split}/{test.manifest.split}",
+        train=train,
+        test=test,
+    )
+
+
+class Bench:
+    """A formed world, a checkpoint, and a way to its network or an untrained one.
+
+    Args:
+        config: The evaluation's settings.
+        found: The checkpoint's folder.
+        world: This rank and its peers.
+        device: Where to compute.
+    """
+
+    def __init__(self, config: Evaluation, found: Path, world: World, device: torch.device) -> None:
+        self.world, self.device, self.found = world, device, found
+        self.state: RunState = read_state(found)
+        data = self.state.config["data"]
+        self.features = dataclasses.replace(
+            config.features,
+            size=config.features.size or data["size"],
+            clip_frames=config.features.clip_frames or data["clips"]["clip_frames"],
+        )
+        self.config = config
+        self.results = found.parent.parent / "eval"
+        self.identity = (found / "complete.json").read_text(encoding="utf-8")
+        all_equal("checkpoint", self.identity)
+        if isinstance(config, OneNetwork):
+            self._check_backbone(config.backbone)
+
+    def _check_backbone(self, wanted: str) -> None:
+        name = backbone_config(self.state.config).name
+        if wanted not in ("any", name):
+            raise CheckpointError(
+                f"{self.found} holds the encoder {name}, --backbone asks for {wanted}; choose "
+                "another checkpoint, or leave --backbone out"
+            )
+
+    def network(self, untrained_seed: int | None) -> tuple[Backbone, str]:
+        """An encoder on the device, and what identifies its weights."""
+        if untrained_seed is None:
+            return load_backbone(self.found).to(self.device), self.identity
+        torch.manual_seed(untrained_seed)
+        backbone = build_backbone(backbone_config(self.state.config))
+        identity = json.dumps([self.state.config["model"], "untrained", untrained_seed])
+        return backbone.to(self.device), identity
+
+    def encode(self, reader: ShardReader, untrained_seed: int | None) -> Features:
+        """Features of a data set, from the cache where they are."""
+        backbone, identity = self.network(untrained_seed)
+        return extract_features(
+            backbone,
+            reader,
+            self.features,
+            world=self.world,
+            device=self.device,
+            network=identity,
+            cache=self.results / "features",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The evaluation's settings with what was left to the checkpoint."""
+        return plain(dataclasses.replace(self.config, features=self.features))
+
+    def clips_text(self) -> str:
+        """The clips of a video in words."""
+        f = self.features
+        return (
+            f"{f.num_clips} clips of {f.clip_frames} frames at stride {f.stride} placed uniformly, "
+            f"centre crop, {f.size}x{f.size}"
+        )
+
+    def folder(self, name: str, parts: object) -> Path:
+        """A folder under the checkpoint's run for one evaluation, by what identifies it."""
+        text = json.dumps([self.identity, plain(parts)], sort_keys=True)
+        return self.results / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def write(
+        self, name: str, protocol: str, results: list[PairResult], more: dict[str, Any]
+    ) -> None:
+        """Leave `report.json` with all that decided it, and print the figures."""
+        if not self.world.is_first:
+            return
+        settings = self.settings()
+        sets = [r.sets for r in results]
+        path = self.config.out or self.folder(name, [settings, sets]) / "report.json"
+        head = {
+            "evaluation": name,
+            "protocol": protocol,
+            "checkpoint": str(self.found),
+            "checkpoint_digest": hashlib.sha256(self.identity.encode()).hexdigest(),
+            "step": self.state.step,
+            "settings": settings,
+            "num_ranks": self.world.size,
+            "device": self.device.type,
+            "pretraining": self.state.config,
+            "pretraining_manifest_digest": self.state.manifest_digest,
+            **more,
+        }
+        record = write_record(path, head, results)
+        print(f"{name} of {self.found}\n  protocol: {protocol}")
+        for result in results:
+            print(f"  {result.data} {result.split}: {_sizes(result)}")
+            print(table(result.figures, indent="    "))
+            if result.variants:
+                print(table(result.variants, indent="    "))
+        for data, mean in record["by_data"].items():
+            if mean["num_splits"] > 1:
+                print(f"  {data}, mean of {mean['num_splits']} splits")
+                print(table(mean["mean"], mean["deviation"], indent="    "))
+        print(f"  written to {path}", flush=True)
+
+
+def _sizes(result: PairResult) -> str:
+    train, test = (result.sets[k]["num_videos"] for k in ("train", "test"))
+    return f"{train} training and {test} test videos"
+
+
+@contextmanager
+def open_bench(config: Evaluation) -> Iterator[Bench]:
+    """Form the world and open the checkpoint; dissolve the world at the end.
+
+    Raises:
+        CheckpointError: There is none, or it is of another encoder.
+    """
+    found = find_checkpoint(config.checkpoint)
+    if found is None:
+        raise CheckpointError(
+            f"{config.checkpoint} holds no whole checkpoint; pretrain with train/main.py first, "
+            "or mend --checkpoint"
+        )
+    device = choose_device(EngineConfig(device=config.device), current_world())
+    world = join_world(device)
+    try:
+        yield Bench(config, found, world, device)
+    finally:
+        leave_world()
