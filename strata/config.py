@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import yaml
 
 from strata.errors import ConfigError
 
-__all__ = ["dump_config", "parse_config", "plain"]
+__all__ = ["dotted", "dump_config", "parse_config", "plain"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -70,6 +70,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a plain tree by their dotted names, as the command line has them."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        leaves |= dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return leaves
 
 
 def dump_config(config: Any, path: Path) -> None:

@@ -22,6 +22,7 @@ from strata.errors import WorldError
 __all__ = [
     "Ballot",
     "World",
+    "agree",
     "all_equal",
     "any_rank",
     "any_true",
@@ -355,10 +356,21 @@ def all_equal(name: str, value: str) -> None:
     Raises:
         WorldError: They do not; names the first rank that differs from rank 0.
     """
-    values = gather_objects(value)
-    for rank, other in enumerate(values):
-        if other != values[0]:
-            raise WorldError(
-                f"rank {rank} has another {name} than rank 0 ({other} against {values[0]}); "
-                "start all ranks with the same code, config and data"
-            )
+    agree({name: value})
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Check that all ranks hold the same facts, by name. All ranks call it.
+
+    Raises:
+        WorldError: They do not; names the first rank and fact that differ from rank 0's.
+    """
+    every: list[Mapping[str, str]] = gather_objects(dict(facts))
+    for rank, theirs in enumerate(every):
+        for name in sorted(every[0].keys() | theirs.keys()):
+            first, other = every[0].get(name, "absent"), theirs.get(name, "absent")
+            if first != other:
+                raise WorldError(
+                    f"rank {rank} has another {name} than rank 0 ({other} against {first}); "
+                    "start all ranks with the same code, config and data"
+                )

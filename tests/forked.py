@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +77,17 @@ class ForkServer:
         self, *argv: str | Path, ranks: int = 1, hook: str = "", env: dict[str, str] | None = None
     ) -> list[Rank]:
         """Start a group; `hook` is `module:function`, called in each process before training."""
-        group, port = [], free_port()
-        for rank in range(ranks):
+        return self.start_differing(*([argv] * ranks), hook=hook, env=env)
+
+    def start_differing(
+        self,
+        *argvs: Sequence[str | Path],
+        hook: str = "",
+        env: dict[str, str] | None = None,
+    ) -> list[Rank]:
+        """Start a group in which each rank has arguments of its own."""
+        group, port, ranks = [], free_port(), len(argvs)
+        for rank, argv in enumerate(argvs):
             self._number += 1
             output = self._folder / f"output-{self._number}"
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}

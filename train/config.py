@@ -110,8 +110,15 @@ class TrainConfig:
         Raises:
             ConfigError: The batch does not divide by the ranks.
         """
-        if self.data.batch_size % world.size:
+        parts = world.size * self.engine.accumulation
+        if self.data.batch_size % parts:
+            times = f" in {self.engine.accumulation} parts" if self.engine.accumulation > 1 else ""
             raise ConfigError(
-                f"data.batch_size {self.data.batch_size} does not divide by {world.size} ranks; "
-                "use a multiple"
+                f"data.batch_size {self.data.batch_size} does not divide by {world.size} ranks"
+                f"{times}; use a multiple"
+            )
+        if self.data.batch_size // self.engine.accumulation < 2:
+            raise ConfigError(
+                f"engine.accumulation {self.engine.accumulation} leaves parts of one video; a "
+                "video is contrasted with others"
             )

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from strata.distributed import World, gather
+from strata.distributed import World, any_rank, gather
 from strata.errors import CheckpointError, ConfigError
+from strata.logs import get_logger, warn_once
+from strata.train.self_test import check_conv3d
 
 __all__ = [
     "Engine",
@@ -21,6 +23,9 @@ __all__ = [
     "derive_deepspeed",
 ]
 
+logger = get_logger(__name__)
+
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _STEP = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,16 +36,30 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU of this local rank where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """fp32, or bf16 by torch autocast; auto takes bf16 on a GPU and fp32 on a CPU."""
-    zero: Literal[0, 1] = 0
-    """DeepSpeed's ZeRO stage. 0 is fastest for models of this size; 1 shards Adam's state."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 and fp16 (with loss scaling) by torch autocast; auto: bf16 on a GPU, else fp32."""
+    zero: Literal[0, 1, 2] = 0
+    """DeepSpeed's ZeRO: 0 is fastest at these sizes; 1 shards Adam's state, 2 gradients too."""
+    accumulation: int = 1
+    """Parts in which a batch is computed, to save memory; the set of negatives shrinks with it."""
     learning_rate: float = 1e-3
     """Initial learning rate. TEXT: 1e-3."""
     weight_decay: float = 1e-5
     """L2 penalty added to the gradient, not decoupled. TEXT: 1e-5."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip, as published."""
+    max_skipped_steps: int = 0
+    """Steps of a run that may be left out because a loss or the gradient is not finite."""
+    dump_bad_batch: bool = False
+    """Whether the batch of such a step is written below the run, in `bad-batches`."""
+    sync_batch_norm: bool = False
+    """Whether batch norm has the statistics of all ranks; GPUs only."""
+    compile: bool = False
+    """Whether the backbone goes through torch.compile."""
+    channels_last: bool = True
+    """Whether convolutions' weights lie in memory as the clips do; not under ZeRO."""
+    cudnn_benchmark: bool = True
+    """Whether cuDNN tries its algorithms on the first steps."""
     world_timeout_s: float = 600.0
     """Seconds until a world that does not form, or a stalled collective, ends the run."""
 
@@ -52,7 +71,15 @@ class EngineConfig:
         """
         if self.learning_rate <= 0:
             raise ConfigError(f"engine.learning_rate is {self.learning_rate}; use more than 0")
-        for name in ("weight_decay", "grad_clip"):
+        if self.accumulation < 1:
+            raise ConfigError(f"engine.accumulation is {self.accumulation}; use 1 or more")
+        if self.precision == "fp16" and self.zero:
+            # Its scaler under ZeRO is moved once a parameter group, and not at all by an overflow.
+            raise ConfigError(
+                f"engine.precision fp16 with engine.zero {self.zero}: DeepSpeed's loss scale would "
+                "never fall; use bf16, or engine.zero 0"
+            )
+        for name in ("weight_decay", "grad_clip", "max_skipped_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"engine.{name} is {getattr(self, name)}; use 0 or more")
         if self.world_timeout_s <= 0:
@@ -101,17 +128,16 @@ def derive_deepspeed(
         What `deepspeed.initialize` takes.
 
     Raises:
-        ConfigError: The precision is not to be had on this device.
+        ConfigError: A setting is not to be had on this device.
     """
     on_gpu = device.type == "cuda"
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
-    if precision == "bf16" and not on_gpu:
-        # Seen with torch 2.14.1: NaN in weight gradients of conv3d, from memory never written.
+    if config.sync_batch_norm and not on_gpu:
         raise ConfigError(
-            "engine.precision bf16 needs a GPU: torch's bf16 conv3d on CPUs gives wrong gradients; "
-            "use --engine.precision fp32"
+            "engine.sync_batch_norm needs GPUs: torch's synchronised batch norm has no CPU kernel; "
+            "leave it out"
         )
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
@@ -121,21 +147,21 @@ def derive_deepspeed(
         # torch's own Adam needs no compiler at run time; DeepSpeed's "Adam" would be AdamW.
         "torch_adam": True,
         "adam_w_mode": False,
+        # It alone can leave a step out by a flag that stays on the device.
+        "fused": True,
     }
-    if on_gpu:
-        optimizer["fused"] = True
     derived: dict[str, Any] = {
         "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": batch_size // world_size,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": batch_size // (world_size * config.accumulation),
+        "gradient_accumulation_steps": config.accumulation,
         "optimizer": {"type": "Adam", "params": optimizer},
         "zero_optimization": {"stage": config.zero},
         "gradient_clipping": config.grad_clip,
         "steps_per_print": 1_000_000_000,
     }
-    if precision == "bf16":
+    if precision != "fp32":
         # Native bf16 casts parameters but not batch normalisation's buffers, and fails.
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        derived["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
     return derived
 
 
@@ -175,6 +201,20 @@ class Engine:
         )
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
+        dtype = derived.get("torch_autocast", {}).get("dtype")
+        if dtype is not None:
+            check_conv3d(device, getattr(torch, dtype))
+        if config.accumulation > 1:
+            warn_once(
+                logger,
+                f"engine.accumulation {config.accumulation}: a video is contrasted with those of "
+                f"its part, {batch_size // config.accumulation} of the batch's {batch_size}: "
+                "this saves memory and does not enlarge the set of negatives",
+            )
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = config.cudnn_benchmark
+        if config.sync_batch_norm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self._config = config
         self._lr_factors = {g.name: g.lr_factor for g in groups}
         self._zero = config.zero
@@ -189,9 +229,46 @@ class Engine:
             config=derived,
             dist_init_required=False,
         )
+        self._buffers = list(model.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._bad_loss: Tensor | None = None
+        self._norm = torch.zeros((), device=device)
+        self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether the last step was left out, on the device; the same on all ranks."""
+        self._guard_adam()
+
+    def _guard_adam(self) -> None:
+        """Let Adam leave a step out where `skipped` says so.
+
+        Without ZeRO the fused kernels read the flag on the device, as they do for fp16's scaler, so
+        that the host need not wait. With ZeRO the host reads it, as ZeRO does with the gradient's
+        norm in each step anyway.
+        """
+        adam = self.engine.optimizer.optimizer if self._zero else self.engine.optimizer
+        original = adam.step
+
+        def step(closure: Any = None) -> Any:
+            if self._zero:
+                return None if bool(self.skipped) else original(closure)
+            mine = self.skipped.float()
+            scalers = getattr(adam, "found_inf", None)
+            adam.found_inf = mine if scalers is None else torch.maximum(scalers, mine)
+            try:
+                return original(closure)
+            finally:
+                if scalers is None:
+                    del adam.found_inf
+                else:
+                    adam.found_inf = scalers
+
+        adam.step = step
 
     def __call__(self, *args: Any) -> Any:
         """The model's forward pass, under autocast where the precision asks for it."""
+        if self._bad_loss is None:
+            # Batch norm and the queue move in the forward pass, before anyone knows of a fault.
+            _copy(self._buffers, self._kept)
         return self.engine(*args)
 
     def step(self, loss: Tensor, *, lr_factor: float, frozen: Collection[str] = ()) -> None:
@@ -202,12 +279,23 @@ class Engine:
         zero, to which the L2 penalty is added and which Adam then scales up to full steps: heads
         that wait for the second stage would be gone when it comes.
 
+        Where the loss or the gradient is not finite on any rank, the step is left out on all:
+        weights, Adam's state and buffers are as before it, and `skipped` is true. An overflow under
+        fp16's loss scaling is no such fault; the scaler then leaves the update out.
+
+        With `accumulation` it is called once a part, and acts with the last.
+
         Args:
             loss: Scalar.
             lr_factor: Learning rate over its initial value.
             frozen: Names of groups to leave alone.
         """
+        bad = ~torch.isfinite(loss.detach())
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
         self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return
         optimizer = self.engine.optimizer
         for group in optimizer.param_groups:
             still = group["name"] in frozen
@@ -217,9 +305,33 @@ class Engine:
             if still and self._zero == 0:
                 for parameter in group["params"]:
                     parameter.grad = None
+        self.skipped = any_rank(self._bad_loss)
+        self._bad_loss = None
+        if not self._zero:
+            # Averaged over ranks by now, so all ranks find the same.
+            grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads)
+            if self.engine.torch_autocast_z0_gradscaler is None:
+                self.skipped = self.skipped | ~torch.isfinite(self._norm)
         self.engine.step()
-        if self._zero > 0 and frozen:
+        if self._zero:
+            overflow = torch.tensor(bool(optimizer.overflow), device=self.device)
+            self.skipped = self.skipped | overflow
+        self._num_skipped += self.skipped
+        self._take_back_buffers()
+        if self._zero and frozen:
             self._forget_frozen(frozen)
+
+    def _take_back_buffers(self) -> None:
+        if not self._zero:
+            for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                buffer.copy_(torch.where(self.skipped, kept, buffer))
+        elif bool(self.skipped):
+            _copy(self._kept, self._buffers)
+
+    def num_skipped(self) -> int:
+        """Steps left out since this object was made. Waits for the device."""
+        return int(self._num_skipped)
 
     def _forget_frozen(self, frozen: Collection[str]) -> None:
         """Drop the count of steps that Adam took on zero gradients of sharded frozen groups."""
@@ -233,7 +345,10 @@ class Engine:
 
     @property
     def grad_norm(self) -> float | None:
-        """Norm of the last gradient where DeepSpeed computed it (with clipping or ZeRO)."""
+        """Norm of the last gradient before clipping. Waits for the device."""
+        if not self._zero:
+            scaler = self.engine.torch_autocast_z0_gradscaler
+            return float(self._norm) / (1.0 if scaler is None else scaler.get_scale())
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -360,6 +475,11 @@ class Engine:
                 _STEP: saved[names[id(known[0])]][_STEP].to(self._step_device(part)),
                 **{k: v[start : start + part.numel()].clone() for k, v in full.items()},
             }
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    """All of them in few kernels."""
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _to_host(value: Tensor) -> Tensor:

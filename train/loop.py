@@ -1,22 +1,26 @@
 """One training step, and the loop over steps; nothing else."""
 
 import dataclasses
+import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from strata.config import plain
+from strata.config import dotted, plain
 from strata.dataload.faults import Fault, SampleFaultError
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
-from strata.distributed import Ballot, World, any_true, barrier, lost_peer
-from strata.errors import CheckpointError, LostPeerError, NotSavedError, StrataError
+from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
+from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
 from strata.hardware import GpuCollector
 from strata.logs import get_logger
 from strata.metrics import Metrics
@@ -24,9 +28,10 @@ from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
+from strata.train.findings import Finding, Report, mean_terms
 from strata.train.garbage import StepGarbage
 from strata.train.method import LossTerms, Method, VideoModel
-from strata.train.schedules import phase_at
+from strata.train.schedules import Phase, phase_at
 from strata.train.start_page import describe_run
 from strata.train.stop import StopSignals
 from strata.train.throughput import Clock
@@ -36,19 +41,17 @@ __all__ = ["Trainer"]
 
 logger = get_logger(__name__)
 
+_RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed")
+"""Settings that a run keeps for its whole life; for the others, who changes them knows why."""
+_FREE = ("run", "resume", "stop_after_steps", "data.shards", "plan_only")
+
 
 @dataclass
 class _Interval:
     """What steps leave on the device until it is read."""
 
     latest: LossTerms | None = None
-    not_finite: Tensor | None = None
-    health: dict[str, float] = field(default_factory=dict)
-
-    def add(self, terms: LossTerms) -> None:
-        self.latest = terms
-        bad = ~torch.isfinite(terms.total.detach())
-        self.not_finite = bad if self.not_finite is None else self.not_finite | bad
+    findings: list[Finding] = field(default_factory=list)
 
 
 class Trainer:
@@ -76,8 +79,6 @@ class Trainer:
         self.plan: Plan = open_plan(reader, config.data, config.seed)
         torch.manual_seed(config.seed)
         self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
         self.engine = Engine(
             self.model,
             self.model.groups(),
@@ -87,9 +88,11 @@ class Trainer:
             device=device,
             run=config.run,
         )
-        if config.engine.zero == 0:
+        if config.engine.zero == 0 and config.engine.channels_last:
             # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO keeps its own copy.
             self.model.backbone.channels_last()
+        if config.engine.compile:
+            self.model.backbone.compile()
         self.method = Method(self.model, config.method, world)
         self.state = RunState(
             step=0,
@@ -104,6 +107,7 @@ class Trainer:
         self._garbage = StepGarbage(config.collect_every_steps)
         self._faulty: set[int] = set()
         self._saver = Saver(config.run, config.checkpoint)
+        self._seen_skipped = 0
         self._failed_saves, self._blocked_s, self._stopped = 0, 0.0, False
         if device.type == "cuda":
             metrics.add_collector(GpuCollector(str(torch.cuda.get_device_properties(device).uuid)))
@@ -121,6 +125,7 @@ class Trainer:
             CheckpointError: There is one but none was asked for, or it belongs to other data.
         """
         found = checkpoint.find_checkpoint(self.config.run)
+        all_equal("newest checkpoint", "none" if found is None else found.name)
         if found is None:
             return
         if self.config.resume == "never":
@@ -136,10 +141,31 @@ class Trainer:
                     f"{found} was trained on other data or in another order ({name} {theirs}, now "
                     f"{mine}); use the same shards, batch size and seed, or another --run"
                 )
+        self._compare_recipes(found, state.config)
         self.state = dataclasses.replace(
             state, world_size=self.world.size, config=plain(self.config)
         )
         logger.info("resumed %s at step %d", found, state.step)
+
+    def _compare_recipes(self, found: Path, saved: dict[str, Any]) -> None:
+        """Refuse another recipe; say what else is set otherwise than before.
+
+        Raises:
+            CheckpointError: The method, the model or the views are others.
+        """
+        before, now = dotted(saved), dotted(plain(self.config))
+        for name in sorted(before.keys() & now.keys()):
+            # A list from JSON and a tuple from YAML are the same setting.
+            old, new = (json.loads(json.dumps(each[name])) for each in (before, now))
+            if old == new or name in _FREE:
+                continue
+            if name.startswith(_RECIPE):
+                raise CheckpointError(
+                    f"{found} was trained with {name} {old}, now it is {new}: another recipe; set "
+                    f"--{name} as it was, or choose another --run"
+                )
+            if self.world.is_first:
+                logger.warning("%s was %s before, from here on it is %s", name, old, new)
 
     def fit(self) -> bool:
         """Train from the current position to the end, or until a signal asks to stop.
@@ -205,7 +231,8 @@ class Trainer:
             watchdog.beat(f"computing step {self.state.step + 1}")
             self._record_faults(batch.faults)
             self.model.train()
-            interval.add(self.step(batch))
+            interval.latest, finding = self.step(batch)
+            interval.findings.append(finding)
             clock.step_done()
             self._advance()
             self._count(batch, clock)
@@ -223,26 +250,107 @@ class Trainer:
         if last_saved != self.state.step:
             self.save()
 
-    def step(self, batch: Batch) -> LossTerms:
-        """Forward, losses, backward, update."""
-        config = self.config
-        phase = phase_at(config.schedule, batch.epoch)
+    def step(self, batch: Batch) -> tuple[LossTerms, Finding]:
+        """Forward, losses, backward, update; with accumulation once for each part, then update."""
+        phase = phase_at(self.config.schedule, batch.epoch)
+        size = len(batch.samples) // self.config.engine.accumulation
+        parts: list[LossTerms] = []
+        bad_samples: list[Tensor] = []
+        was_filling = not self.model.queue.is_full
+        for start in range(0, len(batch.samples), size):
+            part = slice(start, start + size)
+            terms, bad = self._part(batch, part, phase)
+            parts.append(terms)
+            bad_samples.append(bad)
+        if was_filling:
+            self.model.queue.recount()
+        finding = Finding.of(
+            parts,
+            bad_samples,
+            skipped=self.engine.skipped,
+            step=self.state.step,
+            batch=batch,
+        )
+        return mean_terms(parts), finding
+
+    def _part(self, batch: Batch, part: slice, phase: Phase) -> tuple[LossTerms, Tensor]:
+        config, samples = self.config, batch.samples[part]
         orders = [
             # From pinned memory, or the copy would wait for the device.
             (order.pin_memory() if self.device.type == "cuda" else order).to(
                 self.device, non_blocking=True
             )
             for order in self.model.orders(
-                batch.samples, batch.epoch, config.seed, config.data.clips.clip_frames
+                samples, batch.epoch, config.seed, config.data.clips.clip_frames
             )
         ]
-        out = self.engine(batch.short, batch.long, *orders, phase)
+        long = None if batch.long is None else batch.long[part]
+        out = self.engine(batch.short[part], long, *orders, phase)
         health = (self.state.step + 1) % config.monitor.health_every == 0
         terms = self.method.losses(out, phase, with_health=health)
         self.engine.step(
             terms.total, lr_factor=phase.lr_factor, frozen=self.model.frozen_groups(phase)
         )
-        return terms
+        bad = ~torch.isfinite(out.instance.detach()).flatten(1).all(1)
+        return terms, bad
+
+    def _judge(self, findings: Sequence[Finding]) -> None:
+        """Count the steps that were left out; end the run where they are too many.
+
+        Raises:
+            NotFiniteError: They are more than `engine.max_skipped_steps`.
+        """
+        new = self.engine.num_skipped() - self._seen_skipped
+        if new == 0:
+            return
+        self._seen_skipped += new
+        self.metrics.add("strata_skipped_steps_total", new)
+        self.state = dataclasses.replace(self.state, num_skipped=self.state.num_skipped + new)
+        reports = [
+            Report.gathered(finding, self.world.rank, self.reader.keys)
+            for finding in findings
+            if bool(finding.skipped)
+        ]
+        for report in reports:
+            self.metrics.record("skipped_step", **dataclasses.asdict(report))
+            logger.warning("%s; the step was left out", report)
+            if self.config.engine.dump_bad_batch and report.concerns(self.world.rank):
+                self._dump(report)
+        budget = self.config.engine.max_skipped_steps
+        if self.state.num_skipped > budget:
+            raise NotFiniteError(
+                f"{reports[0]}; {self.state.num_skipped} steps were left out, "
+                f"engine.max_skipped_steps is {budget}. Go on from the last checkpoint with a "
+                "smaller --engine.learning_rate, with --engine.grad_clip 1 or with more "
+                "--engine.max_skipped_steps"
+            )
+
+    def _dump(self, report: Report) -> None:
+        """Make the rank's batch once more, for it is arithmetic, and write it."""
+        loader = TrainLoader(
+            self.reader,
+            self.config.data,
+            self.plan,
+            world=self.world,
+            device=self.device,
+            epochs=(report.epoch, report.epoch + 1),
+            start_step=report.epoch_step,
+            wants_long=lambda e: self.config.method.wants_long(
+                phase_at(self.config.schedule, e).stage
+            ),
+        )
+        try:
+            batch = next(iter(loader))
+        finally:
+            loader.close()
+        folder = self.config.run / "bad-batches"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{report.step:09d}-rank-{self.world.rank}.safetensors"
+        tensors = {"short": batch.short, "samples": torch.from_numpy(batch.samples)}
+        if batch.long is not None:
+            tensors["long"] = batch.long
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        logger.warning("the batch of rank %d is in %s", self.world.rank, path)
 
     def save(self) -> None:
         """Copy the state and let rank 0 write it while training goes on; all ranks call it."""
@@ -365,16 +473,9 @@ class Trainer:
         """Read the interval's figures from the device; the only wait for it outside saving."""
         terms = interval.latest
         assert terms is not None
-        assert interval.not_finite is not None
-        bad = any_true(bool(interval.not_finite.item()), self.device)
+        self._judge(interval.findings)
         losses = self.method.averaged({**terms.terms, "total": terms.total.detach()})
         health = self.method.averaged(terms.health)
-        if bad:
-            raise StrataError(
-                f"the loss is not finite within the {self.config.monitor.log_every} steps before "
-                f"step {self.state.step}: {losses}; resume from the last checkpoint with a smaller "
-                "--engine.learning_rate or with --engine.grad_clip 1"
-            )
         times = clock.interval()
         phase = phase_at(self.config.schedule, batch.epoch)
         rate = self.config.engine.learning_rate * phase.lr_factor
@@ -398,8 +499,9 @@ class Trainer:
             step=self.state.step,
             epoch=batch.epoch,
             stage=phase.stage,
-            losses=losses,
-            health=health,
+            # JSON has no NaN; there is one where the last step was left out.
+            losses={k: v if math.isfinite(v) else None for k, v in losses.items()},
+            health={k: v if math.isfinite(v) else None for k, v in health.items()},
             learning_rate=rate,
             grad_norm=grad_norm,
             samples_per_second=samples_per_s,

@@ -70,6 +70,15 @@ class ScoreQueue(nn.Module):
         self._num_filled = min(self._num_filled + batch, num_rows)
         self.filled.fill_(self._num_filled)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether each push drops rows from now on."""
+        return self._num_filled == self.scores.shape[0]
+
+    def recount(self) -> None:
+        """Bring the count on the host in line with the buffer, after a step was taken back."""
+        self._num_filled = int(self.filled)
+
     def rows(self) -> Tensor:
         """The filled rows, `[S, V, K]`, the latest last; a view of the buffer."""
         return self.scores[self.scores.shape[0] - self._num_filled :]
@@ -78,4 +87,4 @@ class ScoreQueue(nn.Module):
 def _count_rows(queue: nn.Module, _: object) -> None:
     """After a load, bring the count on the host in line with the saved one."""
     assert isinstance(queue, ScoreQueue)
-    queue._num_filled = int(queue.filled)
+    queue.recount()

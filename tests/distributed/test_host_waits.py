@@ -65,12 +65,14 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
         reader=ShardReader(config.data.shards),
         metrics=Metrics(),
     )
-    watch, collected = Watch(), []
+    watch, collected, watched = Watch(), [], []
     step, advance = trainer.step, trainer._advance
 
     def watched_step(batch: Any) -> Any:
-        if trainer.state.step == 0:  # Constants are brought once.
+        # Constants are brought once; while the queue fills, its length is a shape.
+        if trainer.state.step == 0 or not trainer.model.queue.is_full:
             return step(batch)
+        watched.append(trainer.state.step)
         with watch:
             return step(batch)
 
@@ -88,11 +90,12 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
         trainer.fit()
     finally:
         gc.callbacks.remove(note)
-    return {"waits": watch.waits, "collected": collected, "gc": gc.isenabled()}
+    return {"waits": watch.waits, "watched": watched, "collected": collected, "gc": gc.isenabled()}
 
 
 def test_no_wait_and_no_collection_but_at_chosen_steps(shards: Path, tmp_path: Path):
     (found,) = run_ranks(train, 1, tmp_path, shards, 1000)
+    assert len(found["watched"]) >= 10
     assert not found["waits"], f"{len(found['waits'])} waits, first {found['waits'][0]}"
     # At first to set the start aside, then at every fourth step of 18.
     steps = [step for step, _ in found["collected"] if step < 18]

@@ -154,3 +154,121 @@ def test_killed_at_20_moments_and_the_end_is_the_same(
     server.finish(*often)
     assert_same_end(run, whole[1])
     assert found, "no kill came while a checkpoint was being written"
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_is_explained(
+    server: ForkServer, arguments: list[str | Path], tmp_path: Path
+):
+    run = tmp_path / "run"
+    hook = "tests.faulty:nan_at_step_5_on_rank_1"
+    dump = (*arguments, "--engine.dump_bad_batch", "true", "--checkpoint.every_steps", "2")
+    said = server.finish(*dump, ranks=2, hook=hook, code=3)
+    (report,) = records(run, "skipped_step")
+    assert report["step"] == 5
+    (bad,) = report["samples"]["1"]
+    assert report["batches"]["1"][1] == bad
+    line = said.splitlines()[-1]
+    assert line.startswith("error (rank 0): step 5 (epoch 0, step 4 of it): not finite")
+    assert f"terms instance; on rank 1 with samples {bad};" in line
+    assert "engine.max_skipped_steps is 0" in line
+    (dumped,) = (run / "bad-batches").iterdir()
+    assert dumped.name == "step-000000005-rank-1.safetensors"
+    assert load_file(dumped)["short"].shape == (2, 2, 16, 32, 32, 3)
+    assert last(run).name == "step-000000004"
+
+
+def test_a_step_within_the_budget_is_left_out_and_counted(
+    server: ForkServer, arguments: list[str | Path], tmp_path: Path
+):
+    run = tmp_path / "run"
+    some = (*arguments, "--engine.max_skipped_steps", "1", "--stop_after_steps", "6")
+    server.finish(*some, "--checkpoint.every_steps", "1", hook="tests.faulty:nan_at_step_5")
+    four, five, six = (
+        load_file(run / "checkpoints" / f"step-{n:09d}" / "model.safetensors") for n in (4, 5, 6)
+    )
+    assert all(torch.equal(four[k], five[k]) for k in four)
+    assert any(not torch.equal(four[k], six[k]) for k in four)
+    assert all(torch.isfinite(v).all() for k, v in six.items() if k != "queue.scores")
+    assert json.loads((last(run) / "state.json").read_text())["num_skipped"] == 1
+    # The budget is the run's, not the process's.
+    again = (*arguments, "--engine.max_skipped_steps", "0", "--resume", "auto")
+    assert "engine.max_skipped_steps was 1 before" in server.finish(*again)
+
+
+def test_a_full_disk_ends_the_run_with_its_reason(
+    server: ForkServer, arguments: list[str | Path], tmp_path: Path
+):
+    said = server.finish(*arguments, hook="tests.faulty:full_disk", code=4)
+    assert "step-000000006 could not be written" in said
+    assert "File too large" in said
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_one_save_may_fail(server: ForkServer, arguments: list[str | Path], tmp_path: Path):
+    said = server.finish(*arguments, hook="tests.faulty:disk_full_once")
+    (failed,) = records(tmp_path / "run", "checkpoint_failed")
+    assert "No space left on device" in failed["reason"]
+    assert "tries once more at the next checkpoint" in said
+    assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [6, 18]
+
+
+def test_a_folder_that_cannot_be_written_is_named(server: ForkServer, arguments: list[str | Path]):
+    said = server.finish(*arguments, "--run", "/proc/strata", code=2)
+    assert "the run's folder cannot be written" in said
+
+
+def test_another_recipe_is_refused(
+    server: ForkServer, arguments: list[str | Path], whole: dict[int, Path]
+):
+    again = (*arguments, "--run", whole[1], "--resume", "auto", "--method.temperature", "0.2")
+    said = server.finish(*again, code=2)
+    assert "was trained with method.temperature 0.07, now it is 0.2: another recipe" in said
+
+
+def test_every_file_of_a_checkpoint_is_compared(
+    server: ForkServer, arguments: list[str | Path], whole: dict[int, Path], tmp_path: Path
+):
+    run = Path(shutil.copytree(whole[1], tmp_path / "run"))
+    path = last(run) / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    said = server.finish(*arguments, "--resume", "auto", code=2)
+    assert "training.safetensors is missing or altered; use an older checkpoint" in said
+    # As the message says.
+    shutil.rmtree(path.parent)
+    server.finish(*arguments, "--resume", "auto")
+    assert_same_end(run, whole[1])
+
+
+def test_ranks_that_disagree_are_told(server: ForkServer, arguments: list[str | Path], tiny: Path):
+    group = server.start(*arguments, ranks=2, hook="tests.faulty:other_code_on_rank_1")
+    assert [rank.wait() for rank in group] == [2, 2]
+    assert "rank 1 has another code version than rank 0 (other against" in group[0].text()
+    first, second = server.start_differing(
+        [*arguments], [*arguments, "--engine.learning_rate", "0.5"]
+    )
+    assert [first.wait(), second.wait()] == [2, 2]
+    said = "rank 1 has another setting engine.learning_rate than rank 0 (0.5 against 0.001)"
+    assert said in first.text()
+
+
+def test_a_stall_ends_with_stacks(server: ForkServer, arguments: list[str | Path]):
+    group = server.start(
+        *arguments,
+        *("--engine.world_timeout_s", "4"),
+        ranks=2,
+        hook="tests.faulty:stall_in_step_4_on_rank_1",
+    )
+    assert [rank.wait(60) for rank in group] == [5, 5]
+    assert "error (rank 1): nothing moved for 4 s while computing step 4" in group[1].text()
+    assert "in fit" in group[1].text()
+    assert "faulty.py" in group[1].text()
+
+
+def test_a_rank_that_dies_takes_the_others_along(
+    server: ForkServer, arguments: list[str | Path], tmp_path: Path
+):
+    group = server.start(*arguments, ranks=2)
+    wait_for_step(tmp_path / "run", 3, group)
+    group[1].kill()
+    assert [group[0].wait(20), group[1].wait()] == [5, -9]
+    assert "another rank was lost in step" in group[0].text()

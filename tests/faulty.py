@@ -1,0 +1,85 @@
+"""Faults to put into a training process that tests fork: each is called before training starts."""
+
+import os
+import time
+from typing import Any
+
+import torch
+
+
+def _nan(step: int, rank: str) -> None:
+    from strata.train import loop
+
+    original = loop.Trainer._part
+
+    def part(self: Any, batch: Any, *more: Any) -> Any:
+        if os.environ["RANK"] == rank and self.state.step == step - 1:
+            losses = self.method.losses
+
+            def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
+                # The second video of the rank: its embedding, and so the terms that see it.
+                factor = torch.ones_like(out.instance)
+                factor[1] = torch.nan
+                object.__setattr__(out, "instance", out.instance * factor)
+                return losses(out, *args, **kwargs)
+
+            self.method.losses = broken
+            try:
+                return original(self, batch, *more)
+            finally:
+                self.method.losses = losses
+        return original(self, batch, *more)
+
+    setattr(loop.Trainer, "_part", part)  # noqa: B010
+
+
+def nan_at_step_5_on_rank_1() -> None:
+    _nan(5, "1")
+
+
+def nan_at_step_5() -> None:
+    _nan(5, "0")
+
+
+def stall_in_step_4_on_rank_1() -> None:
+    from strata.train import loop
+
+    original = loop.Trainer.step
+
+    def step(self: Any, batch: Any) -> Any:
+        if os.environ["RANK"] == "1" and self.state.step == 3:
+            time.sleep(3600)
+        return original(self, batch)
+
+    loop.Trainer.step = step
+
+
+def other_code_on_rank_1() -> None:
+    from strata.train import main
+
+    if os.environ["RANK"] == "1":
+        main.code_digest = lambda: "other"
+
+
+def full_disk() -> None:
+    """No file may grow beyond 64 KB, as if the disk were full; the log stays below."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, resource.RLIM_INFINITY))
+
+
+def disk_full_once() -> None:
+    """The second checkpoint finds no space, the others do."""
+    from strata.train import checkpoint
+
+    original, calls = checkpoint.save_file, []
+
+    def save_file(*args: Any, **more: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        original(*args, **more)
+
+    checkpoint.save_file = save_file
