@@ -1,6 +1,7 @@
 """Typed batches from shards, made a few ahead, in an order that is arithmetic."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,10 @@ class Batch:
     """Within the epoch."""
     frames_decoded: int
     bytes_read: int
+    read_s: float = 0.0
+    """Time of the loader's thread to get the coded bytes."""
+    graph_s: float = 0.0
+    """Time of the loader's thread to decode and augment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +357,9 @@ class TrainLoader:
         )
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, 0, 2)
         windows = training_window(reader.num_frames[samples], config.clips, draws)
+        start = time.perf_counter()
         coded = read_windows(reader, samples, windows)
+        read_s = time.perf_counter() - start
         graph = self._graph(self._wants_long(epoch))
         form = reader.manifest.form
         parameters = [
@@ -369,7 +376,9 @@ class TrainLoader:
             )
             for view in range(len(graph.spec.views))
         ]
+        start = time.perf_counter()
         views = self._maker.run(graph, samples.tolist(), coded, parameters)
+        graph_s = time.perf_counter() - start
         return Batch(
             short=torch.stack(views[:2], dim=1),
             long=views[2] if len(views) > 2 else None,
@@ -379,6 +388,8 @@ class TrainLoader:
             step=step,
             frames_decoded=coded.num_frames,
             bytes_read=coded.num_bytes,
+            read_s=read_s,
+            graph_s=graph_s,
         )
 
     def __iter__(self) -> Iterator[Batch]:

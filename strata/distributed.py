@@ -9,7 +9,8 @@ import datetime
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,17 @@ __all__ = [
     "lost_peer",
     "mean_over_ranks",
     "slurm_environment",
+    "watch_collectives",
 ]
+
+
+_watch: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def watch_collectives(watch: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Let `watch()` enclose every collective of a step, to time it; None ends it."""
+    global _watch
+    _watch = nullcontext if watch is None else watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +227,8 @@ def gather(local: Tensor) -> Tensor:
     if _size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(_size())]
-    dist.all_gather(parts, local.contiguous())
+    with _watch():
+        dist.all_gather(parts, local.contiguous())
     return torch.cat(parts)
 
 
@@ -233,7 +245,8 @@ class _GatherWithGrad(torch.autograd.Function):
         (grad,) = grads
         # Not reduce_scatter: gloo has none. The tensors are small: B x C floats a term.
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
+        with _watch():
+            dist.all_reduce(grad)
         start = dist.get_rank() * ctx.num_rows
         return grad[start : start + ctx.num_rows]
 

@@ -1,56 +1,249 @@
-"""What NVML tells of the GPUs, as a Prometheus collector. Where there is no NVML, nothing."""
+"""What NVML tells of the GPU and psutil of the host, as Prometheus collectors.
 
-from collections.abc import Iterator
+Read when they are scraped, in the exporter's thread, off the training path. What a machine does not
+offer is absent, never zero.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pynvml
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["GpuCollector"]
+from strata.catalogue import CATALOGUE
+from strata.logs import get_logger, warn_once
+
+__all__ = ["GpuCollector", "HostCollector", "ProcessCollector", "Reading"]
+
+logger = get_logger(__name__)
 
 _PERCENT = 0.01
 _MILLI = 0.001
+_MEGA = 1e6
+_KIB = 1024
+_MIB = 1024**2
+_ENTRIES = {entry.name: entry for entry in CATALOGUE}
+_FINAL = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
+"""Answers after which a GPU tells nothing any more."""
+_STALE = (pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+"""Answers after which the handle must be asked for again."""
 
 
-def _utilization(handle: Any) -> float:
-    return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) * _PERCENT
+@dataclass(frozen=True)
+class Reading:
+    """One value of one series.
+
+    Args:
+        name: In the catalogue.
+        value: In the catalogue's unit.
+        labels: The series' labels.
+    """
+
+    name: str
+    value: float
+    labels: Mapping[str, str]
 
 
-def _memory_used(handle: Any) -> float:
-    return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+def _families(readings: Iterator[Reading]) -> Iterator[Metric]:
+    """Readings grouped by name, as prometheus_client wants them."""
+    families: dict[str, Any] = {}
+    for reading in readings:
+        entry = _ENTRIES[reading.name]
+        if reading.name not in families:
+            family = CounterMetricFamily if entry.kind == "counter" else GaugeMetricFamily
+            families[reading.name] = family(reading.name, entry.help, labels=entry.labels)
+        values = [reading.labels[label] for label in entry.labels]
+        families[reading.name].add_metric(values, reading.value)
+    yield from families.values()
 
 
-def _power(handle: Any) -> float:
-    return pynvml.nvmlDeviceGetPowerUsage(handle) * _MILLI
+_THROTTLE = {
+    "power": pynvml.nvmlClocksEventReasonSwPowerCap,
+    "thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown
+    | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+    "hardware": pynvml.nvmlClocksThrottleReasonHwSlowdown
+    | pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+    "settings": pynvml.nvmlClocksEventReasonApplicationsClocksSetting
+    | pynvml.nvmlClocksThrottleReasonSyncBoost,
+}
+_CLOCKS = {
+    "sm": pynvml.NVML_CLOCK_SM,
+    "memory": pynvml.NVML_CLOCK_MEM,
+    "video": pynvml.NVML_CLOCK_VIDEO,
+}
+_Values = list[tuple[str, float, dict[str, str]]]
+"""Name without `strata_gpu_`, value, labels besides `gpu`."""
 
 
-def _temperature(handle: Any) -> float:
-    return float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+def _utilization(handle: Any) -> _Values:
+    rates: Any = pynvml.nvmlDeviceGetUtilizationRates(handle)
+    return [
+        ("utilization_ratio", rates.gpu * _PERCENT, {}),
+        ("memory_bandwidth_ratio", rates.memory * _PERCENT, {}),
+    ]
 
 
-def _decoder(handle: Any) -> float:
-    return pynvml.nvmlDeviceGetDecoderUtilization(handle)[0] * _PERCENT
+def _memory(handle: Any) -> _Values:
+    memory: Any = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return [
+        ("memory_used_bytes", float(memory.used), {}),
+        ("memory_total_bytes", float(memory.total), {}),
+    ]
 
 
-def _jpeg(handle: Any) -> float:
-    return pynvml.nvmlDeviceGetJpgUtilization(handle)[0] * _PERCENT
+def _clock(domain: str) -> Callable[[Any], _Values]:
+    def read(handle: Any) -> _Values:
+        mega = pynvml.nvmlDeviceGetClockInfo(handle, _CLOCKS[domain])
+        return [("clock_hertz", mega * _MEGA, {"domain": domain})]
+
+    return read
 
 
-_READINGS = (
-    ("strata_gpu_utilization_ratio", "Share of time in which a kernel ran.", _utilization),
-    ("strata_gpu_memory_used_bytes", "Device memory in use.", _memory_used),
-    ("strata_gpu_power_watts", "Power draw.", _power),
-    ("strata_gpu_temperature_celsius", "Temperature of the chip.", _temperature),
-    ("strata_gpu_decoder_utilization_ratio", "Share of time the video decoders worked.", _decoder),
-    ("strata_gpu_jpeg_utilization_ratio", "Share of time the JPEG engines worked.", _jpeg),
+def _throttled(handle: Any) -> _Values:
+    reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    return [("throttled", float(bool(reasons & m)), {"reason": r}) for r, m in _THROTTLE.items()]
+
+
+def _pcie(handle: Any) -> _Values:
+    counters = {"tx": pynvml.NVML_PCIE_UTIL_TX_BYTES, "rx": pynvml.NVML_PCIE_UTIL_RX_BYTES}
+    return [
+        (
+            "pcie_bytes_per_second",
+            float(pynvml.nvmlDeviceGetPcieThroughput(handle, counter)) * _KIB,
+            {"direction": direction},
+        )
+        for direction, counter in counters.items()
+    ]
+
+
+def _one(name: str, read: Callable[[Any], float], scale: float) -> Callable[[Any], _Values]:
+    return lambda handle: [(name, read(handle) * scale, {})]
+
+
+_CLASSIC: tuple[Callable[[Any], _Values], ...] = (
+    _utilization,
+    _memory,
+    _one(
+        "decoder_utilization_ratio",
+        lambda h: pynvml.nvmlDeviceGetDecoderUtilization(h)[0],
+        _PERCENT,
+    ),
+    _one("jpeg_utilization_ratio", lambda h: pynvml.nvmlDeviceGetJpgUtilization(h)[0], _PERCENT),
+    _one("power_watts", pynvml.nvmlDeviceGetPowerUsage, _MILLI),
+    _one("energy_joules_total", pynvml.nvmlDeviceGetTotalEnergyConsumption, _MILLI),
+    _one(
+        "temperature_celsius",
+        lambda h: pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU),
+        1.0,
+    ),
+    _clock("sm"),
+    _clock("memory"),
+    _clock("video"),
+    _throttled,
+    _pcie,
 )
+
+_GPM_VALUES: dict[str, tuple[tuple[int, ...], float, dict[str, str]]] = {
+    "utilization_ratio": ((pynvml.NVML_GPM_METRIC_GRAPHICS_UTIL,), _PERCENT, {}),
+    "sm_activity_ratio": ((pynvml.NVML_GPM_METRIC_SM_UTIL,), _PERCENT, {}),
+    "sm_occupancy_ratio": ((pynvml.NVML_GPM_METRIC_SM_OCCUPANCY,), _PERCENT, {}),
+    "tensor_activity_ratio": ((pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL,), _PERCENT, {}),
+    "memory_bandwidth_ratio": ((pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL,), _PERCENT, {}),
+    "decoder_utilization_ratio": (
+        tuple(getattr(pynvml, f"NVML_GPM_METRIC_NVDEC_{n}_UTIL") for n in range(8)),
+        _PERCENT,
+        {},
+    ),
+    "jpeg_utilization_ratio": (
+        tuple(getattr(pynvml, f"NVML_GPM_METRIC_NVJPG_{n}_UTIL") for n in range(8)),
+        _PERCENT,
+        {},
+    ),
+    "pcie_bytes_per_second/tx": (
+        (pynvml.NVML_GPM_METRIC_PCIE_TX_PER_SEC,),
+        _MIB,
+        {"direction": "tx"},
+    ),
+    "pcie_bytes_per_second/rx": (
+        (pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC,),
+        _MIB,
+        {"direction": "rx"},
+    ),
+    "nvlink_bytes_per_second/tx": (
+        (pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC,),
+        _MIB,
+        {"direction": "tx"},
+    ),
+    "nvlink_bytes_per_second/rx": (
+        (pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC,),
+        _MIB,
+        {"direction": "rx"},
+    ),
+}
+"""By name and direction: the metrics of GPM, whose mean over those the GPU has is the value."""
+
+
+class _Gpm:
+    """GPU performance monitoring (Hopper and later): means between two samples.
+
+    Args:
+        handle: The GPU, or the parent of a MIG device.
+        instance: The MIG device's GPU instance, or None for a whole GPU.
+    """
+
+    def __init__(self, handle: Any, instance: int | None) -> None:
+        self._handle, self._instance = handle, instance
+        self._last: Any = None
+
+    def read(self) -> _Values:
+        sample = pynvml.nvmlGpmSampleAlloc()
+        try:
+            if self._instance is None:
+                pynvml.nvmlGpmSampleGet(self._handle, sample)
+            else:
+                pynvml.nvmlGpmMigSampleGet(self._handle, self._instance, sample)
+        except pynvml.NVMLError:
+            pynvml.nvmlGpmSampleFree(sample)
+            raise
+        last, self._last = self._last, sample
+        if last is None:
+            return []
+        try:
+            return list(self._between(last, sample))
+        finally:
+            pynvml.nvmlGpmSampleFree(last)
+
+    @staticmethod
+    def _between(first: Any, second: Any) -> Iterator[tuple[str, float, dict[str, str]]]:
+        asked = [number for numbers, _, _ in _GPM_VALUES.values() for number in numbers]
+        query: Any = pynvml.c_nvmlGpmMetricsGet_t()
+        query.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+        query.numMetrics = len(asked)
+        query.sample1, query.sample2 = first, second
+        for place, number in enumerate(asked):
+            query.metrics[place].metricId = number
+        pynvml.nvmlGpmMetricsGet(query)
+        found = {
+            number: query.metrics[place].value
+            for place, number in enumerate(asked)
+            if query.metrics[place].nvmlReturn == pynvml.NVML_SUCCESS
+        }
+        for name, (numbers, scale, labels) in _GPM_VALUES.items():
+            values = [found[n] for n in numbers if n in found]
+            # NaN is what GPM gives where the two samples are too close together.
+            if values and all(value == value for value in values):
+                yield name.partition("/")[0], scale * sum(values) / len(values), labels
 
 
 class GpuCollector(Collector):
-    """Reads one GPU at the moment of the scrape, in the exporter's thread, off the training path.
-
-    A reading that the GPU or driver does not support is absent from the scrape, never zero.
+    """One GPU, or one MIG device.
 
     Args:
         uuid: The GPU, as `torch.cuda.get_device_properties(i).uuid` names it; an index would
@@ -58,26 +251,163 @@ class GpuCollector(Collector):
     """
 
     def __init__(self, uuid: str) -> None:
-        self._uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+        self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
         self._handle: Any = None
+        self._gpm: _Gpm | None = None
+        self._seen = False
+        self._lost = False
+        self._lock = threading.Lock()
 
     def _open(self) -> Any:
         if self._handle is None:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
+            self._gpm = self._open_gpm(handle)
+            self._handle = handle
         return self._handle
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the readings that this GPU gives."""
+    def _open_gpm(self, handle: Any) -> _Gpm | None:
+        try:
+            instance = None
+            if self._uuid.startswith("MIG-"):
+                instance = pynvml.nvmlDeviceGetGpuInstanceId(handle)
+                handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+            if not pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
+                return None
+        except pynvml.NVMLError:
+            # A driver or GPU without it: the classic counters remain.
+            return None
+        return _Gpm(handle, instance)
+
+    @property
+    def has_means(self) -> bool:
+        """Whether utilisation is the mean since the last reading, not of the last instant."""
+        return self._gpm is not None
+
+    def read(self) -> Iterator[Reading]:
+        """What this GPU gives now; nothing where there is no NVML."""
+        with self._lock:
+            readings = self._read()
+        for (name, *_), (value, labels) in readings.items():
+            yield Reading(f"strata_gpu_{name}", value, {"gpu": self._uuid, **labels})
+
+    def _read(self) -> dict[tuple[str, ...], tuple[float, dict[str, str]]]:
+        found: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}
         try:
             handle = self._open()
-        except pynvml.NVMLError:
-            return
-        for name, help_text, read in _READINGS:
+        except pynvml.NVMLError as error:
+            self._note(error)
+            handle = None
+        if handle is not None:
+            self._seen, self._lost = True, False
+            readers = [*_CLASSIC]
+            if self._gpm is not None:
+                gpm = self._gpm
+                # Last, so that it replaces what the classic counters tell less exactly.
+                readers.append(lambda _: gpm.read())
+            for read in readers:
+                try:
+                    for name, value, labels in read(handle):
+                        found[(name, *labels.values())] = (value, labels)
+                except pynvml.NVMLError as error:
+                    if self._note(error):
+                        found.clear()
+                        break
+        if self._seen:
+            found[("up",)] = (float(not self._lost and self._handle is not None), {})
+        return found
+
+    def _note(self, error: Any) -> bool:
+        """Keep in mind what an error means for the handle; whether nothing more can be read."""
+        code = error.value
+        if code in _FINAL:
+            self._lost = True
+            self._handle = None
+            warn_once(logger, f"{self._uuid} does not answer any more: {error}")
+            return True
+        if code in _STALE:
+            self._handle = None
+            return True
+        return False
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the readings that this GPU gives."""
+        yield from _families(self.read())
+
+
+class HostCollector(Collector):
+    """The node: cores, memory, shared memory, disks, network. One process of a node has it.
+
+    Args:
+        places: Folders by what they are for; their file systems are watched.
+    """
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        self._places = dict(places)
+
+    def read(self) -> Iterator[Reading]:
+        """The node's figures now."""
+        times = psutil.cpu_times()
+        idle, wait = times.idle, getattr(times, "iowait", 0.0)
+        steal = getattr(times, "steal", 0.0)
+        # Linux counts a guest's time in user's and nice's too.
+        guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        modes = {
+            "busy": sum(times) - guest - idle - wait - steal,
+            "idle": idle,
+            "iowait": wait,
+            "steal": steal,
+        }
+        for mode, seconds in modes.items():
+            yield Reading("strata_host_cpu_seconds_total", seconds, {"mode": mode})
+        yield Reading("strata_host_cpus", len(os.sched_getaffinity(0)), {})
+        memory = psutil.virtual_memory()
+        yield Reading("strata_host_memory_total_bytes", memory.total, {})
+        yield Reading("strata_host_memory_available_bytes", memory.available, {})
+        yield from self._disks()
+        yield from self._traffic()
+
+    def _disks(self) -> Iterator[Reading]:
+        shm = Path("/dev/shm")
+        if shm.is_dir():
+            yield Reading("strata_host_shm_free_bytes", psutil.disk_usage(str(shm)).free, {})
+        for place, folder in self._places.items():
             try:
-                value = read(handle)
-            except pynvml.NVMLError:
+                usage = psutil.disk_usage(str(folder))
+            except OSError:
+                # Gone, or not mounted: absent, and the alert on absence of the run says so.
                 continue
-            family = GaugeMetricFamily(name, help_text, labels=["gpu"])
-            family.add_metric([self._uuid], value)
-            yield family
+            yield Reading("strata_disk_size_bytes", usage.total, {"place": place})
+            yield Reading("strata_disk_free_bytes", usage.free, {"place": place})
+
+    @staticmethod
+    def _traffic() -> Iterator[Reading]:
+        disks = psutil.disk_io_counters()
+        if disks is not None:
+            for direction, moved in (("read", disks.read_bytes), ("write", disks.write_bytes)):
+                yield Reading("strata_host_disk_bytes_total", moved, {"direction": direction})
+        links = [io for name, io in psutil.net_io_counters(pernic=True).items() if name != "lo"]
+        if links:
+            for direction, moved in (
+                ("receive", sum(io.bytes_recv for io in links)),
+                ("transmit", sum(io.bytes_sent for io in links)),
+            ):
+                yield Reading("strata_host_network_bytes_total", moved, {"direction": direction})
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the node's figures."""
+        yield from _families(self.read())
+
+
+class ProcessCollector(Collector):
+    """This process: CPU time and memory."""
+
+    def read(self) -> Iterator[Reading]:
+        """The process's figures now."""
+        yield Reading("strata_process_cpu_seconds_total", time.process_time(), {})
+        resident = psutil.Process().memory_info().rss
+        yield Reading("strata_process_resident_memory_bytes", resident, {})
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the process's figures."""
+        yield from _families(self.read())

@@ -1,129 +1,171 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
-Prometheus naming: base units, `_total` for counters, ratios from 0 to 1. Collectors belong to a
-`Metrics` object with a registry of its own, so importing this file registers nothing.
+Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
+nothing. What there is to be set stands in strata/catalogue.py.
 """
 
+import base64
+import hmac
 import json
+import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    make_wsgi_app,
+    start_http_server,
+)
 from prometheus_client.registry import Collector
 
 import strata
+from strata.catalogue import CATALOGUE, Metric, Role
+from strata.errors import ConfigError
 from strata.logs import get_logger
 
-__all__ = ["CATALOGUE", "Metric", "Metrics"]
+__all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics", "TargetFile"]
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One entry of the catalogue.
+@dataclass(frozen=True, kw_only=True)
+class ExporterConfig:
+    """Where a process answers Prometheus."""
 
-    Args:
-        name: Full Prometheus name, with unit.
-        kind: Its Prometheus type.
-        help: One sentence.
-        labels: Label names; few values each.
-        buckets: Upper bounds, for histograms.
-    """
+    port: int = 9480
+    """Port of /metrics on local rank 0; local rank r has this + r. 0 serves nothing."""
+    host: str = "127.0.0.1"
+    """Address that /metrics is bound to; 0.0.0.0 for scrapes from other machines."""
+    password_file: Path | None = None
+    """A file with one line `user:password` that scrapes must then bring (HTTP basic auth)."""
+    certificate: Path | None = None
+    """PEM file of the server's certificate: /metrics is served over TLS."""
+    key: Path | None = None
+    """PEM file of the certificate's key."""
+    client_authority: Path | None = None
+    """PEM file of an authority; scrapes must then bring a certificate of its own (mutual TLS)."""
+    file_sd: Path | None = None
+    """Folder in which each process says where to scrape it, for Prometheus's file_sd_configs; on a
+    file system that all nodes and Prometheus share."""
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
+    def __post_init__(self) -> None:
+        """Check the ranges.
 
+        Raises:
+            ConfigError: A field is out of its range, or a file of a pair is missing.
+        """
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"monitor.port is {self.port}; use 0 to 65535")
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("monitor.certificate and monitor.key belong together; give both")
+        if self.client_authority is not None and self.certificate is None:
+            raise ConfigError(
+                "monitor.client_authority checks clients of TLS; give monitor.certificate too"
+            )
+        for name in ("password_file", "certificate", "key", "client_authority"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"monitor.{name} {path} is no file; mend the path")
+        if self.password_file is not None:
+            self.credentials()
 
-_STEP_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+    def credentials(self) -> str | None:
+        """What the password file holds.
 
-CATALOGUE: tuple[Metric, ...] = (
-    Metric("strata_samples_total", "counter", "Samples (videos) trained on by this rank."),
-    Metric("strata_clips_total", "counter", "Clips put through the backbone by this rank."),
-    Metric("strata_frames_decoded_total", "counter", "Frames decoded by this rank."),
-    Metric("strata_bytes_read_total", "counter", "Coded bytes read from shards by this rank."),
-    Metric("strata_decode_faults_total", "counter", "Samples that failed to decode."),
-    Metric("strata_steps_total", "counter", "Optimizer steps taken."),
-    Metric("strata_skipped_steps_total", "counter", "Steps left out for a loss not finite."),
-    Metric(
-        "strata_step_duration_seconds",
-        "histogram",
-        "Wall time of a training step, waiting for data included.",
-        buckets=_STEP_BUCKETS,
-    ),
-    Metric("strata_data_wait_seconds_total", "counter", "Time spent waiting for the loader."),
-    Metric("strata_data_wait_ratio", "gauge", "Share of the last interval spent waiting for data."),
-    Metric("strata_samples_per_second", "gauge", "Samples a second on all ranks, last interval."),
-    Metric(
-        "strata_loss", "gauge", "A loss term, before its weight; `total` is weighted.", ("term",)
-    ),
-    Metric("strata_loss_chance", "gauge", "What a term is at chance.", ("term",)),
-    Metric("strata_health", "gauge", "Label-free health of the representation.", ("measure",)),
-    Metric("strata_learning_rate", "gauge", "Learning rate of the last step."),
-    Metric("strata_grad_norm", "gauge", "Norm of the gradient before clipping."),
-    Metric("strata_epoch", "gauge", "Epoch in progress, from 0."),
-    Metric("strata_step", "gauge", "Steps done since the run's start."),
-    Metric("strata_stage", "gauge", "Stage of the method, 1 or 2."),
-    Metric("strata_checkpoint_duration_seconds", "gauge", "Time the last checkpoint took."),
-    Metric(
-        "strata_checkpoint_last_success_timestamp_seconds",
-        "gauge",
-        "Unix time of the last complete checkpoint.",
-    ),
-    Metric("strata_build_info", "gauge", "Always 1; the labels tell the build.", ("version",)),
-)
+        Raises:
+            ConfigError: It is not `user:password`.
+        """
+        if self.password_file is None:
+            return None
+        line = self.password_file.read_text(encoding="utf-8").strip()
+        user, colon, password = line.partition(":")
+        if not (user and colon and password) or "\n" in line:
+            raise ConfigError(
+                f"monitor.password_file {self.password_file} must hold one line user:password"
+            )
+        return line
 
 
 class Metrics:
     """The metrics of one process: set them by name; scrape them, or read them as JSON lines.
 
+    Counters begin at 0; a gauge is absent until it is set.
+
     Args:
         jsonl: File to append records to, or None.
-        const_labels: Labels of the run that every JSON record carries.
+        role: What the process does; decides which entries of the catalogue it has.
     """
 
-    def __init__(self, jsonl: Path | None = None) -> None:
+    def __init__(self, jsonl: Path | None = None, role: Role = "train") -> None:
         self.registry = CollectorRegistry()
+        self._role: Role = role
+        self._entries = {entry.name: entry for entry in CATALOGUE if role in entry.roles}
         self._metrics: dict[str, Any] = {}
-        for entry in CATALOGUE:
-            match entry.kind:
-                case "counter":
-                    metric = Counter(entry.name, entry.help, entry.labels, registry=self.registry)
-                case "gauge":
-                    metric = Gauge(entry.name, entry.help, entry.labels, registry=self.registry)
-                case "histogram":
-                    metric = Histogram(
-                        entry.name,
-                        entry.help,
-                        entry.labels,
-                        registry=self.registry,
-                        buckets=entry.buckets,
-                    )
-            self._metrics[entry.name] = metric
+        self._series: dict[str, set[tuple[str, ...]]] = {}
+        for entry in self._entries.values():
+            # The GPU's and the host's come from collectors that read them when they are scraped.
+            if entry.kind != "gauge" and entry.section in ("Training", "Data path"):
+                self._make(entry)
         self._jsonl: TextIO | None = None
         if jsonl is not None:
             self._jsonl = jsonl.open("a", encoding="utf-8")
         self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._server: Any = None
-        self.set("strata_build_info", 1, version=strata.__version__)
+        self.set("strata_build_info", 1, version=strata.__version__, role=role)
+
+    def _make(self, entry: Metric) -> Any:
+        match entry.kind:
+            case "counter":
+                made = Counter(entry.name, entry.help, entry.labels, registry=self.registry)
+            case "gauge":
+                made = Gauge(entry.name, entry.help, entry.labels, registry=self.registry)
+            case "histogram":
+                made = Histogram(
+                    entry.name,
+                    entry.help,
+                    entry.labels,
+                    registry=self.registry,
+                    buckets=entry.buckets,
+                )
+        self._metrics[entry.name] = made
+        return made
 
     def add_collector(self, collector: Collector) -> None:
         """Let `collector` answer scrapes too."""
         self.registry.register(collector)
 
     def _child(self, name: str, labels: Mapping[str, str]) -> Any:
-        metric = self._metrics[name]
-        return metric.labels(**labels) if labels else metric
+        metric = self._metrics.get(name)
+        if metric is None:
+            metric = self._make(self._entries[name])
+        if not labels:
+            return metric
+        entry, values = self._entries[name], tuple(labels.values())
+        series = self._series.setdefault(name, set())
+        if values not in series:
+            if len(series) == entry.max_series:
+                raise ValueError(
+                    f"{name} has {entry.max_series} series already, {dict(labels)} would be one "
+                    "more; labels must not grow with the data"
+                )
+            series.add(values)
+        return metric.labels(**labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         self._child(name, labels).set(value)
+
+    def set_one(self, name: str, chosen: str, among: Iterable[str], label: str) -> None:
+        """Set the series of `chosen` to 1 and the others to 0."""
+        for value in among:
+            self.set(name, float(value == chosen), **{label: value})
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         """Increase a counter."""
@@ -146,27 +188,53 @@ class Metrics:
             self._jsonl.write(json.dumps(line) + "\n")
             self._jsonl.flush()
 
-    def serve(self, host: str, port: int) -> int | None:
+    def serve(self, config: ExporterConfig, port: int) -> int | None:
         """Answer `/metrics` in a thread.
 
         Args:
-            host: Address to bind; loopback unless the user says otherwise.
+            config: Address, TLS and password.
             port: Port to bind; 0 takes a free one.
 
         Returns:
             The bound port, or None if the port was taken, which is said and is not fatal.
+
+        Raises:
+            ConfigError: The certificate and the key do not fit.
         """
+        # Started on an empty registry: nothing is to be had before the password is asked for.
+        nothing = CollectorRegistry()
         try:
-            server, _ = start_http_server(port, addr=host, registry=self.registry)
+            if config.certificate is not None and config.key is not None:
+                authority = config.client_authority
+                server, _ = start_http_server(
+                    port,
+                    addr=config.host,
+                    registry=nothing,
+                    certfile=str(config.certificate),
+                    keyfile=str(config.key),
+                    client_cafile=None if authority is None else str(authority),
+                    client_auth_required=authority is not None,
+                )
+            else:
+                server, _ = start_http_server(port, addr=config.host, registry=nothing)
         except OSError as error:
+            if "SSL" in type(error).__name__:
+                raise ConfigError(
+                    f"monitor.certificate {config.certificate} and monitor.key do not fit: {error}"
+                ) from error
             logger.warning(
-                "metrics are not served: %s:%d: %s. Training goes on; choose another "
+                "metrics are not served: %s:%d: %s. The work goes on; choose another "
                 "--monitor.port to see them",
-                host,
+                config.host,
                 port,
                 error,
             )
             return None
+        application = make_wsgi_app(self.registry)
+        credentials = config.credentials()
+        server.set_app(
+            application if credentials is None else _with_password(application, credentials)
+        )
         self._server = server
         return server.server_port
 
@@ -179,3 +247,60 @@ class Metrics:
         if self._jsonl is not None:
             self._jsonl.close()
             self._jsonl = None
+
+
+def _with_password(application: Callable[..., Any], credentials: str) -> Callable[..., Any]:
+    """Refuse requests that do not bring `credentials`, `user:password`."""
+    wanted = f"Basic {base64.b64encode(credentials.encode()).decode()}"
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        # Compared as bytes, since compare_digest refuses text that is not ASCII.
+        given = environ.get("HTTP_AUTHORIZATION", "").encode()
+        if hmac.compare_digest(given, wanted.encode()):
+            return application(environ, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="strata"')])
+        return [b"user and password, please\n"]
+
+    return guarded
+
+
+class TargetFile:
+    """Tells Prometheus, through its file_sd_configs, where this process is to be scraped.
+
+    A file a process: nothing has to be agreed on, and a port that was taken is not listed. The file
+    stays if the process dies, so that `up` falls to 0 and an alert fires; it goes when all is well.
+
+    Args:
+        config: Names the folder; without one nothing is written.
+        port: The bound port, or None if nothing is served.
+        run: Name of the run, for the dashboards' variable.
+        rank: This process's rank.
+        role: What the process does.
+    """
+
+    def __init__(
+        self, config: ExporterConfig, port: int | None, *, run: str, rank: int, role: Role
+    ) -> None:
+        self._path: Path | None = None
+        if config.file_sd is None or port is None:
+            return
+        node = socket.gethostname()
+        host = node if config.host in ("0.0.0.0", "::", "") else config.host
+        scheme = "https" if config.certificate is not None else "http"
+        labels = {"run": run, "node": node, "rank": str(rank), "role": role, "__scheme__": scheme}
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        config.file_sd.mkdir(parents=True, exist_ok=True)
+        path = config.file_sd / f"{run}-{role}-{rank}.json"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(
+            json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n",
+            encoding="utf-8",
+        )
+        temporary.replace(path)
+        self._path = path
+
+    def remove(self) -> None:
+        """Take this process off the list."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None

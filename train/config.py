@@ -7,6 +7,7 @@ from typing import Literal
 from strata.dataload.loader import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.metrics import ExporterConfig
 from strata.tensorboard import require_tensorboard
 from strata.train.checkpoint import CheckpointConfig
 from strata.train.engine import EngineConfig
@@ -18,17 +19,15 @@ __all__ = ["MonitorConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
+class MonitorConfig(ExporterConfig):
     """What a run tells of itself."""
 
-    port: int = 9480
-    """Port of /metrics on local rank 0; local rank r has this + r. 0 serves nothing."""
-    host: str = "127.0.0.1"
-    """Address that /metrics is bound to."""
     log_every: int = 10
     """Steps between log lines, JSON records and readings of the losses."""
     health_every: int = 50
     """Steps between readings of the representation's health."""
+    verdict_s: float = 60.0
+    """Seconds between verdicts on what holds the run back; 0 gives one with each log line."""
     progress: bool = True
     """Whether rank 0 shows a progress bar."""
     tensorboard: bool = False
@@ -41,12 +40,13 @@ class MonitorConfig:
         Raises:
             ConfigError: A field is out of its range.
         """
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"monitor.port is {self.port}; use 0 to 65535")
+        super().__post_init__()
         if self.log_every < 1 or self.health_every < 1:
             raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
         if self.tensorboard:
             require_tensorboard()
+        if self.verdict_s < 0:
+            raise ConfigError(f"monitor.verdict_s is {self.verdict_s}; use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The only importer of deepspeed: derive its JSON, initialise, backward, step, copy the state."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -263,6 +264,16 @@ class Engine:
                     adam.found_inf = scalers
 
         adam.step = step
+
+    def watch_averaging(self, watch: Callable[[], AbstractContextManager[None]]) -> None:
+        """Let `watch()` enclose the averaging of gradients over ranks, to time it."""
+        average = self.engine.allreduce_gradients
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            with watch():
+                average(*args, **kwargs)
+
+        self.engine.allreduce_gradients = watched
 
     def __call__(self, *args: Any) -> Any:
         """The model's forward pass, under autocast where the precision asks for it."""

@@ -21,7 +21,6 @@ from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
-from strata.hardware import GpuCollector
 from strata.logs import get_logger
 from strata.metrics import Metrics
 from strata.train import checkpoint
@@ -31,6 +30,7 @@ from strata.train.engine import Engine
 from strata.train.findings import Finding, Report, mean_terms
 from strata.train.garbage import StepGarbage
 from strata.train.method import LossTerms, Method, VideoModel
+from strata.train.monitor import RunMonitor
 from strata.train.schedules import Phase, phase_at
 from strata.train.start_page import describe_run
 from strata.train.stop import StopSignals
@@ -104,13 +104,16 @@ class Trainer:
             config=plain(config),
         )
         self._progress: Any = None
+        self._clock = Clock(device)
+        self.monitor = RunMonitor(
+            config, world=world, device=device, metrics=metrics, clock=self._clock
+        )
+        self.engine.watch_averaging(self._clock.communication)
         self._garbage = StepGarbage(config.collect_every_steps)
         self._faulty: set[int] = set()
         self._saver = Saver(config.run, config.checkpoint)
         self._seen_skipped = 0
         self._failed_saves, self._blocked_s, self._stopped = 0, 0.0, False
-        if device.type == "cuda":
-            metrics.add_collector(GpuCollector(str(torch.cuda.get_device_properties(device).uuid)))
 
     @property
     def total_steps(self) -> int:
@@ -213,6 +216,7 @@ class Trainer:
             self._garbage.close()
             self._saver.close()
             loader.close()
+            self.monitor.close()
             if self._progress is not None:
                 self._progress.close()
         if self._stopped:
@@ -222,9 +226,11 @@ class Trainer:
     def _steps(self, loader: TrainLoader, stop: StopSignals, watchdog: Watchdog) -> None:
         """Train until the end or until a rank is told to stop; the last state is being saved."""
         config, ballot = self.config, Ballot(self.config.engine.world_timeout_s)
-        clock, interval = Clock(), _Interval()
+        clock, interval = self._clock, _Interval()
         last_saved, batches = self.state.step, iter(loader)
+        clock.interval()
         while self.state.step < self.total_steps and not self._stopped:
+            clock.waiting()
             watchdog.beat(f"waiting for the batch of step {self.state.step + 1}")
             batch = next(batches)
             clock.data_arrived()
@@ -235,17 +241,21 @@ class Trainer:
             interval.findings.append(finding)
             clock.step_done()
             self._advance()
-            self._count(batch, clock)
+            self.monitor.count(batch, loader.queue_depth)
+            if self._progress is not None:
+                self._progress.update()
             # Read before saving too, so that weights that are not finite are never kept.
             if self._due(config.monitor.log_every) or self._save_due():
                 self._report(interval, clock, batch)
                 interval = _Interval()
             wrong = self._look_after_save()
-            self._stopped, lost = ballot.vote(stop.received is not None, wrong is not None)
+            with clock.communication():
+                self._stopped, lost = ballot.vote(stop.received is not None, wrong is not None)
             if lost:
                 raise wrong or NotSavedError("rank 0 could not write a checkpoint; see its message")
             if self._save_due() and not self._stopped:
-                self.save()
+                with clock.checkpoint():
+                    self.save()
                 last_saved = self.state.step
         if last_saved != self.state.step:
             self.save()
@@ -360,6 +370,7 @@ class Trainer:
             state = dataclasses.replace(self.state, loss_scale=dict(snapshot.loss_scale))
             self._saver.begin(snapshot, state)
         self._blocked_s = time.perf_counter() - start
+        self.metrics.set("strata_checkpoint_blocked_seconds", self._blocked_s)
 
     def _look_after_save(self) -> NotSavedError | None:
         """Report a checkpoint that was written; say what is wrong if the run cannot go on.
@@ -456,19 +467,6 @@ class Trainer:
                 self.metrics.add("strata_decode_faults_total", 1)
                 self.metrics.record("fault", step=self.state.step, **dataclasses.asdict(fault))
 
-    def _count(self, batch: Batch, clock: Clock) -> None:
-        metrics = self.metrics
-        num_clips = 2 * len(batch.samples) + (len(batch.samples) if batch.long is not None else 0)
-        metrics.add("strata_steps_total", 1)
-        metrics.add("strata_samples_total", len(batch.samples))
-        metrics.add("strata_clips_total", num_clips)
-        metrics.add("strata_frames_decoded_total", batch.frames_decoded)
-        metrics.add("strata_bytes_read_total", batch.bytes_read)
-        metrics.observe("strata_step_duration_seconds", clock.last_step_s)
-        metrics.add("strata_data_wait_seconds_total", clock.last_wait_s)
-        if self._progress is not None:
-            self._progress.update()
-
     def _report(self, interval: _Interval, clock: Clock, batch: Batch) -> None:
         """Read the interval's figures from the device; the only wait for it outside saving."""
         terms = interval.latest
@@ -489,6 +487,7 @@ class Trainer:
         metrics.set("strata_stage", phase.stage)
         metrics.set("strata_epoch", batch.epoch)
         metrics.set("strata_step", self.state.step)
+        self.monitor.report(times, phase.stage)
         metrics.set("strata_data_wait_ratio", times.data_wait_ratio)
         metrics.set("strata_samples_per_second", samples_per_s)
         grad_norm = self.engine.grad_norm

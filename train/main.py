@@ -14,20 +14,17 @@ from strata.config import dotted, dump_config, parse_config, plain
 from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import (
-    World,
     agree,
-    broadcast_object,
     current_world,
     join_world,
     leave_world,
 )
-from strata.errors import EXIT_PREEMPTED, ConfigError, run_rank
+from strata.errors import EXIT_PREEMPTED, run_rank
 from strata.logs import set_up_logging
-from strata.metrics import Metrics
-from strata.tensorboard import TensorBoard
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
+from strata.train.monitor import serve_run
 from strata.train.start_page import describe_run
 
 
@@ -45,17 +42,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     world = join_world(device, config.engine.world_timeout_s)
     agree(_facts(config, reader))
-    metrics = _open_run(config, world)
-    try:
-        if config.monitor.port:
-            metrics.serve(config.monitor.host, config.monitor.port + world.local_rank)
+    with serve_run(config, world) as metrics:
         trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
         trainer.resume()
         if world.is_first:
             dump_config(config, config.run / "config.yaml")
         finished = trainer.fit()
-    finally:
-        metrics.close()
     # Not after a fault: a group that lost a rank may never dissolve.
     leave_world()
     if finished:
@@ -74,27 +66,6 @@ def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
     facts = {f"setting {k}": repr(v) for k, v in dotted(plain(config)).items()}
     del facts["setting data.shards"]
     return facts | {"data manifest": reader.manifest.digest, "code version": code_digest()}
-
-
-def _open_run(config: TrainConfig, world: World) -> Metrics:
-    """Make the run's folder and open its log; all ranks call it.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
-    metrics, wrong = None, ""
-    try:
-        if world.is_first:
-            config.run.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
-        if config.monitor.tensorboard and world.is_first:
-            metrics.tell(TensorBoard(config.run / "tensorboard"))
-    except OSError as error:
-        wrong = f"the run's folder cannot be written: {error}; choose another --run, or mend it"
-    wrong = broadcast_object(wrong)
-    if metrics is None or wrong:
-        raise ConfigError(wrong)
-    return metrics
 
 
 def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) -> None:

@@ -1,18 +1,63 @@
-"""Clocks of an interval of steps: whole time, wait for data, samples a second."""
+"""Where the time of an interval of steps went, and how many operations the device did in it.
+
+A part's time is taken on the device where there is one (CUDA events, read once an interval), else
+on the host. Nothing here makes the host wait for the device.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Clock", "IntervalTimes"]
+import torch
+
+__all__ = ["PEAK_FLOPS", "Clock", "IntervalTimes", "peak_flops"]
+
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H200 NVL": 835e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165.2e12,
+}
+"""Dense bf16 operations a second, from NVIDIA's data sheets; the first name found counts."""
+
+_Span = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The peak of a GPU at bf16 by its name, or None where it is not in the table."""
+    words = f" {device_name} ".replace("-", " ")
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalTimes:
-    """What an interval of steps took."""
+    """What an interval of steps took; the parts and `host_s` add up to `wall_s`."""
 
     wall_s: float
-    data_wait_s: float
     num_steps: int
+    data_wait_s: float
+    """The device (the host, on CPUs) had nothing to do and the batch was not there."""
+    compute_s: float
+    """Forward, backward and update, without communication."""
+    communication_s: float
+    """In collectives, waiting for slower ranks included."""
+    checkpoint_s: float
+    """Training stood still for a checkpoint."""
+
+    @property
+    def host_s(self) -> float:
+        """The rest: Python, reports, launches that came late."""
+        used = self.data_wait_s + self.compute_s + self.communication_s + self.checkpoint_s
+        return max(self.wall_s - used, 0.0)
 
     @property
     def data_wait_ratio(self) -> float:
@@ -25,32 +70,128 @@ class IntervalTimes:
 
 
 class Clock:
-    """Measures steps on the host, without waiting for the device."""
+    """Measures steps: `data_arrived`, the step, `step_done`, and so on; `interval` reads it.
 
-    def __init__(self) -> None:
-        self._start = self._mark = time.perf_counter()
-        self._wait_s = 0.0
+    Args:
+        device: Where steps are computed.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._start = self._mark = self._arrived = time.perf_counter()
+        self._host_s = {"inside": 0.0, "outside": 0.0, "checkpoint": 0.0, "wait": 0.0, "step": 0.0}
+        self._in_step = False
+        self._depth = 0
         self._num_steps = 0
+        self._steps: list[_Span] = []
+        self._waits_s: list[float] = []
+        self._communication: list[_Span] = []
+        self._last_end: torch.cuda.Event | None = None
         self.last_step_s = 0.0
         self.last_wait_s = 0.0
 
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def data_arrived(self) -> None:
         """The batch is here; what came before was waiting."""
-        self.last_wait_s = time.perf_counter() - self._mark
-        self._wait_s += self.last_wait_s
+        self._arrived = time.perf_counter()
+        self.last_wait_s = self._arrived - self._mark
+        self._host_s["wait"] += self.last_wait_s
+        self._in_step = True
+        if self._on_gpu:
+            self._waits_s.append(self.last_wait_s)
+            # The end follows in step_done.
+            event = self._event()
+            self._steps.append((event, event))
 
     def step_done(self) -> None:
         """The step is issued."""
         now = time.perf_counter()
-        self.last_step_s = now - self._mark
+        self.last_step_s = self.last_wait_s + now - self._arrived
+        self._host_s["step"] += now - self._arrived
         self._mark = now
         self._num_steps += 1
+        self._in_step = False
+        if self._on_gpu:
+            self._steps[-1] = (self._steps[-1][0], self._event())
+
+    def waiting(self) -> None:
+        """Waiting for the next batch begins; what came since the step was the host's own work."""
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def communication(self) -> Iterator[None]:
+        """Encloses a collective; collectives inside collectives count once."""
+        self._depth += 1
+        start = time.perf_counter()
+        # Between steps, collectives are the hosts' own and the device has no part in them.
+        on_device = self._on_gpu and self._in_step
+        begun = self._event() if on_device and self._depth == 1 else None
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if begun is not None:
+                self._communication.append((begun, self._event()))
+            elif self._depth == 0:
+                where = "inside" if self._in_step else "outside"
+                self._host_s[where] += time.perf_counter() - start
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """Encloses what of a checkpoint keeps training waiting."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._host_s["checkpoint"] += time.perf_counter() - start
 
     def interval(self) -> IntervalTimes:
-        """Times since the last call; starts the next interval."""
+        """Times since the last call; starts the next interval.
+
+        Call it where the device was waited for already: it reads events that must be over.
+        """
         now = time.perf_counter()
+        host = self._host_s
+        wait_s, step_s, inside_s = host["wait"], host["step"], host["inside"]
+        outside_s = host["outside"]
+        if self._on_gpu and self._steps:
+            wait_s, step_s, inside_s, idle_s = self._read_events()
+            # The host waits for its peers while the device still has work.
+            outside_s = min(outside_s, idle_s)
         times = IntervalTimes(
-            wall_s=now - self._start, data_wait_s=self._wait_s, num_steps=self._num_steps
+            wall_s=now - self._start,
+            num_steps=self._num_steps,
+            data_wait_s=wait_s,
+            compute_s=max(step_s - inside_s, 0.0),
+            communication_s=inside_s + outside_s,
+            checkpoint_s=host["checkpoint"],
         )
-        self._start, self._wait_s, self._num_steps = now, 0.0, 0
+        self._start, self._num_steps = now, 0
+        self._host_s = dict.fromkeys(host, 0.0)
         return times
+
+    def _read_events(self) -> tuple[float, float, float, float]:
+        """Seconds on the device's own time line.
+
+        Returns:
+            Waiting for data, steps, communication in steps, and idle for another reason.
+        """
+        steps, waits = self._steps, self._waits_s
+        steps[-1][1].synchronize()
+        wait_s = idle_s = 0.0
+        before = self._last_end
+        for (begin, end), waited in zip(steps, waits, strict=True):
+            # The device may have had work while the host waited; both must have been idle.
+            idle = waited if before is None else before.elapsed_time(begin) / 1000
+            wait_s += min(idle, waited)
+            idle_s += max(idle - waited, 0.0)
+            before = end
+        step_s = sum(begin.elapsed_time(end) for begin, end in steps) / 1000
+        communication_s = sum(b.elapsed_time(e) for b, e in self._communication) / 1000
+        self._last_end = before
+        self._steps, self._waits_s, self._communication = [], [], []
+        return wait_s, step_s, communication_s, idle_s

@@ -1,28 +1,61 @@
-"""The catalogue's names, the endpoint, and what a machine without NVML shows."""
+"""The catalogue's form, the endpoint with password and TLS, a taken port, target files."""
 
+import base64
 import json
 import socket
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-import pynvml
 import pytest
 
-from strata.hardware import GpuCollector
-from strata.metrics import CATALOGUE, Metrics
+from strata.errors import ConfigError
+from strata.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
 from tests.commands import scrape
 
+UNITS = {
+    "seconds": ("_seconds", "_seconds_total"),
+    "bytes": ("_bytes", "_bytes_total", "_bytes_read_total"),
+    "ratio": ("_ratio",),
+    "bytes/second": ("_bytes_per_second",),
+    "samples/second": ("_samples_per_second",),
+    "operations/second": ("_flops_per_second",),
+    "watts": ("_watts",),
+    "joules": ("_joules_total",),
+    "celsius": ("_celsius",),
+    "hertz": ("_hertz",),
+    "unix time": ("_timestamp_seconds",),
+}
 
-def test_names_follow_prometheus():
+
+def test_names_follow_prometheus_and_carry_their_unit():
     assert len({m.name for m in CATALOGUE}) == len(CATALOGUE)
     for metric in CATALOGUE:
         assert metric.name.startswith("strata_")
-        assert metric.name.endswith("_total") == (metric.kind == "counter")
-        assert metric.help.endswith(".")
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
+        assert metric.help.endswith("."), metric.name
+        assert metric.advice.endswith("."), metric.name
+        assert bool(metric.buckets) == (metric.kind == "histogram")
+        assert metric.max_series >= 1
+        if metric.unit in UNITS:
+            assert metric.name.endswith(UNITS[metric.unit]), metric.name
+        assert (
+            metric.kind != "gauge"
+            or metric.absent
+            or metric.name
+            in (
+                "strata_loss_chance",
+                "strata_process_resident_memory_bytes",
+                "strata_build_info",
+            )
+        ), f"{metric.name}: when is it absent?"
 
 
 def test_what_is_set_is_served_and_logged(tmp_path: Path):
     metrics = Metrics(tmp_path / "log.jsonl")
-    port = metrics.serve("127.0.0.1", 0)
+    port = metrics.serve(ExporterConfig(), 0)
     assert port
     metrics.set("strata_loss", 1.5, term="instance")
     metrics.add("strata_samples_total", 8)
@@ -31,10 +64,29 @@ def test_what_is_set_is_served_and_logged(tmp_path: Path):
     assert found['strata_loss{term="instance"}'] == 1.5
     assert found["strata_samples_total"] == 8
     assert found["strata_step_duration_seconds_count"] == 1
+    assert found["strata_steps_total"] == 0
+    # What nobody set is absent: 0 would be a lie, and set off alerts.
+    assert "strata_grad_norm" not in found
+    assert "strata_checkpoint_last_success_timestamp_seconds" not in found
     metrics.record("step", step=3)
     metrics.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 3
+
+
+def test_labels_cannot_grow_without_bound():
+    metrics = Metrics()
+    for number in range(16):
+        metrics.set("strata_loss", 0.0, term=f"t{number}")
+    metrics.set("strata_loss", 1.0, term="t3")
+    with pytest.raises(ValueError, match="16 series already"):
+        metrics.set("strata_loss", 0.0, term="one-more")
+
+
+def test_a_role_has_its_own_metrics():
+    with pytest.raises(KeyError):
+        Metrics(role="preprocess").add("strata_steps_total", 1)
+    Metrics(role="preprocess").add("strata_frames_sharded_total", 1)
 
 
 def test_a_taken_port_warns_and_goes_on(caplog: pytest.LogCaptureFixture):
@@ -42,52 +94,82 @@ def test_a_taken_port_warns_and_goes_on(caplog: pytest.LogCaptureFixture):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert Metrics().serve("127.0.0.1", port) is None
+        assert Metrics().serve(ExporterConfig(), port) is None
     assert f"127.0.0.1:{port}" in caplog.text
     assert "--monitor.port" in caplog.text
 
 
-class FakeNvml:
-    """NVML as documented: one GPU without JPEG engine, percentages, milliwatts."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, present: bool):
-        def init():
-            if not present:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-        def unsupported(_):
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-        answers = {
-            "nvmlInit": init,
-            "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-            "nvmlDeviceGetUtilizationRates": lambda _: type("U", (), {"gpu": 87}),
-            "nvmlDeviceGetMemoryInfo": lambda _: type("M", (), {"used": 2**30}),
-            "nvmlDeviceGetPowerUsage": lambda _: 350_000,
-            "nvmlDeviceGetTemperature": lambda _, __: 61,
-            "nvmlDeviceGetDecoderUtilization": lambda _: [12, 1000],
-            "nvmlDeviceGetJpgUtilization": unsupported,
-        }
-        for name, answer in answers.items():
-            monkeypatch.setattr(pynvml, name, answer)
+def test_a_password_is_asked_for(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("prometheus:sésame\n", encoding="utf-8")
+    metrics = Metrics()
+    port = metrics.serve(ExporterConfig(password_file=secret), 0)
+    url = f"http://127.0.0.1:{port}/metrics"
+    for given in (None, "prometheus:wrong", "prometheus:s\xe9same\n"):
+        request = urllib.request.Request(url)
+        if given is not None:
+            word = base64.b64encode(given.encode()).decode()
+            request.add_header("Authorization", f"Basic {word}")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(request, timeout=5)
+    request = urllib.request.Request(url)
+    word = base64.b64encode("prometheus:sésame".encode()).decode()
+    request.add_header("Authorization", f"Basic {word}")
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert b"strata_build_info" in answer.read()
+    metrics.close()
 
 
-def test_gpu_readings_have_base_units(monkeypatch: pytest.MonkeyPatch):
-    FakeNvml(monkeypatch, present=True)
-    families = {f.name: f.samples[0] for f in GpuCollector("abc").collect()}
-    values = {name: sample.value for name, sample in families.items()}
-    assert values == pytest.approx(
-        {
-            "strata_gpu_utilization_ratio": 0.87,
-            "strata_gpu_memory_used_bytes": 2**30,
-            "strata_gpu_power_watts": 350,
-            "strata_gpu_temperature_celsius": 61,
-            "strata_gpu_decoder_utilization_ratio": 0.12,
-        }
+def test_tls(tmp_path: Path):
+    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    made = subprocess.run(
+        [
+            *"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split(),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
+            *("-out", certificate, "-keyout", key),
+        ],
+        capture_output=True,
+        check=False,
     )
-    assert families["strata_gpu_power_watts"].labels == {"gpu": "GPU-abc"}
+    if made.returncode:
+        pytest.skip("no openssl to make a certificate with")
+    metrics = Metrics()
+    port = metrics.serve(ExporterConfig(certificate=certificate, key=key), 0)
+    context = ssl.create_default_context(cafile=str(certificate))
+    url = f"https://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=5, context=context) as answer:
+        assert b"strata_build_info" in answer.read()
+    metrics.close()
+    key.write_text("no key")
+    with pytest.raises(ConfigError, match="do not fit"):
+        Metrics().serve(ExporterConfig(certificate=certificate, key=key), 0)
 
 
-def test_without_nvml_nothing_is_shown(monkeypatch: pytest.MonkeyPatch):
-    FakeNvml(monkeypatch, present=False)
-    assert list(GpuCollector("abc").collect()) == []
+def test_settings_that_do_not_fit_are_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"monitor\.port"):
+        ExporterConfig(port=70_000)
+    with pytest.raises(ConfigError, match="belong together"):
+        ExporterConfig(certificate=tmp_path / "c")
+    with pytest.raises(ConfigError, match="is no file"):
+        ExporterConfig(password_file=tmp_path / "gone")
+    wrong = tmp_path / "wrong"
+    wrong.write_text("nocolon")
+    with pytest.raises(ConfigError, match="user:password"):
+        ExporterConfig(password_file=wrong)
+
+
+def test_target_files_tell_prometheus_where_to_scrape(tmp_path: Path):
+    config = ExporterConfig(file_sd=tmp_path / "targets", host="0.0.0.0")
+    targets = [
+        TargetFile(config, 9480 + rank, run="a", rank=rank, role="train") for rank in range(2)
+    ]
+    TargetFile(config, None, run="a", rank=2, role="train")
+    files = sorted((tmp_path / "targets").iterdir())
+    assert [f.name for f in files] == ["a-train-0.json", "a-train-1.json"]
+    (entry,) = json.loads(files[1].read_text())
+    assert entry["targets"] == [f"{socket.gethostname()}:9481"]
+    assert entry["labels"]["run"] == "a"
+    assert entry["labels"]["rank"] == "1"
+    for target in targets:
+        target.remove()
+    assert not list((tmp_path / "targets").iterdir())

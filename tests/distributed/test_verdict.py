@@ -1,0 +1,116 @@
+"""The verdict names what holds a run back, on real runs of two ranks that were made to be bound."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from strata.dataload.loader import DataConfig
+from strata.dataload.pipeline import ClipPipeline
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.metrics import Metrics
+from strata.train.checkpoint import CheckpointConfig
+from strata.train.config import MonitorConfig, TrainConfig
+from strata.train.engine import Engine, EngineConfig
+from strata.train.loop import Trainer
+from strata.train.method import MethodConfig
+from strata.train.models.backbones import BackboneConfig
+from strata.train.schedules import ScheduleConfig
+from strata.train.verdict import Verdict
+from tests.gloo import run_ranks
+
+_STEPS = 4
+_SCENES: dict[str, dict[str, Any]] = {
+    # What is slowed, by how many seconds a call (a function: repeat it that often), on which rank.
+    "storage": {"owner": ShardReader, "name": "strips", "seconds": 1.0},
+    "decode": {"owner": ClipPipeline, "name": "run", "repeat": 40},
+    "model": {"width": 24},
+    "slow rank": {"owner": Trainer, "name": "step", "seconds": 1.0, "rank": 1},
+    "network": {"owner": Engine, "name": "watch_averaging", "average_s": 0.8},
+    "checkpoint": {"owner": Trainer, "name": "save", "seconds": 0.8, "every_steps": 1},
+    "host": {"owner": Trainer, "name": "_advance", "seconds": 0.8},
+}
+
+
+def _slowed(scene: dict[str, Any]) -> Callable[..., Any]:
+    original = getattr(scene["owner"], scene["name"])
+
+    def slowed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(scene.get("seconds", 0.0))
+        if "average_s" in scene:
+            # Inside what is timed: a slow network, not a slow rank.
+            average = self.engine.allreduce_gradients
+
+            def slow_average(*a: Any, **k: Any) -> None:
+                time.sleep(scene["average_s"])
+                average(*a, **k)
+
+            self.engine.allreduce_gradients = slow_average
+        for _ in range(scene.get("repeat", 1) - 1):
+            original(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return slowed
+
+
+def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
+    verdicts = {}
+    for name, scene in _SCENES.items():
+        config = TrainConfig(
+            run=runs / name.replace(" ", "-"),
+            data=DataConfig(shards=shards, batch_size=4, size=32, threads=1),
+            model=BackboneConfig(width=scene.get("width", 8)),
+            method=MethodConfig(num_prototypes=16, queue_length=16, embedding_size=16),
+            schedule=ScheduleConfig(
+                epochs=3, second_stage_epoch=2, queue_epoch=2, lr_drop_epochs=()
+            ),
+            engine=EngineConfig(device="cpu"),
+            checkpoint=CheckpointConfig(every_steps=scene.get("every_steps", 0)),
+            # The first steps warm up and are judged apart from the others.
+            monitor=MonitorConfig(port=0, log_every=2, verdict_s=0, progress=False),
+            stop_after_steps=_STEPS,
+        )
+        if world.is_first:
+            config.run.mkdir(parents=True)
+        torch.distributed.barrier()
+        with pytest.MonkeyPatch.context() as patch:
+            if "owner" in scene and scene.get("rank", world.rank) == world.rank:
+                patch.setattr(scene["owner"], scene["name"], _slowed(scene))
+            trainer = Trainer(
+                config,
+                world=world,
+                device=torch.device("cpu"),
+                reader=ShardReader(shards),
+                metrics=Metrics(config.run / "log.jsonl" if world.is_first else None),
+            )
+            trainer.fit()
+        assert trainer.monitor.verdict is not None
+        verdicts[name] = trainer.monitor.verdict
+    return verdicts
+
+
+def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: Path):
+    both = run_ranks(_run_scenes, 2, shards / "train", tmp_path, timeout_s=240)
+    assert both[0] == both[1]  # all ranks judge alike
+    found: dict[str, Verdict] = both[0]
+    said = "\n".join(f"{name}: {verdict.text()}" for name, verdict in found.items())
+    assert {name: v.bound_by for name, v in found.items()} == {
+        "storage": "data",
+        "decode": "data",
+        "model": "compute",
+        "slow rank": "compute",
+        "network": "communication",
+        "checkpoint": "checkpoint",
+        "host": "host",
+    }, said
+    assert found["storage"].data_by == "read", said
+    assert found["decode"].data_by == "graph", said
+    slow = found["slow rank"]
+    assert slow.straggles, said
+    assert slow.slowest_rank == 1, said
+    for verdict in found.values():
+        assert sum(verdict.shares.values()) == pytest.approx(1)

@@ -1,0 +1,138 @@
+"""What holds a run back: data, compute, communication, host or checkpoint, from measured times.
+
+All ranks wait for the slowest, so the parts are those of the rank whose own time (the interval
+without communication) is the largest. What the others spend in collectives is mostly waiting for it
+and says nothing about the network; that rank's own communication does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from statistics import median
+
+__all__ = ["PARTS", "RankTimes", "Utilisation", "Verdict", "judge"]
+
+PARTS = ("data", "compute", "communication", "host", "checkpoint")
+_STRAGGLES = 1.2
+"""Own time over the median of the others from which a rank is called slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTimes:
+    """One rank's seconds in an interval."""
+
+    data_s: float
+    compute_s: float
+    communication_s: float
+    host_s: float
+    checkpoint_s: float
+    read_s: float
+    """The loader's thread, getting coded bytes."""
+    graph_s: float
+    """The loader's thread, decoding and augmenting."""
+
+    @property
+    def wall_s(self) -> float:
+        """The interval."""
+        return sum(getattr(self, f"{part}_s") for part in PARTS)
+
+    @property
+    def own_s(self) -> float:
+        """Without communication: what this rank would take alone."""
+        return self.wall_s - self.communication_s
+
+    def values(self) -> list[float]:
+        """As numbers, to be gathered from the ranks."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> "RankTimes":
+        """The inverse of `values`."""
+        return cls(**{f.name: v for f, v in zip(fields(cls), values, strict=True)})
+
+    def __add__(self, other: "RankTimes") -> "RankTimes":
+        """The two intervals together."""
+        pairs = zip(self.values(), other.values(), strict=True)
+        return RankTimes.from_values([a + b for a, b in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utilisation:
+    """What the GPU's engines did, from 0 to 1; None where it is not known."""
+
+    gpu: float | None = None
+    decoder: float | None = None
+    jpeg: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What held an interval back, with the numbers that led to it."""
+
+    bound_by: str
+    """One of `PARTS`."""
+    data_by: str
+    """The longer part of the loader: `read` or `graph`."""
+    shares: dict[str, float]
+    """Of the slowest rank's time, by part; they sum to 1."""
+    slowest_rank: int
+    straggler_ratio: float | None
+    """Own time of the slowest rank over the median of the others; None with one rank."""
+    read_share: float
+    """Share of the interval in which the slowest rank's loader got coded bytes."""
+    graph_share: float
+    """Share of the interval in which it decoded and augmented."""
+    utilisation: Utilisation
+
+    @property
+    def straggles(self) -> bool:
+        """Whether the others wait for one slow rank."""
+        return self.straggler_ratio is not None and self.straggler_ratio >= _STRAGGLES
+
+    def text(self) -> str:
+        """One line for a person, with the numbers."""
+        what = self.bound_by
+        if what == "data":
+            what += " (storage)" if self.data_by == "read" else " (decoding and augmentation)"
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in self.shares.items())
+        line = (
+            f"bound by {what}: {shares}; the loader reads {self.read_share:.0%} and decodes "
+            f"{self.graph_share:.0%} of the time"
+        )
+        for name, value in vars(self.utilisation).items():
+            if value is not None:
+                line += f"; {name} busy {value:.0%}"
+        if self.straggler_ratio is not None:
+            line += f"; slowest rank {self.slowest_rank}, {self.straggler_ratio:.2f} of the others"
+            line += ", which wait for it" if self.straggles else ""
+        return line
+
+
+def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) -> Verdict:
+    """Say what held an interval back.
+
+    Args:
+        ranks: Times of all ranks, in their order.
+        utilisation: Of this rank's GPU over the interval. Time in which the GPU had kernels issued
+            but did not run any is the host's, not the device's: launches came late.
+    """
+    utilisation = utilisation or Utilisation()
+    slowest = max(range(len(ranks)), key=lambda r: ranks[r].own_s)
+    times = ranks[slowest]
+    wall_s = times.wall_s or 1.0
+    shares = {part: getattr(times, f"{part}_s") / wall_s for part in PARTS}
+    if utilisation.gpu is not None:
+        idle = shares["compute"] + shares["communication"] - utilisation.gpu
+        late = min(max(idle, 0.0), shares["compute"])
+        shares["compute"] -= late
+        shares["host"] += late
+    others = [r.own_s for n, r in enumerate(ranks) if n != slowest]
+    return Verdict(
+        bound_by=max(shares, key=lambda part: shares[part]),
+        data_by="read" if times.read_s > times.graph_s else "graph",
+        shares=shares,
+        slowest_rank=slowest,
+        straggler_ratio=times.own_s / max(median(others), 1e-9) if others else None,
+        read_share=times.read_s / wall_s,
+        graph_share=times.graph_s / wall_s,
+        utilisation=utilisation,
+    )
