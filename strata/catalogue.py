@@ -669,10 +669,10 @@ _PROCESS = (
         "strata_build_info",
         "gauge",
         "1",
-        "Always 1; the labels tell the build and the command.",
+        "Always 1; the label tells the version.",
         "Process",
         "Compare ranks: all must be of one version.",
-        labels=("version", "role"),
+        labels=("version",),
         roles=_ALL,
     ),
 )

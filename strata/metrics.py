@@ -118,7 +118,7 @@ class Metrics:
             self._jsonl = jsonl.open("a", encoding="utf-8")
         self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._server: Any = None
-        self.set("strata_build_info", 1, version=strata.__version__, role=role)
+        self.set("strata_build_info", 1, version=strata.__version__)
 
     def _make(self, entry: Metric) -> Any:
         match entry.kind:

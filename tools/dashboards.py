@@ -1,0 +1,633 @@
+"""Write the Grafana dashboards and docs/metrics.md from the catalogue; or render the dashboards.
+
+python tools/dashboards.py                      writes both
+python tools/dashboards.py --render URL DIR     pictures of what the Prometheus at URL has now
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strata.catalogue import CATALOGUE
+from strata.errors import ConfigError, exit_with_one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+DASHBOARDS = ROOT / "monitoring" / "grafana" / "dashboards"
+DATASOURCE = {"type": "prometheus", "uid": "strata"}
+GRID = 24
+_HEIGHT = 7
+_ENTRIES = {entry.name: entry for entry in CATALOGUE}
+_UNITS = {
+    "ratio": "percentunit",
+    "seconds": "s",
+    "bytes": "bytes",
+    "bytes/second": "Bps",
+    "watts": "watt",
+    "celsius": "celsius",
+    "hertz": "hertz",
+    "operations/second": "flops",
+}
+"""Grafana's units for the catalogue's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture of a dashboard.
+
+    Args:
+        title: Above it.
+        queries: PromQL with `$on` for the selection by the variables, and the legend.
+        unit: Grafana's name of the unit.
+        kind: Grafana's type of panel.
+        width: Of 24 columns.
+    """
+
+    title: str
+    queries: tuple[tuple[str, str], ...]
+    unit: str = "short"
+    kind: str = "timeseries"
+    width: int = 8
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the catalogue that its queries use."""
+        return sorted({n for query, _ in self.queries for n in metric_names(query)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dashboard:
+    """One page.
+
+    Args:
+        uid: Of its file and its address.
+        title: For people.
+        variables: Names of its selections: run, node, gpu.
+        rows: Titled groups of panels.
+    """
+
+    uid: str
+    title: str
+    variables: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Panel, ...]], ...]
+
+    @property
+    def panels(self) -> list[Panel]:
+        """All, in order."""
+        return [panel for _, panels in self.rows for panel in panels]
+
+
+def metric_names(query: str) -> set[str]:
+    """The catalogue's names in a query; a histogram's series count as its own."""
+    found = re.findall(r"\bstrata_[a-z0-9_]+", query)
+    return {re.sub(r"_(bucket|count|sum)$", "", n) if n not in _ENTRIES else n for n in found}
+
+
+def _plain(name: str, legend: str, title: str = "", **more: Any) -> Panel:
+    """A gauge as it is."""
+    entry = _ENTRIES[name]
+    more.setdefault("unit", _UNITS.get(entry.unit, "short"))
+    gpu = name.startswith("strata_gpu_")
+    selection = '{$on, gpu=~"$gpu"}' if gpu else "{$on}"
+    return Panel(title=title or entry.help, queries=((name + selection, legend),), **more)
+
+
+def _rate(name: str, legend: str, title: str, unit: str, by: str = "run", **more: Any) -> Panel:
+    """A counter a second."""
+    query = f"sum by ({by}) (rate({name}{{$on}}[$__rate_interval]))"
+    return Panel(title=title, queries=((query, legend),), unit=unit, **more)
+
+
+_RANK = "{{run}} rank {{rank}}"
+_GPU = "{{node}} {{gpu}}"
+_VERDICT_ROW = (
+    "Is it busy with useful work, and if not, why?",
+    (
+        Panel(
+            title="Bound by",
+            queries=(("max by (run, by) (strata_bound{$on}) == 1", "{{run}}: {{by}}"),),
+            kind="stat",
+            width=6,
+        ),
+        Panel(
+            title="If bound by data: reading or decoding (graph)",
+            queries=(("max by (run, part) (strata_data_bound_by{$on}) == 1", "{{run}}: {{part}}"),),
+            kind="stat",
+            width=6,
+        ),
+        Panel(
+            title="Where the slowest rank's time goes",
+            queries=(("max by (run, part) (strata_time_share_ratio{$on})", "{{run}} {{part}}"),),
+            unit="percentunit",
+            width=12,
+        ),
+    ),
+)
+
+_GPU_PAGE = Dashboard(
+    uid="gpu",
+    title="Strata: GPU utilisation",
+    variables=("run", "node", "gpu"),
+    rows=(
+        _VERDICT_ROW,
+        (
+            "Engines",
+            (
+                _plain("strata_gpu_utilization_ratio", _GPU, "Any kernel running"),
+                _plain("strata_gpu_sm_activity_ratio", _GPU, "SM activity"),
+                _plain("strata_gpu_tensor_activity_ratio", _GPU, "Tensor cores"),
+                _plain("strata_gpu_memory_bandwidth_ratio", _GPU, "Memory bandwidth"),
+                _plain("strata_gpu_jpeg_utilization_ratio", _GPU, "JPEG engines"),
+                _plain("strata_gpu_decoder_utilization_ratio", _GPU, "Video decoders"),
+                _plain("strata_mfu_ratio", _RANK, "MFU: model FLOPs utilisation"),
+                _plain("strata_gpu_sm_occupancy_ratio", _GPU, "SM occupancy"),
+                _plain("strata_gpu_up", _GPU, "GPU answers"),
+            ),
+        ),
+        (
+            "Memory, power, clocks",
+            (
+                Panel(
+                    title="Device memory in use",
+                    queries=(
+                        (
+                            'strata_gpu_memory_used_bytes{$on, gpu=~"$gpu"}'
+                            " / strata_gpu_memory_total_bytes",
+                            _GPU,
+                        ),
+                    ),
+                    unit="percentunit",
+                ),
+                Panel(
+                    title="Power",
+                    queries=(
+                        ('strata_gpu_power_watts{$on, gpu=~"$gpu"}', _GPU),
+                        (
+                            'rate(strata_gpu_energy_joules_total{$on, gpu=~"$gpu"}'
+                            "[$__rate_interval])",
+                            f"{_GPU} mean",
+                        ),
+                    ),
+                    unit="watt",
+                ),
+                _plain("strata_gpu_temperature_celsius", _GPU, "Temperature"),
+                _plain("strata_gpu_clock_hertz", _GPU + " {{domain}}", "Clocks"),
+                _plain("strata_gpu_throttled", _GPU + " {{reason}}", "Clocks held down by"),
+                Panel(
+                    title="Samples a kilojoule",
+                    queries=(
+                        (
+                            "1000 * sum by (run) (rate(strata_samples_total{$on}"
+                            "[$__rate_interval])) / sum by (run) (rate("
+                            "strata_gpu_energy_joules_total{$on}[$__rate_interval]))",
+                            "{{run}}",
+                        ),
+                    ),
+                ),
+            ),
+        ),
+        (
+            "Links",
+            (
+                _plain("strata_gpu_pcie_bytes_per_second", _GPU + " {{direction}}", "PCIe"),
+                _plain("strata_gpu_nvlink_bytes_per_second", _GPU + " {{direction}}", "NVLink"),
+                _rate(
+                    "strata_host_network_bytes_total",
+                    "{{node}} {{direction}}",
+                    "Network of the node",
+                    "Bps",
+                    by="node, direction",
+                ),
+            ),
+        ),
+    ),
+)
+
+_TRAINING_PAGE = Dashboard(
+    uid="training",
+    title="Strata: training",
+    variables=("run", "node"),
+    rows=(
+        (
+            "Progress",
+            (
+                _plain("strata_step", "{{run}}", "Step", kind="stat", width=4),
+                _plain("strata_epoch", "{{run}}", "Epoch", kind="stat", width=4),
+                _plain("strata_stage", "{{run}}", "Stage", kind="stat", width=4),
+                Panel(
+                    title="Age of the last checkpoint",
+                    queries=(
+                        (
+                            "time() - max by (run) "
+                            "(strata_checkpoint_last_success_timestamp_seconds{$on})",
+                            "{{run}}",
+                        ),
+                    ),
+                    unit="s",
+                    kind="stat",
+                    width=4,
+                ),
+                _plain("strata_restarts_total", "{{run}}", "Restarts", kind="stat", width=4),
+                Panel(
+                    title="Steps that were not finite",
+                    queries=(
+                        (
+                            "sum by (run) (strata_skipped_steps_total{$on})",
+                            "{{run}}",
+                        ),
+                    ),
+                    kind="stat",
+                    width=4,
+                ),
+            ),
+        ),
+        (
+            "Learning",
+            (
+                _plain("strata_loss", "{{run}} {{term}} rank {{rank}}", "Loss terms", width=12),
+                Panel(
+                    title="Loss terms over what they are at chance",
+                    queries=(
+                        (
+                            "max by (run, term) (strata_loss{$on}) / "
+                            "max by (run, term) (strata_loss_chance{$on})",
+                            "{{run}} {{term}}",
+                        ),
+                    ),
+                    unit="percentunit",
+                    width=12,
+                ),
+                _plain("strata_health", "{{run}} {{measure}} rank {{rank}}", "Health", width=12),
+                _plain("strata_learning_rate", "{{run}}", "Learning rate", width=6),
+                _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", width=6),
+            ),
+        ),
+        (
+            "Speed",
+            (
+                _rate("strata_samples_total", "{{run}}", "Samples a second", "short"),
+                _rate("strata_clips_total", "{{run}}", "Clips a second", "short"),
+                _plain("strata_samples_per_second", "{{run}}", "Samples a second, last interval"),
+                Panel(
+                    title="Time of a step",
+                    queries=tuple(
+                        (
+                            f"histogram_quantile({q}, sum by (run, le) (rate("
+                            "strata_step_duration_seconds_bucket{$on}[$__rate_interval])))",
+                            f"{{{{run}}}} {name}",
+                        )
+                        for q, name in ((0.5, "median"), (0.95, "95 %"))
+                    ),
+                    unit="s",
+                ),
+                _plain("strata_own_step_seconds", _RANK, "Own time of a step, by rank"),
+                _plain("strata_straggler_ratio", "{{run}}", "Slowest rank over the others"),
+                _plain("strata_straggler_rank", "{{run}}", "Slowest rank"),
+                _rate("strata_steps_total", _RANK, "Steps a second", "short", by="run, rank"),
+                _plain("strata_model_flops_per_second", _RANK, "Operations a second"),
+                _rate(
+                    "strata_device_seconds_total",
+                    _RANK,
+                    "Share of time in steps",
+                    "percentunit",
+                    by="run, rank",
+                ),
+                _rate(
+                    "strata_communication_seconds_total",
+                    _RANK,
+                    "Share of time in communication",
+                    "percentunit",
+                    by="run, rank",
+                ),
+                _rate(
+                    "strata_checkpoint_seconds_total",
+                    _RANK,
+                    "Share of time waiting for checkpoints",
+                    "percentunit",
+                    by="run, rank",
+                ),
+                Panel(
+                    title="Checkpoints: until whole, and what training waited",
+                    queries=(
+                        ("strata_checkpoint_duration_seconds{$on}", "{{run}} whole"),
+                        ("strata_checkpoint_blocked_seconds{$on}", f"{_RANK} waited"),
+                    ),
+                    unit="s",
+                    width=12,
+                ),
+                _plain("strata_build_info", "{{run}} {{version}}", "Version", width=12),
+            ),
+        ),
+    ),
+)
+
+_DATA_PAGE = Dashboard(
+    uid="data",
+    title="Strata: data path",
+    variables=("run", "node"),
+    rows=(
+        _VERDICT_ROW,
+        (
+            "Loader",
+            (
+                _rate(
+                    "strata_data_wait_seconds_total",
+                    _RANK,
+                    "Share of time waiting for data",
+                    "percentunit",
+                    by="run, rank",
+                ),
+                _plain("strata_data_wait_ratio", _RANK, "The same, last interval"),
+                _plain("strata_loader_queue_depth", _RANK, "Batches ready"),
+                _rate(
+                    "strata_loader_seconds_total",
+                    _RANK + " {{part}}",
+                    "The loader's thread: reading and decoding",
+                    "percentunit",
+                    by="run, rank, part",
+                ),
+                _rate("strata_frames_decoded_total", "{{run}}", "Frames decoded a second", "short"),
+                _rate("strata_bytes_read_total", "{{run}}", "Coded bytes a second", "Bps"),
+                _plain("strata_decode_faults_total", _RANK, "Samples that failed to decode"),
+                _plain("strata_gpu_jpeg_utilization_ratio", _GPU, "JPEG engines"),
+                _plain("strata_gpu_decoder_utilization_ratio", _GPU, "Video decoders"),
+            ),
+        ),
+        (
+            "Host",
+            (
+                Panel(
+                    title="Cores in use, by mode",
+                    queries=(
+                        (
+                            "sum by (node, mode) (rate(strata_host_cpu_seconds_total"
+                            '{$on, mode!="idle"}[$__rate_interval]))',
+                            "{{node}} {{mode}}",
+                        ),
+                        ("max by (node) (strata_host_cpus{$on})", "{{node}} there are"),
+                    ),
+                ),
+                _rate(
+                    "strata_process_cpu_seconds_total",
+                    _RANK,
+                    "Cores in use by each process",
+                    "short",
+                    by="run, rank",
+                ),
+                Panel(
+                    title="Memory",
+                    queries=(
+                        ("max by (node) (strata_host_memory_total_bytes{$on})", "{{node}} total"),
+                        (
+                            "max by (node) (strata_host_memory_available_bytes{$on})",
+                            "{{node}} available",
+                        ),
+                        ("strata_process_resident_memory_bytes{$on}", _RANK),
+                    ),
+                    unit="bytes",
+                ),
+                _plain("strata_host_shm_free_bytes", "{{node}}", "Free shared memory"),
+                Panel(
+                    title="Free disk",
+                    queries=(
+                        ("strata_disk_free_bytes{$on}", "{{run}} {{place}}"),
+                        ("strata_disk_size_bytes{$on}", "{{run}} {{place}} size"),
+                    ),
+                    unit="bytes",
+                ),
+                _rate(
+                    "strata_host_disk_bytes_total",
+                    "{{node}} {{direction}}",
+                    "Disks",
+                    "Bps",
+                    by="node, direction",
+                ),
+            ),
+        ),
+        (
+            "Preprocessing",
+            (
+                _rate(
+                    "strata_videos_sharded_total",
+                    "{{run}} {{outcome}}",
+                    "Videos a second",
+                    "short",
+                    by="run, outcome",
+                    width=12,
+                ),
+                _rate(
+                    "strata_frames_sharded_total", "{{run}}", "Frames a second", "short", width=12
+                ),
+            ),
+        ),
+    ),
+)
+
+PAGES = (_GPU_PAGE, _TRAINING_PAGE, _DATA_PAGE)
+
+
+def expand(query: str, page: Dashboard, *, literal: bool = False) -> str:
+    """A panel's query as Grafana gets it, or with every variable replaced for Prometheus.
+
+    Args:
+        query: With `$on`.
+        page: Whose variables select.
+        literal: Whether nothing of Grafana's is left.
+    """
+    names = [name for name in page.variables if name != "gpu"]
+    query = query.replace("$on", ", ".join(f'{name}=~"${name}"' for name in names))
+    if "gpu" not in page.variables:
+        query = query.replace(', gpu=~"$gpu"', "")
+    if literal:
+        query = re.sub(r'"\$(run|node|gpu)"', '".*"', query)
+        query = query.replace("$__rate_interval", "20s")
+    return query
+
+
+def _describe(panel: Panel) -> str:
+    lines = []
+    for name in panel.metrics:
+        entry = _ENTRIES[name]
+        line = f"**{name}**: {entry.help} {entry.advice}"
+        lines.append(line + (f" Absent: {entry.absent}" if entry.absent else ""))
+    return "\n\n".join(lines)
+
+
+def _panel_json(panel: Panel, page: Dashboard, number: int, x: int, y: int) -> dict[str, Any]:
+    height = 4 if panel.kind == "stat" and panel.width <= 4 else _HEIGHT
+    made: dict[str, Any] = {
+        "id": number,
+        "type": panel.kind,
+        "title": panel.title,
+        "description": _describe(panel),
+        "datasource": DATASOURCE,
+        "gridPos": {"x": x, "y": y, "w": panel.width, "h": height},
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+        "targets": [
+            {
+                "refId": chr(ord("A") + place),
+                "datasource": DATASOURCE,
+                "expr": expand(query, page),
+                "legendFormat": legend,
+            }
+            for place, (query, legend) in enumerate(panel.queries)
+        ],
+    }
+    if panel.unit == "percentunit":
+        made["fieldConfig"]["defaults"]["min"] = 0
+    if panel.kind == "stat":
+        # What holds a run back is told by the name of the series, its value is always 1.
+        named = "== 1" in panel.queries[0][0]
+        made["options"] = {
+            "textMode": "name" if named else "value",
+            "graphMode": "none",
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        }
+    return made
+
+
+def _panels_json(page: Dashboard) -> Iterator[dict[str, Any]]:
+    number, y = 1, 0
+    for title, panels in page.rows:
+        grid = {"x": 0, "y": y, "w": GRID, "h": 1}
+        yield {"id": number, "type": "row", "title": title, "gridPos": grid, "panels": []}
+        number, y, x, tallest = number + 1, y + 1, 0, 0
+        for panel in panels:
+            if x + panel.width > GRID:
+                x, y, tallest = 0, y + tallest, 0
+            made = _panel_json(panel, page, number, x, y)
+            yield made
+            number, x = number + 1, x + panel.width
+            tallest = max(tallest, made["gridPos"]["h"])
+        y += tallest
+
+
+def _variable(name: str) -> dict[str, Any]:
+    source = "strata_gpu_up" if name == "gpu" else "strata_build_info"
+    query = f"label_values({source}, {name})"
+    return {
+        "name": name,
+        "type": "query",
+        "datasource": DATASOURCE,
+        "query": {"query": query, "refId": name},
+        "definition": query,
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+def _annotation(name: str, colour: str, expr: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "enable": True,
+        "datasource": DATASOURCE,
+        "iconColor": colour,
+        "expr": expr,
+        "titleFormat": f"{name} ({{{{run}}}})",
+        **more,
+    }
+
+
+def dashboard(page: Dashboard) -> dict[str, Any]:
+    """A page as Grafana's JSON."""
+    on = expand("{$on}", page)
+    return {
+        "uid": f"strata-{page.uid}",
+        "title": page.title,
+        "tags": ["strata"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "timezone": "browser",
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "graphTooltip": 1,
+        "links": [
+            {"type": "dashboards", "title": "Strata", "tags": ["strata"], "asDropdown": False}
+        ],
+        "templating": {"list": [_variable(name) for name in page.variables]},
+        "annotations": {
+            "list": [
+                _annotation(
+                    "Checkpoint",
+                    "blue",
+                    f"1000 * max by (run) (strata_checkpoint_last_success_timestamp_seconds{on})",
+                    useValueForTime="on",
+                ),
+                _annotation("Stage", "purple", f"max by (run) (changes(strata_stage{on}[1m])) > 0"),
+            ]
+        },
+        "panels": list(_panels_json(page)),
+    }
+
+
+def metrics_page() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "Written by `python tools/dashboards.py` from strata/catalogue.py; do not edit.",
+        "",
+        "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1. Every series",
+        "also has the labels `run`, `node`, `rank` and `role` of its target file",
+        "(`--monitor.file_sd`). A gauge that has no value is absent, never 0. Losses and health",
+        "are the same on all ranks.",
+        "",
+        "Where to look first: `strata_bound`. Then the section that it names.",
+    ]
+    section = ""
+    for entry in CATALOGUE:
+        if entry.section != section:
+            section = entry.section
+            lines += ["", f"## {section}"]
+        labels = "".join(f", {label}" for label in entry.labels)
+        kind = f"{entry.kind}, {entry.unit}{'; by' + labels[1:] if labels else ''}"
+        roles = (
+            ""
+            if len(entry.roles) == 1 and entry.roles[0] == "train"
+            else (f"; in {', '.join(entry.roles)}")
+        )
+        lines += ["", f"### {entry.name}", "", f"{entry.help} ({kind}{roles})", ""]
+        lines.append(f"When it looks wrong: {entry.advice}")
+        if entry.absent:
+            lines += ["", f"Absent: {entry.absent}"]
+    return "\n".join(lines) + "\n"
+
+
+def files() -> dict[Path, str]:
+    """Everything that is generated, by its path."""
+    made = {
+        DASHBOARDS / f"{page.uid}.json": json.dumps(dashboard(page), indent=1) + "\n"
+        for page in PAGES
+    }
+    return {**made, ROOT / "docs" / "metrics.md": metrics_page()}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the files, or render.
+
+    Raises:
+        ConfigError: The arguments are not understood.
+    """
+    if not argv:
+        for path, content in files().items():
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+        return
+    if argv[0] != "--render" or len(argv) != 3:
+        raise ConfigError("tools/dashboards.py takes nothing, or --render URL DIR")
+    # Only this needs a browser.
+    from strata.tools.render_dashboards import render
+
+    render(argv[1], Path(argv[2]))
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])
