@@ -129,6 +129,8 @@ class ClipBatch:
     """int64 `[n]`: sample indices."""
     valid: np.ndarray
     """bool `[n]`: False where a sample is repeated to fill the batch."""
+    frames_decoded: int
+    bytes_read: int
 
 
 def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
@@ -474,6 +476,8 @@ class EvaluationLoader:
                 clips=clips.unflatten(0, (len(samples), self._num_clips)),
                 samples=samples,
                 valid=valid,
+                frames_decoded=coded.num_frames,
+                bytes_read=coded.num_bytes,
             )
 
     def __iter__(self) -> Iterator[ClipBatch]:

@@ -18,6 +18,9 @@ from strata.distributed import World, all_equal, current_world, join_world, leav
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.record import PairResult, table, write_record
+from strata.exporter import export_process
+from strata.hardware import GpuCollector
+from strata.metrics import ExporterConfig, Metrics
 from strata.train.checkpoint import (
     RunState,
     backbone_config,
@@ -41,6 +44,8 @@ class Evaluation:
     """Where to compute."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """How a video becomes features."""
+    monitor: ExporterConfig = field(default_factory=lambda: ExporterConfig(port=0))
+    """Where to answer Prometheus while it works; by default nowhere."""
     out: Path | None = None
     """File for the result; by default report.json in a folder of its own under the checkpoint's
     run, in eval/."""
@@ -147,9 +152,18 @@ class Bench:
         found: The checkpoint's folder.
         world: This rank and its peers.
         device: Where to compute.
+        metrics: Of this process.
     """
 
-    def __init__(self, config: Evaluation, found: Path, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Evaluation,
+        found: Path,
+        world: World,
+        device: torch.device,
+        metrics: Metrics,
+    ) -> None:
+        self.metrics = metrics
         self.world, self.device, self.found = world, device, found
         self.state: RunState = read_state(found)
         data = self.state.config["data"]
@@ -193,6 +207,7 @@ class Bench:
             device=self.device,
             network=identity,
             cache=self.results / "features",
+            metrics=self.metrics,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -269,6 +284,18 @@ def open_bench(config: Evaluation) -> Iterator[Bench]:
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     try:
-        yield Bench(config, found, world, device)
+        run = found.parent.parent
+        with export_process(
+            config.monitor,
+            role="evaluate",
+            run=run.resolve().name,
+            rank=world.rank,
+            local_rank=world.local_rank,
+            places={"run": run},
+        ) as metrics:
+            if device.type == "cuda":
+                properties = torch.cuda.get_device_properties(device)
+                metrics.add_collector(GpuCollector(str(properties.uuid)))
+            yield Bench(config, found, world, device, metrics)
     finally:
         leave_world()

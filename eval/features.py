@@ -17,6 +17,7 @@ from strata.dataload.labelled import check_labels
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
+from strata.metrics import Metrics
 from strata.train.encode import LEVELS, VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 
@@ -112,6 +113,7 @@ def extract_features(
     device: torch.device,
     network: str,
     cache: Path | None,
+    metrics: Metrics | None = None,
 ) -> Features:
     """Encode every video of a data set. All ranks call it and get the same.
 
@@ -123,6 +125,7 @@ def extract_features(
         device: Where to compute.
         network: What identifies the weights.
         cache: Folder for features by (network, manifest, protocol); None to compute anew.
+        metrics: Where to count what was read and decoded.
 
     Returns:
         Features of all levels in the order of the data set.
@@ -150,6 +153,7 @@ def extract_features(
             world=world,
             device=device,
             shown=f"features {reader.name}",
+            metrics=metrics,
         )
         if path is not None and world.is_first:
             _write(levels, path)

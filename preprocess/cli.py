@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
@@ -13,6 +14,8 @@ from typing import Literal, NoReturn, get_args
 import yaml
 
 from strata.errors import ConfigError, ShardError
+from strata.exporter import export_process
+from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
@@ -52,6 +55,8 @@ class ShardCommand:
     """Whether only to tell what would be done."""
     log: LogKind = "bar"
     """What to write on stderr as it goes."""
+    monitor: ExporterConfig
+    """Where to answer Prometheus while it works."""
     settings: ShardSettings
 
 
@@ -137,6 +142,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="tell what would be done, time it on a few videos")
     add("--slice", metavar="I/N", help="make only part I of N; default: RANK and WORLD_SIZE if set")
     add("--log", choices=get_args(LogKind), default="bar", help="what to write on stderr")
+    add("--monitor-port", type=int, default=0, help="of /metrics; 0 serves nothing")
+    add("--monitor-host", default="127.0.0.1", help="address of /metrics")
+    add("--file-sd", type=Path, metavar="DIR", help="where to tell Prometheus of this process")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed adds it.
     add("--strict", action="store_true", help="a listed video that is not on disk is an error")
     add("--max-rejects", type=float, default=0.05, metavar="SHARE", help="more: exit status 2")
@@ -260,6 +268,9 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         test_fraction=getattr(args, "test_fraction", 0.0),
         strict=args.strict,
         max_rejects=args.max_rejects,
+        monitor=ExporterConfig(
+            port=args.monitor_port, host=args.monitor_host, file_sd=args.file_sd
+        ),
         settings=settings,
     )
 
@@ -329,31 +340,53 @@ def run_command(command: ShardCommand) -> list[Manifest]:
         print(estimate_table(sets, command.videos, command.settings))
         return []
     manifests = []
-    for source_set in sets:
-        if not source_set.present:
-            print(
-                f"{source_set.split}: none of {len(source_set.sources):,} listed videos is on "
-                "disk; nothing written"
+    with _exported(command) as metrics:
+        for source_set in sets:
+            if not source_set.present:
+                print(
+                    f"{source_set.split}: none of {len(source_set.sources):,} listed videos is on "
+                    "disk; nothing written"
+                )
+                continue
+            start_s = time.monotonic()
+            folder = command.out / source_set.split
+            shard_slice(
+                source_set,
+                command.videos,
+                folder,
+                command.settings,
+                log=command.log,
+                metrics=metrics,
             )
-            continue
-        start_s = time.monotonic()
-        folder = command.out / source_set.split
-        shard_slice(source_set, command.videos, folder, command.settings, log=command.log)
-        seconds = time.monotonic() - start_s
-        if command.settings.slice_count > 1:
-            part = f"{command.settings.slice_index}/{command.settings.slice_count}"
-            print(
-                f"{source_set.dataset} {source_set.split}: slice {part} is in {folder} after "
-                f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {folder}",
-                flush=True,
-            )
-            continue
-        manifest = merge_set(folder)
-        manifests.append(manifest)
-        print(closing_table(manifest, folder, seconds, source_set.notes), flush=True)
+            seconds = time.monotonic() - start_s
+            if command.settings.slice_count > 1:
+                part = f"{command.settings.slice_index}/{command.settings.slice_count}"
+                print(
+                    f"{source_set.dataset} {source_set.split}: slice {part} is in {folder} after "
+                    f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {folder}",
+                    flush=True,
+                )
+                continue
+            manifest = merge_set(folder)
+            manifests.append(manifest)
+            print(closing_table(manifest, folder, seconds, source_set.notes), flush=True)
     for manifest in manifests:
         _check_rejects(manifest, command.out / manifest.split, command.max_rejects)
     return manifests
+
+
+def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
+    """The metrics of this process, of the slice that it makes."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    out = command.out.resolve()
+    return export_process(
+        command.monitor,
+        role="preprocess",
+        run=out.name,
+        rank=command.settings.slice_index,
+        local_rank=int(local) if local.isdigit() else 0,
+        places={"shards": next(p for p in (out, *out.parents) if p.exists())},
+    )
 
 
 def _check_rejects(manifest: Manifest, folder: Path, max_rejects: float) -> None:

@@ -444,8 +444,9 @@ class _Driver:
         if isinstance(message, Rejected):
             name = build.source_name(place)
             self._progress.rejected(name, message.kind.value, message.detail)
-        if isinstance(message, Rejected) or message.part.num_frames is not None:
-            self._progress.done()
+            self._progress.done(0)
+        elif message.part.num_frames is not None:
+            self._progress.done(message.part.num_frames)
 
 
 def _room_for_files() -> int:

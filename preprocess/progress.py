@@ -9,6 +9,8 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
+from strata.metrics import Metrics
+
 __all__ = ["JsonLog", "LogKind", "Progress", "open_progress"]
 
 LogKind = Literal["bar", "json", "none"]
@@ -17,8 +19,8 @@ LogKind = Literal["bar", "json", "none"]
 class Progress:
     """Says nothing; what the others have in common."""
 
-    def done(self) -> None:
-        """One more source is done, written or rejected."""
+    def done(self, num_frames: int) -> None:
+        """One more source is done: written with so many frames, or rejected with 0."""
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
         """A source was rejected."""
@@ -39,7 +41,7 @@ class _Bar(Progress):
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
         )
 
-    def done(self) -> None:
+    def done(self, num_frames: int) -> None:
         self._bar.update()
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
@@ -76,7 +78,7 @@ class JsonLog(Progress):
         self._start_s = self._told_s = time.monotonic()
         self._tell_progress("start")
 
-    def done(self) -> None:
+    def done(self, num_frames: int) -> None:
         """Count one, and tell if it is time."""
         self._done += 1
         if time.monotonic() - self._told_s >= self._every_s:
@@ -112,8 +114,30 @@ class JsonLog(Progress):
         print(json.dumps(line, ensure_ascii=False), file=self._file or sys.stderr, flush=True)
 
 
+class _Exported(Progress):
+    """Tells Prometheus, and another."""
+
+    def __init__(self, other: Progress, metrics: Metrics) -> None:
+        self._other, self._metrics = other, metrics
+
+    def done(self, num_frames: int) -> None:
+        if num_frames:
+            self._metrics.add("strata_videos_sharded_total", 1, outcome="written")
+            self._metrics.add("strata_frames_sharded_total", num_frames)
+        self._other.done(num_frames)
+
+    def rejected(self, source: str, reason: str, detail: str) -> None:
+        self._metrics.add("strata_videos_sharded_total", 1, outcome="rejected")
+        self._other.rejected(source, reason, detail)
+
+    def close(self) -> None:
+        self._other.close()
+
+
 @contextmanager
-def open_progress(kind: LogKind, name: str, total: int, initial: int) -> Iterator[Progress]:
+def open_progress(
+    kind: LogKind, name: str, total: int, initial: int, metrics: Metrics | None = None
+) -> Iterator[Progress]:
     """The progress of one set, closed at the end however it comes."""
     match kind:
         case "bar":
@@ -122,6 +146,8 @@ def open_progress(kind: LogKind, name: str, total: int, initial: int) -> Iterato
             progress = JsonLog(name, total, initial)
         case "none":
             progress = Progress()
+    if metrics is not None:
+        progress = _Exported(progress, metrics)
     try:
         yield progress
     finally:

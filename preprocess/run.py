@@ -21,6 +21,7 @@ from PIL import features
 
 from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
+from strata.metrics import Metrics
 from strata.preprocess.driver import ShardBuild, drive, record_path
 from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
 from strata.preprocess.progress import LogKind, open_progress
@@ -115,6 +116,7 @@ def shard_slice(
     settings: ShardSettings,
     *,
     log: LogKind = "none",
+    metrics: Metrics | None = None,
 ) -> bool:
     """Make the shards of one slice, or the rest of them, without the manifest.
 
@@ -127,6 +129,7 @@ def shard_slice(
         folder: Where the shards go.
         settings: How.
         log: What to write on stderr as it goes.
+        metrics: Where to count what is done.
 
     Returns:
         False if the set has a manifest already and all is there.
@@ -165,7 +168,8 @@ def shard_slice(
             ]
             total = sum(len(plan[index]) for index in mine)
             left = sum(len(plan[index]) for index in todo)
-            with open_progress(log, source_set.split, total, total - left) as progress:
+            split = source_set.split
+            with open_progress(log, split, total, total - left, metrics) as progress:
                 drive(builds, settings, progress)
     except OSError as error:
         raise _cannot_write(folder, error) from error

@@ -366,7 +366,6 @@ _DATA = (
         "Time spent waiting for the loader.",
         "Data path",
         "Its rate is the share of time in which training waits.",
-        roles=_LOADING,
     ),
     Metric(
         "strata_data_wait_ratio",
@@ -384,7 +383,6 @@ _DATA = (
         "Batches that are ready, after the last was taken.",
         "Data path",
         "0: the loader is the slower side; full: training is.",
-        roles=_LOADING,
         absent="Before the first batch.",
     ),
     Metric(
@@ -397,7 +395,6 @@ _DATA = (
         "The larger one is what to mend when training waits for data.",
         labels=("part",),
         max_series=2,
-        roles=_LOADING,
     ),
     Metric(
         "strata_videos_sharded_total",

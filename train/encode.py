@@ -13,6 +13,7 @@ from strata.dataload.loader import DataConfig, EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
 from strata.errors import ConfigError, ShardError
+from strata.metrics import Metrics
 from strata.train.method import normalise
 from strata.train.models.backbones import Backbone
 
@@ -56,6 +57,7 @@ def over_videos(
     world: World,
     device: torch.device,
     shown: str | None,
+    metrics: Metrics | None = None,
 ) -> dict[str, np.ndarray]:
     """What a function says of every video. All ranks call it and get the same.
 
@@ -68,6 +70,7 @@ def over_videos(
         world: This rank and its peers.
         device: Where to compute.
         shown: Text of the progress bar of rank 0; None for no bar.
+        metrics: Where to count what was read and decoded.
 
     Returns:
         By name, one row a video, in the order of the data set.
@@ -96,6 +99,12 @@ def over_videos(
             for name, value in compute(batch.clips).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy()[batch.valid])
             samples.append(batch.samples[batch.valid])
+            if metrics is not None:
+                num = int(batch.valid.sum())
+                metrics.add("strata_samples_total", num)
+                metrics.add("strata_clips_total", num * clips.num_clips)
+                metrics.add("strata_frames_decoded_total", batch.frames_decoded)
+                metrics.add("strata_bytes_read_total", batch.bytes_read)
     finally:
         loader.close()
     mine = {name: np.concatenate(rows) for name, rows in parts.items()}

@@ -10,9 +10,10 @@ import torch
 from strata.dataload.loader import Batch
 from strata.distributed import World, broadcast_object, gather, watch_collectives
 from strata.errors import ConfigError
+from strata.exporter import export
 from strata.hardware import GpuCollector, HostCollector, ProcessCollector
 from strata.logs import get_logger
-from strata.metrics import Metrics, TargetFile
+from strata.metrics import Metrics
 from strata.tensorboard import TensorBoard
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
@@ -68,14 +69,11 @@ def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
     Raises:
         ConfigError: The run's folder cannot be written.
     """
-    monitor, metrics = config.monitor, _open_run(config, world)
-    port = metrics.serve(monitor, monitor.port + world.local_rank) if monitor.port else None
-    target = TargetFile(monitor, port, run=config.run.resolve().name, rank=world.rank, role="train")
-    try:
+    metrics = _open_run(config, world)
+    run = config.run.resolve().name
+    ranks = {"rank": world.rank, "local_rank": world.local_rank}
+    with export(metrics, config.monitor, role="train", run=run, **ranks):
         yield metrics
-        target.remove()
-    finally:
-        metrics.close()
 
 
 class RunMonitor:

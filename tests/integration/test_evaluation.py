@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import TINY, fail_with_one_line, run, succeed
+from tests.commands import TINY, fail_with_one_line, free_port, run, scrape, succeed
 from tests.made import make_shards
 
 QUICK = ("--features.num_clips", "2", "--device", "cpu")
@@ -87,6 +89,35 @@ def test_splits_and_their_mean_in_one_command(
     elif name != "cached":
         assert details["curves"]["epoch"] == [0, 1]
         assert ("encoder frozen" in record["protocol"]) == (name == "linear")
+
+
+def test_it_answers_prometheus_while_it_works(pretrained: Path, sets: Path, tmp_path: Path):
+    port, seen, done = free_port(), {}, threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            with suppress(OSError):
+                seen.update(scrape(port))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        evaluate(
+            "retrieval",
+            pretrained,
+            tmp_path / "report.json",
+            *one_split(sets, ("--gallery", "--query")),
+            *("--monitor.port", str(port), "--monitor.file_sd", tmp_path / "targets"),
+            *("--features.videos_per_batch", "1", "--features.num_clips", "3"),
+        )
+    finally:
+        done.set()
+        watcher.join()
+    # Of 33 videos in all; the last look is before the end.
+    assert 1 <= seen["strata_samples_total"] <= 33
+    assert seen["strata_clips_total"] == 3 * seen["strata_samples_total"]
+    assert seen["strata_frames_decoded_total"] > 0
+    assert not list((tmp_path / "targets").glob("*.json"))
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_bit(

@@ -1,6 +1,7 @@
 """A real Prometheus scrapes a real run of two ranks; each query of dashboards and rules runs."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,15 @@ class Watched:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+    """End a process and all that it started; a launcher does not always take its ranks along."""
     try:
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=20)
     except subprocess.TimeoutExpired:
-        process.kill()
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -93,6 +99,7 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         prometheus = subprocess.Popen(
             [
@@ -102,6 +109,7 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
     found = Watched(f"http://127.0.0.1:{port}", run, exporter)
     both = [trainer, prometheus]

@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -20,6 +22,7 @@ from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import find_folder
 from strata.schema import read_manifest
+from tests.commands import free_port, scrape
 from tests.integration.test_sharding import (
     REAL_DATA,
     REPOSITORY,
@@ -120,11 +123,41 @@ def test_json_log(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     log = JsonLog("train", 10, 4, every_s=0.0)
-    log.done()
+    log.done(5)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert lines[1]["event"] == "progress"
     assert lines[1]["videos_per_s"] > 0
     assert lines[1]["left_s"] is not None
+
+
+def test_it_answers_prometheus_while_it_works(videos: Path, tmp_path: Path) -> None:
+    for name in ("run/0.mp4", "run/broken.mp4"):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(videos / name, tmp_path / "videos" / name)
+    os.mkfifo(tmp_path / "videos" / "run" / "waits.mp4")
+    port, targets = free_port(), tmp_path / "targets"
+    call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--log", "none", *SMALL]
+    call += ["--videos", tmp_path / "videos", "--out", tmp_path / "made", "--workers", "2"]
+    call += ["--monitor-port", str(port), "--file-sd", targets]
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            found: dict[str, float] = {}
+            deadline = time.monotonic() + 60
+            while found.get('strata_videos_sharded_total{outcome="written"}') != 1:
+                assert process.poll() is None
+                assert time.monotonic() < deadline, found
+                time.sleep(0.1)
+                with suppress(OSError):
+                    found = scrape(port)
+                if 'strata_videos_sharded_total{outcome="rejected"}' not in found:
+                    found = {}
+            assert found["strata_frames_sharded_total"] > 0
+            assert found["strata_process_resident_memory_bytes"] > 0
+            (listed,) = [json.loads(p.read_text()) for p in targets.glob("*.json")]
+            assert listed[0]["targets"] == [f"127.0.0.1:{port}"]
+            assert listed[0]["labels"]["role"] == "preprocess"
+        finally:
+            process.kill()
 
 
 def limit_files(num_bytes: int) -> None:
