@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 from strata.config import parse_config
 from strata.errors import ConfigError, StrataError
 from strata.eval.report import DemoResult, write_report
+from strata.tools.launch import QUIET, program
 
 __all__ = ["DemoConfig", "main"]
 
@@ -53,29 +52,12 @@ def _command(*words: str | Path) -> None:
     Raises:
         StrataError: The step failed; it has said why itself.
     """
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "DS_LOG_LEVEL": "error"}
     shown = " ".join(str(w) for w in words)
     print(f"   $ {shown}", flush=True)
-    program = _program(str(words[0]))
-    done = subprocess.run([*program, *map(str, words[1:])], cwd=_ROOT, env=env, check=False)
+    command = [*program([str(words[0])]), *map(str, words[1:])]
+    done = subprocess.run(command, cwd=_ROOT, env=os.environ | QUIET, check=False)
     if done.returncode:
         raise StrataError(f"the step `{shown}` ended with exit code {done.returncode}; see above")
-
-
-def _program(name: str) -> list[str]:
-    """`python` or `deepspeed` of this environment, whatever the shell's PATH says."""
-    if name == "python":
-        return [sys.executable]
-    # Not the script itself: its first line breaks where the environment's path has a space.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    # The launcher's own default is one fixed port, which another run may hold.
-    return [*launcher, "--master_port", str(_free_port())]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _prepare(config: DemoConfig) -> Path:

@@ -1,0 +1,109 @@
+"""Grids as they are given: what is shipped, what is refused, what a command looks like."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from strata.config import parse_config
+from strata.errors import ConfigError
+from strata.tools.ablation import AblateConfig, main, pretraining
+from strata.tools.launch import program
+from strata.train.config import TrainConfig
+from tests.commands import ROOT
+
+GRIDS = sorted((ROOT / "configs" / "ablate").glob("*.yaml"))
+
+
+def load(path: Path) -> AblateConfig:
+    return parse_config(AblateConfig, ["--config", str(path)], prog="grid", description="")
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
+def test_shipped_grids_are_understood(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(ROOT)
+    assert main(["--config", str(path), "--plan_only", "true"]) == 0
+    config, lines = load(path), capsys.readouterr().out.splitlines()
+    trained = [name for name, row in config.rows.items() if not row.untrained]
+    evaluations = len(config.rows) * len(config.evaluations)
+    assert len(lines) == len(config.seeds) * (len(trained) + evaluations)
+    assert sum("--weights untrained" in line for line in lines) == len(config.seeds) * len(
+        config.evaluations
+    ) * (len(config.rows) - len(trained))
+    assert not (ROOT / config.out).exists()
+
+
+def test_table_3_has_its_four_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    config = load(ROOT / "configs" / "ablate" / "temporal.yaml")
+    terms = {}
+    for cell in config.cells():
+        if not config.rows[cell.row].untrained:
+            words = pretraining(config, cell)
+            built = parse_config(TrainConfig, words, prog="train", description="")
+            assert built.seed == cell.seed
+            weights = vars(built.method.weights)
+            active = {name for name, weight in weights.items() if weight}
+            terms.setdefault(cell.row, set()).add(frozenset(active))
+    both = {"augmentation_low", "augmentation_mid"} | {
+        f"retrieval_{level}" for level in ("low", "mid", "high")
+    }
+    shared = {"instance", "prototype", "graph_low", "graph_mid"}
+    assert terms == {
+        "neither": {frozenset(shared)},
+        "L_aug": {frozenset(shared | {"augmentation_low", "augmentation_mid"})},
+        "L_ret": {frozenset(shared | both - {"augmentation_low", "augmentation_mid"})},
+        "L_aug+L_ret": {frozenset(shared | both)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {}}, "rows is empty"),
+        ({"rows": {"a b": {}}}, "the name 'a b' becomes that of a folder"),
+        ({"rows": {"a": {"set": {"seed": 1}}}}, "a row sets seed, which the grid decides"),
+        ({"rows": {"a": {"untrained": "b"}}}, "untrained is 'b'; name a row that is pretrained"),
+        ({"rows": {"a": {"set": {"method.tau": 1}}}}, "row a: train/main.py: .*method.tau"),
+        ({"rows": {"a": {"set": {"method.num_prototypes": 0}}}}, "row a: train/main.py"),
+        ({"seeds": [1, 1]}, "each counts once"),
+        ({"test": None}, "evaluation r has no test set"),
+        ({"evaluations": {"r": {"protocol": "knn"}}}, "evaluations"),
+        (
+            {"evaluations": {"r": {"protocol": "retrieval", "set": {"features.clips": 1}}}},
+            "evaluation r: eval/main.py retrieval: .*features.clips",
+        ),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused_before_anything_starts(
+    changes: dict[str, Any], message: str, tmp_path: Path
+):
+    grid = {
+        "pretrain": str(ROOT / "configs/pretrain/demo.yaml"),
+        "shards": "train",
+        "test": "test",
+        "out": str(tmp_path / "out"),
+        "rows": {"a": {}},
+        "evaluations": {"r": {"protocol": "retrieval"}},
+        "launcher": "false",
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid | changes))
+    with pytest.raises(ConfigError, match=message):
+        main(["--config", str(path)])
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_launchers_run_in_this_environment():
+    assert program(["python"]) == [sys.executable]
+    command = program(["deepspeed", "--num_gpus", "2"])
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert command[-2] == "--master_port"
+    assert "--master_port" not in program(["deepspeed", "--hostfile", "hosts"])
+    assert program(["deepspeed", "--master_port=1"]).count("--master_port=1") == 1
+    assert program(["torchrun", "--"])[-1] == "--"
+    assert program(["srun", "python"]) == ["srun", "python"]
