@@ -158,7 +158,7 @@ class LabelledLoader(TrainLoader):
         )
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, _PLACE_VIEW, 1)
         frames = training_clip(reader.num_frames[samples], spec, draws[:, 0])
-        coded = read_windows(reader, samples, frames)
+        coded = read_windows(reader, samples, frames, self._maker.threads)
         form = reader.manifest.form
         drawn = draw_view(
             config.views,

@@ -29,6 +29,7 @@ from strata.dataload.storage import DownloadConfig
 from strata.dataload.videos import CodedWindows, choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.schema import Payload
 
 __all__ = [
     "Batch",
@@ -40,6 +41,12 @@ __all__ = [
 ]
 
 DeviceChoice = Literal["cpu", "gpu", "auto"]
+
+_CODED: dict[Payload, Literal["strip", "video", "frames"]] = {
+    "jpeg": "strip",
+    "mp4": "video",
+    "foreign": "frames",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +207,7 @@ class _GraphMaker:
             GraphSpec(
                 batch_size=batch_size,
                 strip_frames=strip_frames,
-                coded="strip" if form.payload == "jpeg" else "video",
+                coded=_CODED[form.payload],
                 height=form.height,
                 width=form.width,
                 size=self.size,
@@ -226,6 +233,8 @@ class _GraphMaker:
             made = pipeline.run(windows.coded, views, windows.places)
             return [v.to(self.device, non_blocking=True) for v in made]
         except RuntimeError as error:
+            if pipeline.spec.coded == "frames":
+                raise  # They were decoded before, and faults of samples found then.
             places = find_undecodable(windows.coded)
             if not places:
                 raise
@@ -360,7 +369,7 @@ class TrainLoader:
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, 0, 2)
         windows = training_window(reader.num_frames[samples], config.clips, draws)
         start = time.perf_counter()
-        coded = read_windows(reader, samples, windows)
+        coded = read_windows(reader, samples, windows, self._maker.threads)
         read_s = time.perf_counter() - start
         graph = self._graph(self._wants_long(epoch))
         form = reader.manifest.form
@@ -469,7 +478,9 @@ class EvaluationLoader:
             pairs = [
                 (int(s), clip) for s, clips in zip(samples, frames, strict=True) for clip in clips
             ]
-            coded = read_windows(self._reader, [s for s, _ in pairs], [c for _, c in pairs])
+            coded = read_windows(
+                self._reader, [s for s, _ in pairs], [c for _, c in pairs], self._maker.threads
+            )
             crop = centre_crop(len(pairs), height=form.height, width=form.width)
             (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], coded, [crop])
             yield ClipBatch(

@@ -63,8 +63,8 @@ class GraphSpec:
     """Samples decoded together."""
     strip_frames: int
     """Frames of each sample's window."""
-    coded: Literal["strip", "video"] = "strip"
-    """Whether a sample is a tall JPEG or a video."""
+    coded: Literal["strip", "video", "frames"] = "strip"
+    """Whether a sample is a tall JPEG, a video, or frames that are decoded already."""
     height: int
     """Rows of a stored frame."""
     width: int
@@ -181,6 +181,8 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
 
 def _frames(spec: GraphSpec) -> Any:
     """Decode the window of every sample: `[frames, height, width, 3]`, uint8."""
+    if spec.coded == "frames":
+        return fn.external_source(name="coded", layout="FHWC")
     coded = fn.external_source(name="coded")
     device = "mixed" if spec.decode == "gpu" else "cpu"
     shape = [spec.strip_frames, spec.height, spec.width, 3]
@@ -256,7 +258,7 @@ class ClipPipeline:
         """Decode and augment one batch.
 
         Args:
-            coded: `batch_size` tall JPEGs or videos, uint8.
+            coded: `batch_size` tall JPEGs, videos or decoded frames, uint8.
             views: The parameters of each view, `batch_size` long.
             places: For videos, which frames of each are the window, `[strip_frames]`, not
                 decreasing.

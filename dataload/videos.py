@@ -1,16 +1,18 @@
-"""The mp4 payload: which decoder a rank takes, and the bytes that hold a sample's window."""
+"""What holds a sample's window, whatever the payload, and which decoder a rank takes for it."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from strata.dataload.faults import SampleFaultError
+from strata.dataload.faults import Fault, SampleFaultError
 from strata.dataload.pipeline import CPU_VIDEO_CODECS, video_decoder_fault
 from strata.dataload.reader import ShardReader
-from strata.errors import ConfigError, ShardError
+from strata.errors import ConfigError, ShardError, VideoFault
+from strata.foreign import decode_frames, video_ext
 from strata.logs import get_logger, warn_once
 from strata.mp4 import assemble_mp4
 from strata.schema import FRAMES_EXT, FrameTable, segment_ext
@@ -25,26 +27,29 @@ class CodedWindows:
     """The windows of a batch's samples, coded.
 
     Args:
-        coded: N tall JPEGs or mp4 files, uint8.
-        places: For mp4, which of each file's frames are the window, `[T]`; empty for JPEGs, whose
-            frames are the window.
+        coded: N tall JPEGs or mp4 files, uint8; of foreign videos their frames, decoded,
+            `[T, height, width, 3]`.
+        places: For mp4, which of each file's frames are the window, `[T]`; else empty, as what is
+            coded is the window.
         num_frames: Frames that are decoded for them, in all.
+        num_bytes: Read for them, in all.
     """
 
     coded: list[np.ndarray]
     places: list[np.ndarray]
     num_frames: int
+    num_bytes: int
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all."""
-        return sum(c.size for c in self.coded)
+
+def _sizes(coded: Sequence[np.ndarray]) -> int:
+    return sum(c.size for c in coded)
 
 
 def read_windows(
     reader: ShardReader,
     samples: Sequence[int] | np.ndarray,
     windows: Sequence[np.ndarray] | np.ndarray,
+    threads: int = 1,
 ) -> CodedWindows:
     """The chosen frames of several samples, whatever the payload.
 
@@ -52,14 +57,17 @@ def read_windows(
         reader: The data set.
         samples: Sample indices.
         windows: Frame indices of each, `[T]`, not decreasing; repeats allowed.
+        threads: In which foreign videos are decoded; others are not decoded here.
 
     Raises:
         SampleFaultError: Samples cannot be read; it names all of them.
     """
     if reader.manifest.form.payload == "jpeg":
         strips = reader.strips(samples, windows)
-        return CodedWindows(strips, [], sum(len(w) for w in windows))
+        return CodedWindows(strips, [], sum(len(w) for w in windows), _sizes(strips))
     reader.fetch_ahead(np.asarray(samples, np.int64))
+    if reader.manifest.form.payload == "foreign":
+        return _decode_foreign(reader, samples, windows, threads)
     coded, places, faults, num_frames = [], [], [], 0
     for sample, window in zip(samples, windows, strict=True):
         try:
@@ -72,7 +80,48 @@ def read_windows(
             faults += error.faults
     if faults:
         raise SampleFaultError(faults)
-    return CodedWindows(coded, places, num_frames)
+    return CodedWindows(coded, places, num_frames, _sizes(coded))
+
+
+def _decode_foreign(
+    reader: ShardReader,
+    samples: Sequence[int] | np.ndarray,
+    windows: Sequence[np.ndarray] | np.ndarray,
+    threads: int,
+) -> CodedWindows:
+    """Windows of videos that nobody made ready for it; FFmpeg frees Python's lock meanwhile."""
+    form = reader.manifest.form
+    # Evaluation takes several clips of a video: it is decoded once for all of them.
+    places: dict[int, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(int(sample), []).append(place)
+    pictures: list[np.ndarray] = [np.empty(0, np.uint8)] * len(samples)
+
+    def decode(sample: int) -> tuple[int, int] | Fault:
+        here = [np.asarray(windows[place], np.int64) for place in places[sample]]
+        frames, again = np.unique(np.concatenate(here), return_inverse=True)
+        _, members = reader.members(sample)
+        try:
+            content = reader.member(sample, video_ext(members) or "mp4")
+            count = int(reader.num_frames[sample])
+            decoded, num_decoded = decode_frames(content, reader.keys[sample], count, frames, form)
+        except SampleFaultError as error:
+            return error.faults[0]
+        except VideoFault as error:
+            return reader.fault(sample, f"{error.kind.value}: {error.detail}")
+        for place, chosen in zip(
+            places[sample], np.split(again, np.cumsum([len(w) for w in here])[:-1]), strict=True
+        ):
+            pictures[place] = decoded[chosen]
+        return num_decoded, len(content)
+
+    with ThreadPoolExecutor(threads, "foreign") as pool:
+        counts = list(pool.map(decode, places))
+    faults = [c for c in counts if isinstance(c, Fault)]
+    if faults:
+        raise SampleFaultError(faults)
+    good = [c for c in counts if not isinstance(c, Fault)]
+    return CodedWindows(pictures, [], sum(c[0] for c in good), sum(c[1] for c in good))
 
 
 def _read_video(
@@ -112,10 +161,12 @@ def choose_decoder(
     if form.payload == "jpeg":
         return default
     if form.payload == "foreign":
-        raise ConfigError(
-            f"{reader.manifest.dataset} shards are not Strata's own: their videos have any size, "
-            "codec and place of key frames; unpack them and run tools/shard.py folder"
-        )
+        if wanted == "gpu":
+            raise ConfigError(
+                f"data.decode is gpu, but {reader.location} holds videos that others encoded: the "
+                "CPU decodes them; use data.decode auto or cpu"
+            )
+        return "cpu"
     again = "shard the videos again with --payload jpeg"
     if default == "gpu":
         first, _, _ = _read_video(reader, 0, np.array([0]))

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import av.error
 import numpy as np
 from PIL import Image
 
-from strata.errors import ShardError
+from strata.errors import ShardError, VideoFault
+from strata.foreign import measure_video, video_ext
 from strata.preprocess.manifest import digest_of, manifest_json, rows_json
 from strata.preprocess.shards import INDEX_VERSION
 from strata.schema import (
@@ -32,7 +33,7 @@ from strata.schema import (
 )
 from strata.strip import parse_strip
 
-__all__ = ["check_folder", "hash_file_of", "index_of"]
+__all__ = ["check_folder", "hash_file_of", "index_of", "samples_of"]
 
 
 def hash_file_of(path: Path) -> str:
@@ -41,8 +42,19 @@ def hash_file_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def index_of(tar_path: Path) -> tuple[bytes, int]:
+def _key_of(name: str) -> tuple[str, str]:
+    """Key and extension of a member: they part at the first dot of the last part of its path."""
+    head, name = os.path.split(name)
+    stem, _, ext = name.partition(".")
+    return os.path.join(head, stem), ext
+
+
+def index_of(tar_path: Path, keys: Container[str] | None = None) -> tuple[bytes, int]:
     """The index that belongs to a tar, as DALI's wds2idx makes it, and the samples in it.
+
+    Args:
+        tar_path: The tar.
+        keys: The samples to list; without, all.
 
     Raises:
         OSError: The tar is not readable.
@@ -54,9 +66,10 @@ def index_of(tar_path: Path) -> tuple[bytes, int]:
         for info in tar:
             if not info.isfile():
                 continue
-            head, name = os.path.split(info.name)
-            stem, _, ext = name.partition(".")
-            key = os.path.join(head, stem)
+            key, ext = _key_of(info.name)
+            if keys is not None and key not in keys:
+                last = key
+                continue
             member = f"{ext} {info.offset_data} {info.size} {info.name}"
             if key == last:
                 lines[-1] += " " + member
@@ -65,6 +78,18 @@ def index_of(tar_path: Path) -> tuple[bytes, int]:
             last = key
     head = f"{INDEX_VERSION} {len(lines)}\n"
     return (head + "".join(line + "\n" for line in lines)).encode(), len(lines)
+
+
+def samples_of(index: bytes) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """Keys of the samples in an index, with offset and size of each member by extension."""
+    samples = []
+    for line in index.decode().splitlines()[1:]:
+        words = line.split(" ")
+        members = {
+            words[k]: (int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), 4)
+        }
+        samples.append((_key_of(words[3])[0], members))
+    return samples
 
 
 def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int = 0) -> list[str]:
@@ -105,6 +130,8 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     known = {MANIFEST_NAME, SAMPLES_NAME}
     for entry in manifest.shards:
         known |= {entry.name, Path(entry.name).with_suffix(INDEX_SUFFIX).name}
+    if manifest.form.payload == "foreign":  # A tar of rejected samples alone is no shard.
+        known |= {row.source.partition("/")[0] for row in manifest.rows}
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             faults.append(f"{path.name}: the manifest does not know it; remove it")
@@ -137,7 +164,9 @@ def _check_shard(
     if hash_file_of(path) != entry.sha256:
         yield f"{entry.name}: its SHA-256 is not what the manifest says"
     try:
-        index, num_samples = index_of(path)
+        # Of foreign shards, those of others that cannot be used are not in the index.
+        keys = {row.key for row in rows} if manifest.form.payload == "foreign" else None
+        index, num_samples = index_of(path, keys)
     except (OSError, tarfile.TarError, UnicodeError) as error:
         yield f"{entry.name}: not readable as a tar ({error})"
         return
@@ -152,17 +181,11 @@ def _check_shard(
             f"{SAMPLES_NAME} {len(rows)}"
         )
         return
-    if manifest.form.payload == "foreign":
-        return
     # The tar's own structure is sound, so the members can be found by it and not by the index.
-    places = [line.split(" ") for line in index.decode().splitlines()[1:]]
     with path.open("rb") as file:
-        for position, (row, words) in enumerate(zip(rows, places, strict=True)):
-            members: dict[str, tuple[int, int]] = {}
-            for k in range(0, len(words), 4):
-                members[words[k]] = (int(words[k + 1]), int(words[k + 2]))
-            if words[3].partition(".")[0] != row.key:
-                yield f"{entry.name}: sample {position} is {words[3]}, expected key {row.key}"
+        for position, (row, (key, members)) in enumerate(zip(rows, samples_of(index), strict=True)):
+            if key != row.key:
+                yield f"{entry.name}: sample {position} is {key}, expected key {row.key}"
                 continue
 
             def content(ext: str, members: dict[str, tuple[int, int]] = members) -> bytes:
@@ -171,6 +194,10 @@ def _check_shard(
                 return file.read(size)
 
             try:
+                if manifest.form.payload == "foreign":
+                    if position in chosen:
+                        _check_foreign(row, content(video_ext(members) or "mp4"))
+                    continue
                 table = _check_facts(manifest, row, content(FRAMES_EXT), content(FACTS_EXT))
                 exts = [segment_ext(k, manifest.form.payload) for k in range(table.num_segments)]
                 if list(members) != [*exts, FRAMES_EXT, FACTS_EXT]:
@@ -182,6 +209,15 @@ def _check_shard(
                 yield f"{entry.name}: {row.key} has no member {error}"
             except (ShardError, OSError, ValueError, av.error.FFmpegError) as error:
                 yield f"{entry.name}: {row.key}: {error}"
+            except VideoFault as fault:
+                yield f"{entry.name}: {row.key}: {fault.detail}"
+
+
+def _check_foreign(row: SourceRow, content: bytes) -> None:
+    """Decode a video of others in full."""
+    found = measure_video(content, row.source).num_frames
+    if found != row.num_frames:
+        raise ShardError(f"{found} frames decode, the manifest says {row.num_frames}")
 
 
 def _check_facts(manifest: Manifest, row: SourceRow, table: bytes, facts: bytes) -> FrameTable:

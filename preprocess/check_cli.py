@@ -38,8 +38,6 @@ def main(argv: Sequence[str]) -> None:
         if not faults:
             manifest = read_manifest(folder)
             decoded = manifest.num_samples if args.decode < 0 else args.decode
-            if manifest.form.payload == "foreign":
-                decoded = 0
             print(
                 f"{folder}: sound: {manifest.num_samples:,} samples in {len(manifest.shards):,} "
                 f"shards, {sum(s.num_bytes for s in manifest.shards):,} bytes hashed, "

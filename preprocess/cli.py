@@ -420,10 +420,42 @@ def _merge(argv: Sequence[str]) -> None:
 
 def _index(argv: Sequence[str]) -> None:
     """`index FOLDER`: make foreign shards known without encoding anything anew."""
-    parser = _Parser(prog="tools/shard.py index", description="Index foreign shards.")
-    parser.add_argument("folder", type=Path, help="holds *.tar with mp4 and cls or json members")
+    parser = _Parser(
+        prog="tools/shard.py index",
+        description="Index foreign shards.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    form = NormalForm()
+    add = parser.add_argument
+    add("folder", type=Path, help="holds *.tar with mp4 and cls or json members")
+    add("--classes", type=Path, help="class names, one a line; default: as found in the samples")
+    add("--width", type=int, default=form.width, help="that the loader scales to, pixels")
+    add("--height", type=int, default=form.height, help="that the loader scales to, pixels")
+    add("--fit", choices=("stretch", "crop"), default=form.fit, help="for other aspect ratios")
+    add("--min-frames", type=int, default=form.min_frames, help="shorter videos are left out")
+    add("--workers", type=int, default=0, help="threads; 0: one for each CPU")
+    add("--max-rejects", type=float, default=0.05, metavar="SHARE", help="more: exit status 2")
     args = parser.parse_args(argv)
-    print(index_folder(args.folder), flush=True)
+    try:
+        form = NormalForm(
+            payload="foreign",
+            width=args.width,
+            height=args.height,
+            fit=args.fit,
+            min_frames=args.min_frames,
+        )
+        classes = args.classes.read_text(encoding="utf-8").splitlines() if args.classes else ()
+    except ShardError as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --classes {args.classes}: {error}") from error
+    names = [line.strip() for line in classes if line.strip()]
+    try:
+        manifest, told = index_folder(args.folder, form, names, args.workers)
+    except OSError as error:
+        raise ShardError(f"{args.folder}: {error}; mend that and run the command again") from error
+    print(told, flush=True)
+    _check_rejects(manifest, args.folder, args.max_rejects)
 
 
 def closing_table(

@@ -1,26 +1,29 @@
 """Index and manifest for shards that somebody else wrote, without encoding anything anew."""
 
-import io
 import json
 import os
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import av
-import av.error
+import numpy as np
 
-from strata.errors import ShardError
-from strata.preprocess.check import hash_file_of, index_of
+from strata.errors import FaultKind, ShardError, VideoFault
+from strata.foreign import ForeignFacts, decode_frames, measure_video, video_ext
+from strata.preprocess.check import hash_file_of, index_of, samples_of
 from strata.preprocess.manifest import build_manifest, write_manifest
 from strata.preprocess.shards import replace_file
 from strata.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
     NO_LABEL,
+    Manifest,
     NormalForm,
     ShardEntry,
     SourceRow,
@@ -28,9 +31,8 @@ from strata.schema import (
 
 __all__ = ["index_folder"]
 
-_VIDEO_EXTS = ("mp4", "webm", "mkv", "avi", "mov")
 _TIMED_SAMPLES = 8
-_CLIP_FRAMES = 16
+_CLIP_FRAMES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +40,35 @@ class _Foreign:
     """A sample of a foreign shard."""
 
     key: str
-    label: int
+    label: str | None
+    """As it is written: a number or a name."""
     class_name: str | None
-    num_frames: int
-    size: tuple[int, int]
+    facts: ForeignFacts | None
     video_bytes: int
-    fault: str | None
+    fault: VideoFault | None
 
 
-def index_folder(folder: Path) -> str:
+def index_folder(
+    folder: Path, form: NormalForm, classes: Sequence[str] = (), workers: int = 0
+) -> tuple[Manifest, str]:
     """Write an index beside every tar of a folder, and a manifest over them.
+
+    Every video is decoded once, in full: so its number of frames is known to the one, and what
+    does not decode is rejected, named, and left out of the index.
 
     Args:
         folder: Holds WebDataset tars whose samples have one video member (`.mp4`, ...) and a label
-            in a `.cls` member or in `.json` as `label` or `cls`.
+            in a `.cls` member or in `.json` as `label` or `cls`: a number or a name.
+        form: What the loader is to make of the videos; its payload is `foreign`.
+        classes: Class names by number; without, they are found in the samples.
+        workers: Threads; 0 for one on each CPU.
 
     Returns:
-        What was found and what it costs to read it, in lines for a person.
+        The manifest; and what was found and what it costs to read it, in lines for a person.
 
     Raises:
-        ShardError: There are no tars, one cannot be read, or the folder has a manifest already.
+        ShardError: There are no tars, one cannot be read, the folder has a manifest already, or
+            labels contradict each other or `classes`.
     """
     if not folder.is_dir():
         raise ShardError(f"shard folder {folder} does not exist; mend the path")
@@ -67,108 +78,110 @@ def index_folder(folder: Path) -> str:
     if not tars:
         raise ShardError(f"{folder} holds no *.tar; give the folder of the shards")
     found: list[list[_Foreign]] = []
-    entries: list[ShardEntry] = []
-    clip_s: list[float] = []
-    for path in tars:
-        try:
-            index, lines = index_of(path)
-            samples = list(_samples(path, clip_s))
-        except (tarfile.TarError, OSError, UnicodeError) as error:
-            raise ShardError(f"{path} is not readable as a tar ({error}); copy it again") from error
-        if len(samples) != lines:
-            raise ShardError(f"{path}: members of one sample do not stand together; write it again")
+    start_s = time.perf_counter()
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "foreign") as pool:
+        for path in tars:
+            samples = _members(path)
+            found.append(list(pool.map(partial(_measure, path, form), samples)))
+    seconds = time.perf_counter() - start_s
+    every = [s for samples in found for s in samples]
+    good = [s for s in every if s.facts is not None]
+    if not good:
+        detail = f", first {every[0].fault}" if every else ""
+        raise ShardError(f"{folder}: no sample has a video that can be used{detail}")
+    names, numbers = _classes(folder, every, classes)
+    rows, entries = [], []
+    for path, samples in zip(tars, found, strict=True):
+        rows += _rows(path.name, samples, numbers, len(entries))
+        kept = [s for s in samples if s.facts is not None]
+        if not kept:
+            continue
+        index, _ = index_of(path, {s.key for s in kept})
         replace_file(path.with_suffix(INDEX_SUFFIX), index)
         entries.append(
             ShardEntry(
                 name=path.name,
-                num_samples=len(samples),
-                num_frames=sum(s.num_frames for s in samples),
+                num_samples=len(kept),
+                num_frames=sum(s.facts.num_frames for s in kept if s.facts),
                 num_bytes=path.stat().st_size,
                 sha256=hash_file_of(path),
             )
         )
-        found.append(samples)
-    every = [s for samples in found for s in samples]
-    classes = _classes(every)
-    rows = [
-        SourceRow(
-            source=f"{entries[shard].name}/{sample.key}",
-            status="written",
-            key=sample.key,
-            label=sample.label,
-            num_frames=sample.num_frames,
-            shard=shard,
-            position=position,
-            detail=sample.fault,
-        )
-        for shard, samples in enumerate(found)
-        for position, sample in enumerate(samples)
-    ]
-    sizes = Counter(s.size for s in every if s.fault is None)
-    if not sizes:
-        raise ShardError(
-            f"{folder}: no sample has a video that opens; members are not {_VIDEO_EXTS}"
-        )
-    width, height = sizes.most_common(1)[0][0]
-    form = NormalForm(payload="foreign", width=width, height=height, min_frames=1)
+    sizes = Counter((s.facts.width, s.facts.height) for s in good if s.facts)
     manifest = build_manifest(
         dataset="foreign",
         split=folder.name,
-        form=form,
-        classes=classes,
+        form=replace(form, payload="foreign"),
+        classes=names,
         shards=entries,
         settings={"sizes": {f"{w}x{h}": count for (w, h), count in sorted(sizes.items())}},
         rows=rows,
     )
     write_manifest(manifest, folder)
-    return _report(folder, every, sizes, clip_s, len(tars))
+    return manifest, _report(folder, every, manifest, sizes, _cost(tars, found, form), seconds)
 
 
-def _samples(path: Path, clip_s: list[float]) -> Iterator[_Foreign]:
-    key, members = "", dict[str, bytes]()
-    with tarfile.open(path) as tar:
-        for info in tar:
-            file = tar.extractfile(info)
-            if file is None:
-                continue
-            head, name = os.path.split(info.name)
-            stem, _, ext = name.partition(".")
-            this = os.path.join(head, stem)
-            if members and this != key:
-                yield _sample(key, members, clip_s)
-                members = {}
-            key = this
-            members[ext.lower()] = file.read()
-    if members:
-        yield _sample(key, members, clip_s)
+def _members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """Keys of a tar's samples with the place of each member.
+
+    Raises:
+        ShardError: It is no tar, or one key comes twice.
+    """
+    try:
+        index, _ = index_of(path)
+    except (tarfile.TarError, OSError, UnicodeError) as error:
+        raise ShardError(f"{path} is not readable as a tar ({error}); copy it again") from error
+    try:
+        samples = samples_of(index)
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"{path}: a member's name has a space; write the tar again") from error
+    twice = [key for key, count in Counter(key for key, _ in samples).items() if count > 1]
+    if twice:
+        raise ShardError(
+            f"{path}: the members of {twice[0]} do not stand together, or two samples have this "
+            "name; write the tar again"
+        )
+    return samples
 
 
-def _sample(key: str, members: dict[str, bytes], clip_s: list[float]) -> _Foreign:
-    label, class_name = _label(members)
-    ext = next((e for e in _VIDEO_EXTS if e in members), None)
-    num_frames, size, fault = 0, (0, 0), None
-    if ext is None:
-        fault = f"no video member; members are {', '.join(sorted(members))}"
-    else:
-        try:
-            num_frames, size = _measure(members[ext])
-            if len(clip_s) < _TIMED_SAMPLES:
-                clip_s.append(_time_clip(members[ext], num_frames))
-        except (av.error.FFmpegError, OSError, IndexError) as error:
-            fault = f"the video does not open: {error}"
+def _measure(
+    path: Path, form: NormalForm, sample: tuple[str, dict[str, tuple[int, int]]]
+) -> _Foreign:
+    key, members = sample
+
+    def content(ext: str) -> bytes:
+        offset, size = members[ext]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    told = {ext.lower(): content(ext) for ext in members if ext.lower() in ("cls", "json")}
+    label, class_name = _label(told)
+    source, ext = f"{path.name}/{key}", video_ext(members)
+    facts, fault = None, None
+    try:
+        if ext is None:
+            exts = ", ".join(sorted(members))
+            raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, f"the members are {exts}")
+        facts = measure_video(content(ext), source)
+        if facts.num_frames < form.min_frames:
+            detail = f"{facts.num_frames} frames, {form.min_frames} asked for"
+            raise VideoFault(FaultKind.TOO_SHORT, source, detail)
+    except VideoFault as error:
+        facts, fault = None, error
     return _Foreign(
         key=key,
         label=label,
         class_name=class_name,
-        num_frames=num_frames,
-        size=size,
-        video_bytes=len(members[ext]) if ext else 0,
+        facts=facts,
+        video_bytes=members[ext][1] if ext else 0,
         fault=fault,
     )
 
 
-def _label(members: dict[str, bytes]) -> tuple[int, str | None]:
-    facts = {}
+def _label(members: dict[str, bytes]) -> tuple[str | None, str | None]:
+    """The label as it is written, and the name of its class if that is told beside it."""
+    facts: Any = {}
     if "json" in members:
         try:
             facts = json.loads(members["json"])
@@ -177,75 +190,120 @@ def _label(members: dict[str, bytes]) -> tuple[int, str | None]:
     if not isinstance(facts, dict):
         facts = {}
     name = facts.get("class_name")
-    text = members["cls"].decode("utf-8", "replace") if "cls" in members else ""
-    for value in (text.strip(), facts.get("label"), facts.get("cls")):
-        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
-            return int(value), name if isinstance(name, str) else None
-    return NO_LABEL, None
+    text = members.get("cls", b"").decode("utf-8", "replace")
+    for value in (text, facts.get("label"), facts.get("cls")):
+        if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
+            return str(value).strip(), name if isinstance(name, str) else None
+    return None, None
 
 
-def _measure(content: bytes) -> tuple[int, tuple[int, int]]:
-    """Frames and size, without decoding."""
-    with av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        size = (stream.codec_context.width, stream.codec_context.height)
-        return sum(1 for packet in container.demux(stream) if packet.size), size
+def _classes(
+    folder: Path, samples: Sequence[_Foreign], given: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """Class names by number, and the number of each label as it is written.
+
+    Raises:
+        ShardError: Numbers and names are mixed, or a label is none of the classes given.
+    """
+    labels = sorted({s.label for s in samples if s.label is not None} - {str(NO_LABEL)})
+    numeric = [label for label in labels if label.isdecimal()]
+    if numeric and len(numeric) != len(labels):
+        other = next(label for label in labels if not label.isdecimal())
+        raise ShardError(
+            f"{folder}: labels are numbers ({numeric[0]}) and names ({other}); write one kind"
+        )
+    if not numeric:
+        names = list(given) or labels
+        numbers = {name: k for k, name in enumerate(names)}
+    else:
+        told = {int(s.label): s.class_name for s in samples if s.label in numeric and s.class_name}
+        count = max(map(int, numeric)) + 1
+        names = list(given) or [told.get(k) or str(k) for k in range(count)]
+        numbers = {label: int(label) for label in numeric if int(label) < len(names)}
+    unknown = [label for label in labels if label not in numbers]
+    if unknown:
+        raise ShardError(
+            f"{folder}: label {unknown[0]} is none of the {len(names)} classes given; mend "
+            "--classes"
+        )
+    return names, numbers
 
 
-def _time_clip(content: bytes, num_frames: int) -> float:
-    """Seconds to decode a clip from the middle, from its key frame on."""
-    start_s = time.perf_counter()
-    with av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1
-        middle = (stream.start_time or 0) + (stream.duration or 0) // 2
-        container.seek(middle, stream=stream)
-        left = _CLIP_FRAMES
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.pts >= middle:
-                frame.to_ndarray(format="rgb24")
-                left -= 1
-            if not left:
-                break
-    return time.perf_counter() - start_s
+def _rows(
+    tar: str, samples: Sequence[_Foreign], numbers: dict[str, int], shard: int
+) -> list[SourceRow]:
+    rows, position = [], 0
+    for sample in samples:
+        row = SourceRow(
+            source=f"{tar}/{sample.key}",
+            status="rejected",
+            label=numbers.get(sample.label or "", NO_LABEL),
+        )
+        if sample.fault is not None:
+            row = replace(row, reason=sample.fault.kind.value, detail=sample.fault.detail)
+        elif sample.facts is not None:
+            row = replace(
+                row,
+                status="written",
+                key=sample.key,
+                num_frames=sample.facts.num_frames,
+                shard=shard,
+                position=position,
+            )
+            position += 1
+        rows.append(row)
+    return rows
 
 
-def _classes(samples: Sequence[_Foreign]) -> list[str]:
-    """Names by label; a label that nothing names is called by its number."""
-    labels = {s.label for s in samples} - {NO_LABEL}
-    if not labels:
-        return []
-    names = {s.label: s.class_name for s in samples if s.class_name}
-    return [names.get(label) or str(label) for label in range(max(labels) + 1)]
+def _cost(
+    tars: Sequence[Path], found: Sequence[Sequence[_Foreign]], form: NormalForm
+) -> tuple[float, float]:
+    """Milliseconds of one core and frames decoded for a clip from the middle of a video."""
+    good = [(p, s) for p, samples in zip(tars, found, strict=True) for s in samples if s.facts]
+    times, counts = [], []
+    for path, sample in good[:: max(len(good) // _TIMED_SAMPLES, 1)][:_TIMED_SAMPLES]:
+        members = dict(_members(path))[sample.key]
+        offset, size = members[video_ext(members) or ""]
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        total = sample.facts.num_frames if sample.facts else 0
+        first = max((total - _CLIP_FRAMES) // 2, 0)
+        frames = np.arange(first, min(first + _CLIP_FRAMES, total))
+        start_s = time.thread_time()
+        _, count = decode_frames(content, sample.key, total, frames, form)
+        times.append(time.thread_time() - start_s)
+        counts.append(count)
+    return 1000 * float(np.mean(times)), float(np.mean(counts))
 
 
 def _report(
     folder: Path,
     samples: Sequence[_Foreign],
+    manifest: Manifest,
     sizes: Counter[tuple[int, int]],
-    clip_s: Sequence[float],
-    num_tars: int,
+    cost: tuple[float, float],
+    seconds: float,
 ) -> str:
-    faults = [s for s in samples if s.fault]
-    frames = sum(s.num_frames for s in samples)
-    per_frame = sum(s.video_bytes for s in samples) / max(frames, 1)
-    labelled = sum(s.label != NO_LABEL for s in samples)
+    written = manifest.written
+    frames = sum(row.num_frames for row in written)
+    per_frame = sum(s.video_bytes for s in samples if s.facts) / frames
+    labelled = sum(row.label != NO_LABEL for row in written)
+    faults = [s.fault for s in samples if s.fault]
     lines = [
         f"foreign shards -> {folder}",
-        f"  {len(samples):,} samples in {num_tars:,} tars, {labelled:,} with a label, "
-        f"{frames:,} frames, {per_frame:,.0f} bytes each",
+        f"  {len(written):,} samples in {len(manifest.shards):,} tars, {labelled:,} with a label "
+        f"of {len(manifest.classes):,} classes, {frames:,} frames, {per_frame:,.0f} bytes each",
         "  sizes: " + ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common(4)),
+        f"  rejected: {len(faults):,}, left out of the index",
     ]
-    lines += [f"  {s.key}: {s.fault}" for s in faults[:10]]
+    lines += [f"    {fault}" for fault in faults[:10]]
     if len(faults) > 10:
-        lines.append(f"  ... {len(faults):,} samples without a usable video in all")
-    if clip_s:
-        lines.append(
-            f"  cost: {1000 * sum(clip_s) / len(clip_s):.1f} ms of one core to decode "
-            f"{_CLIP_FRAMES} frames from the middle of a video, before any scaling"
-        )
+        lines.append("    ...")
     lines.append(
-        "  webdataset and DALI's own readers can use the index. Strata's loader reads its own "
-        "shards alone: to train on these, unpack them and run tools/shard.py folder"
+        f"  cost: a training sample takes {cost[0]:.1f} ms of one core to decode and scale, as "
+        f"{cost[1]:.0f} frames are decoded for {_CLIP_FRAMES}; it is paid in every epoch. Unpacked "
+        "and sharded by tools/shard.py folder, only frames that are used are decoded"
     )
+    lines.append(f"  every video decoded once in {seconds:,.1f} s")
     return "\n".join(lines)

@@ -78,7 +78,8 @@ class NormalForm:
     fit: Literal["stretch", "crop"] = "stretch"
     """How another aspect ratio becomes this one: stretched, or the centre cut out."""
     payload: Payload = "jpeg"
-    """How pictures are stored. `foreign` is what `tools/shard.py index` found: anything."""
+    """How pictures are stored. `foreign` is what `tools/shard.py index` found: videos of any size,
+    which become this form when they are decoded."""
     quality: int = 90
     """JPEG quality, 1 to 95."""
     codec: Literal["h264", "vp9", "mjpeg"] = "h264"
@@ -100,7 +101,7 @@ class NormalForm:
         Raises:
             ShardError: A field is out of its range.
         """
-        for name in ("width", "height") if self.payload != "foreign" else ():
+        for name in ("width", "height"):
             value = getattr(self, name)
             if value <= 0 or value % 16:
                 raise ShardError(f"normal form: {name} is {value}; use a positive multiple of 16")

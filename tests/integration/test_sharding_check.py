@@ -1,5 +1,6 @@
 """A finished shard folder is checked: any flipped bit is found; foreign shards are made known."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,8 +14,8 @@ from strata.errors import ShardError
 from strata.preprocess.check import check_folder
 from strata.preprocess.check_cli import main as verify
 from strata.preprocess.cli import main
-from strata.preprocess.manifest import write_manifest
-from strata.schema import read_manifest
+from strata.preprocess.manifest import digest_of, write_manifest
+from strata.schema import NormalForm, read_manifest
 from tests.integration.test_sharding import shard, shards, videos
 from tests.unit.preprocess.videos import moving_scene, write_video
 
@@ -70,10 +71,7 @@ def test_faults_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("part", ["picture", "table", "facts", "key"])
 def test_a_wrong_writer_is_found_behind_right_hashes(copy: Path, part: str) -> None:
     """Another program wrote all hashes right, but a sample that is none."""
-    import dataclasses
     import hashlib
-
-    from strata.preprocess.manifest import digest_of
 
     manifest = read_manifest(copy)
     path = copy / manifest.shards[0].name
@@ -143,23 +141,94 @@ def test_foreign_shards_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = tmp_path / "theirs"
     foreign_shards(folder)
     before = {p: p.read_bytes() for p in folder.glob("*.tar")}
-    main(["index", str(folder)])
+    main(["index", str(folder), "--min-frames", "20"])
     assert {p: p.read_bytes() for p in folder.glob("*.tar")} == before
     told = capsys.readouterr().out
-    assert "6 samples in 2 tars, 6 with a label" in told
+    assert "6 samples in 2 tars, 6 with a label of 4 classes" in told
     assert "sizes: 96x64 (6)" in told
-    assert "ms of one core to decode 16 frames" in told
-    assert "Strata's loader reads its own shards alone" in told
+    assert "cost: a training sample takes " in told
     manifest = read_manifest(folder)
-    assert manifest.form.payload == "foreign"
+    assert manifest.form == NormalForm(payload="foreign", min_frames=20)
     assert manifest.classes == ("c0", "c1", "c2", "3")
     assert [(r.key, r.label, r.num_frames) for r in manifest.written][:2] == [
         ("part/00", 0, 20),
         ("part/01", 1, 21),
     ]
-    assert check_folder(folder) == []
+    verify([str(folder)])
+    assert "6 samples decoded" in capsys.readouterr().out
     with pytest.raises(ShardError, match=r"has a manifest.json already"):
         main(["index", str(folder)])
+
+
+def test_foreign_shards_are_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    foreign_shards(folder)
+    main(["index", str(folder), "--min-frames", "21", "--max-rejects", "0.4"])
+    assert check_folder(folder, decode=-1) == []
+    manifest = read_manifest(folder)
+    rows = [r for r in manifest.rows if r.status == "rejected"]
+    assert [(r.source, r.reason) for r in rows] == [
+        ("x-0.tar/part/00", "too-short"),
+        ("x-1.tar/part/10", "too-short"),
+    ]
+    shutil.copyfile(folder / "x-0.tar", folder / "y.tar")
+    assert check_folder(folder, decode=0) == ["y.tar: the manifest does not know it; remove it"]
+    (folder / "y.tar").unlink()
+    # The rejected ones stay in the tar, and their bytes under its hash.
+    path = folder / "x-0.tar"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    assert check_folder(folder, decode=0) == ["x-0.tar: its SHA-256 is not what the manifest says"]
+    content[1000] ^= 1
+    path.write_bytes(content)
+    # A manifest that counts another number of frames than decode.
+    wrong = [
+        dataclasses.replace(r, num_frames=22) if r.num_frames == 21 else r for r in manifest.rows
+    ]
+    changed = dataclasses.replace(manifest, rows=tuple(wrong))
+    write_manifest(dataclasses.replace(changed, digest=digest_of(changed)), folder)
+    assert check_folder(folder, decode=-1) == [
+        f"x-{k}.tar: part/{k}1: 21 frames decode, the manifest says 22" for k in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "found"),
+    [
+        (["7", "0", "0"], "", tuple("01234567")),
+        (["walk", "run", "walk"], "", ("run", "walk")),
+        (["walk", "run", "walk"], "walk\nrun\njump\n", ("walk", "run", "jump")),
+        (["1", "0", "1"], "walk\nrun\njump\n", ("walk", "run", "jump")),
+        (["1", "3", "1"], "walk\nrun\njump\n", "label 3 is none of the 3 classes given"),
+        (["walk", "3", "1"], "", r"labels are numbers \(1\) and names \(walk\)"),
+    ],
+)
+def test_labels_of_foreign_shards(
+    tmp_path: Path, labels: list[str], classes: str, found: tuple[str, ...] | str
+) -> None:
+    content = write_video(tmp_path / "v.mp4", moving_scene(5, 32, 32)).read_bytes()
+    (tmp_path / "theirs").mkdir()
+    with tarfile.open(tmp_path / "theirs" / "a.tar", "w") as tar:
+        for k, label in enumerate(labels):
+            for ext, part in (("mp4", content), ("cls", label.encode())):
+                info = tarfile.TarInfo(f"{k}.{ext}")
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
+    argv = ["index", str(tmp_path / "theirs"), "--min-frames", "1"]
+    if classes:
+        (tmp_path / "classes.txt").write_text(classes)
+        argv += ["--classes", str(tmp_path / "classes.txt")]
+    if isinstance(found, str):
+        with pytest.raises(ShardError, match=found):
+            main(argv)
+        assert not (tmp_path / "theirs" / "manifest.json").exists()
+        return
+    main(argv)
+    manifest = read_manifest(tmp_path / "theirs")
+    assert manifest.classes == found
+    names = [manifest.classes[r.label] for r in manifest.written]
+    assert names == [found[int(x)] if x.isdigit() else x for x in labels]
 
 
 def test_index_of_foreign_shards_is_what_dali_makes(tmp_path: Path) -> None:
@@ -169,7 +238,7 @@ def test_index_of_foreign_shards_is_what_dali_makes(tmp_path: Path) -> None:
 
     folder = tmp_path / "theirs"
     foreign_shards(folder)
-    main(["index", str(folder)])
+    main(["index", str(folder), "--min-frames", "1"])
     pipeline = Pipeline(batch_size=3, num_threads=1, device_id=None)
     tar = folder / "x-1.tar"
     with pipeline:
@@ -185,11 +254,24 @@ def test_index_of_foreign_shards_is_what_dali_makes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, r"holds no \*.tar"), (b"not a tar at all" * 100, "not readable as a tar")],
+    ("names", "message"),
+    [
+        (None, r"holds no \*.tar"),
+        ([], "not readable as a tar"),
+        (["a.mp4"], r"no sample has a video that can be used, first a\.tar/a: unreadable"),
+        (["a.txt"], r"no sample has a video that can be used, first a\.tar/a: no-video-stream"),
+        (["a.mp4", "b.mp4", "a.cls"], "the members of a do not stand together, or two samples"),
+        (["my video.mp4"], "a member's name has a space"),
+    ],
 )
-def test_index_of_what_is_none(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "a.tar").write_bytes(content)
+def test_index_of_what_is_none(tmp_path: Path, names: list[str] | None, message: str) -> None:
+    if names is not None:
+        path = tmp_path / "a.tar"
+        path.write_bytes(b"not a tar at all" * 100)
+        if names:
+            with tarfile.open(path, "w") as tar:
+                for name in names:
+                    tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     with pytest.raises(ShardError, match=message):
         main(["index", str(tmp_path)])
+    assert not (tmp_path / "manifest.json").exists()

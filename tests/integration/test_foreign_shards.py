@@ -1,0 +1,48 @@
+"""Tars that somebody else wrote: indexed, then trained and evaluated on as they are."""
+
+from pathlib import Path
+
+import yaml
+from webdataset.writer import ShardWriter
+
+from strata.preprocess.cli import main
+from strata.schema import read_manifest
+from tests.commands import TINY, records, succeed
+from tests.unit.preprocess.videos import moving_scene, write_video
+
+
+def test_from_foreign_tars_to_a_figure(tmp_path: Path):
+    for name, first in (("train", 0), ("test", 8)):
+        (tmp_path / name).mkdir()
+        with ShardWriter(str(tmp_path / name / "%03d.tar"), maxcount=5, verbose=0) as writer:
+            for k in range(first, first + 8):
+                video = write_video(
+                    tmp_path / "v.mp4",
+                    moving_scene(36, 80, 60, seed=k),
+                    codec="libx264",
+                    options={"g": "12", "bf": "2"},
+                )
+                facts = {"label": ("run", "walk")[k % 2]}
+                writer.write({"__key__": f"v{k}", "mp4": video.read_bytes(), "json": facts})
+        main(["index", str(tmp_path / name)])
+    tiny, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    tiny.write_text(yaml.safe_dump(TINY | {"schedule": {"epochs": 1, "lr_drop_epochs": []}}))
+    stride = ("--data.clips.max_stride", "1.1")
+    succeed(
+        "train/main.py",
+        "--config",
+        tiny,
+        "--data.shards",
+        tmp_path / "train",
+        "--run",
+        run,
+        *stride,
+    )
+    assert [r["step"] for r in records(run, "step")] == [1, 2]
+    said = succeed(
+        "eval/main.py",
+        "retrieval",
+        *("--checkpoint", run, "--gallery", tmp_path / "train", "--query", tmp_path / "test"),
+    )
+    assert "8 training and 8 test videos" in said
+    assert read_manifest(tmp_path / "train").classes == ("run", "walk")
