@@ -33,7 +33,7 @@ _MIN_DECODED_SHARE = 0.9
 """Of the frames that the header promises; below, the video is truncated, as in sharding."""
 
 _SCALER = "flags=bicubic+accurate_rnd+bitexact"
-_TO_RGB = "scale=flags=accurate_rnd+bitexact+full_chroma_int"
+_TO_RGB = "scale=flags=accurate_rnd+bitexact"
 """After full range and full chroma: in one step swscale loses one to two levels of brightness."""
 
 _TURNS = {90: ("transpose=cclock",), 180: ("hflip", "vflip"), 270: ("transpose=clock",)}

@@ -58,6 +58,18 @@ def test_pictures_are_those_of_the_source(tmp_path: Path, settings: dict):
     assert np.abs(found.mean((0, 1, 2)) - expected.mean((0, 1, 2))).max() < 1.5
 
 
+def test_brightness_is_kept(tmp_path: Path):
+    levels = np.arange(20, 240, 10)
+    frames = np.ones((len(levels), 64, 96, 3)) * levels[:, None, None, None]
+    path = write_video(
+        tmp_path / "a.mkv", frames.astype(np.uint8), codec="libx264", options={"crf": "0"}
+    )
+    found, _ = decode(path.read_bytes(), np.arange(len(levels)))
+    gap = found.mean((1, 2)) - levels[:, None]
+    assert np.abs(gap).max() <= 1.5
+    assert abs(gap.mean()) < 0.7
+
+
 @pytest.mark.parametrize("fit", ["stretch", "crop"])
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_rotation(tmp_path: Path, degrees: int, fit: str):

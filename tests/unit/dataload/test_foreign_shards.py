@@ -133,14 +133,15 @@ def test_batches_are_those_of_the_reference(folder: Path):
 def test_evaluation_shows_the_frames_it_should(folder: Path):
     reader, config = ShardReader(folder), config_for(folder)
     loader = EvaluationLoader(
-        reader, config, world=World(), device=CPU, videos_per_batch=3, num_clips=2, stride=3
+        reader, config, world=World(), device=CPU, videos_per_batch=3, num_clips=2, stride=2
     )
     batch = next(iter(loader))
     loader.close()
     # Decoded once for both clips, and none after the last frame.
     assert batch.frames_decoded <= sum(reader.num_frames[:3])
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
-    frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=3)
+    frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=2)
+    assert (frames[:, 0] != frames[:, 1]).all()
     for row, clip in itertools.product(range(3), range(2)):
         shown = whole_video(reader, row)[frames[row, clip]]
         want = reference_view(shown, ViewSlice(0, 16), crop, 0, 32, photometric=False)
