@@ -246,12 +246,13 @@ class GpuCollector(Collector):
     """One GPU, or one MIG device.
 
     Args:
-        uuid: The GPU, as `torch.cuda.get_device_properties(i).uuid` names it; an index would
-            ignore CUDA_VISIBLE_DEVICES.
+        uuid: The GPU, as `torch.cuda.get_device_properties(i).uuid` names it, which does not say
+            whether it is a MIG device; an index would ignore CUDA_VISIBLE_DEVICES.
     """
 
     def __init__(self, uuid: str) -> None:
-        self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        self._plain = not uuid.startswith(("GPU-", "MIG-"))
+        self._uuid = f"GPU-{uuid}" if self._plain else uuid
         self._handle: Any = None
         self._gpm: _Gpm | None = None
         self._seen = False
@@ -261,10 +262,21 @@ class GpuCollector(Collector):
     def _open(self) -> Any:
         if self._handle is None:
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
+            handle = self._find()
             self._gpm = self._open_gpm(handle)
             self._handle = handle
         return self._handle
+
+    def _find(self) -> Any:
+        try:
+            return pynvml.nvmlDeviceGetHandleByUUID(self._uuid)
+        except pynvml.NVMLError as error:
+            if not self._plain or error.value != pynvml.NVML_ERROR_NOT_FOUND:  # pyright: ignore[reportAttributeAccessIssue]
+                raise
+        mig = self._uuid.replace("GPU-", "MIG-", 1)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(mig)
+        self._uuid, self._plain = mig, False
+        return handle
 
     def _open_gpm(self, handle: Any) -> _Gpm | None:
         try:

@@ -24,7 +24,7 @@ class FakeNvml:
     """
 
     UUID = b"GPU-abc"
-    MIG = b"MIG-abc"
+    MIG = b"MIG-def"
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, gpm: bool = False, missing: tuple[str, ...] = ()

@@ -72,19 +72,20 @@ def test_gpm_tells_means_between_two_scrapes_and_frees_its_samples(monkeypatch: 
     assert "sm_activity_ratio" not in read(collector)
 
 
-def test_a_mig_device_is_sampled_through_its_parent(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("uuid", ["MIG-def", "def"])
+def test_a_mig_device_is_sampled_through_its_parent(uuid: str, monkeypatch: pytest.MonkeyPatch):
     nvml = FakeNvml(monkeypatch, gpm=True)
     nvml.gpm_values = {pynvml.NVML_GPM_METRIC_SM_UTIL: 75.0}
     for name in ("UtilizationRates", "DecoderUtilization", "JpgUtilization", "PcieThroughput"):
         nvml.errors[f"nvmlDeviceGet{name}"] = pynvml.NVML_ERROR_NOT_SUPPORTED
-    collector = GpuCollector("MIG-abc")
+    collector = GpuCollector(uuid)
     read(collector)
     found = read(collector)
     assert found["sm_activity_ratio"] == 0.75
     assert found["memory_used_bytes"] == 2**30
     assert "utilization_ratio" not in found
     assert nvml.mig_samples == [3, 3]
-    assert {r.labels["gpu"] for r in collector.read()} == {"MIG-abc"}
+    assert {r.labels["gpu"] for r in collector.read()} == {"MIG-def"}
 
 
 @pytest.mark.parametrize(
