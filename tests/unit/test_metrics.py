@@ -120,8 +120,9 @@ def test_a_password_is_asked_for(tmp_path: Path):
     metrics.close()
 
 
-def test_tls(tmp_path: Path):
-    certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of localhost that is its own authority, and its key."""
+    certificate, key = folder / "c.pem", folder / "k.pem"
     made = subprocess.run(
         [
             *"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split(),
@@ -133,16 +134,37 @@ def test_tls(tmp_path: Path):
     )
     if made.returncode:
         pytest.skip("no openssl to make a certificate with")
+    return certificate, key
+
+
+def test_tls(tmp_path: Path):
+    certificate, key = make_certificate(tmp_path)
     metrics = Metrics()
     port = metrics.serve(ExporterConfig(certificate=certificate, key=key), 0)
     context = ssl.create_default_context(cafile=str(certificate))
     url = f"https://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=5, context=context) as answer:
         assert b"strata_build_info" in answer.read()
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        urllib.request.urlopen(url, timeout=5)
     metrics.close()
     key.write_text("no key")
     with pytest.raises(ConfigError, match="do not fit"):
         Metrics().serve(ExporterConfig(certificate=certificate, key=key), 0)
+
+
+def test_mutual_tls_refuses_clients_without_a_certificate(tmp_path: Path):
+    certificate, key = make_certificate(tmp_path)
+    metrics = Metrics()
+    config = ExporterConfig(certificate=certificate, key=key, client_authority=certificate)
+    url = f"https://127.0.0.1:{metrics.serve(config, 0)}/metrics"
+    context = ssl.create_default_context(cafile=str(certificate))
+    with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(url, timeout=5, context=context)
+    context.load_cert_chain(certificate, key)
+    with urllib.request.urlopen(url, timeout=5, context=context) as answer:
+        assert b"strata_build_info" in answer.read()
+    metrics.close()
 
 
 def test_settings_that_do_not_fit_are_named(tmp_path: Path):
