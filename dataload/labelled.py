@@ -13,7 +13,6 @@ from strata.dataload.loader import Batch, DataConfig, TrainLoader
 from strata.dataload.pipeline import ClipPipeline, ViewSlice
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import read_windows
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 
@@ -158,7 +157,7 @@ class LabelledLoader(TrainLoader):
         )
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, _PLACE_VIEW, 1)
         frames = training_clip(reader.num_frames[samples], spec, draws[:, 0])
-        coded = read_windows(reader, samples, frames, self._maker.threads)
+        coded = self._windows(samples, frames)
         form = reader.manifest.form
         drawn = draw_view(
             config.views,

@@ -1,5 +1,6 @@
 """Typed batches from shards, made a few ahead, in an order that is arithmetic."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import AugmentSpec, ViewParameters, centre_crop, draw_view
+from strata.dataload.cache import CacheChoice, FrameCache
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.faults import (
     Fault,
@@ -69,6 +71,9 @@ class DataConfig:
     """Where pictures are decoded; auto takes the GPU where this rank trains on one that can."""
     augment: DeviceChoice = "auto"
     """Where views are augmented; auto takes the GPU where this rank trains on one."""
+    cache: CacheChoice = "none"
+    """Where decoded frames are kept while training, see dataload/cache.py: host is memory that the
+    ranks of a node share, device each rank's GPU. Batches are those of decode cpu, bit for bit."""
     threads: int = 0
     """DALI threads of a rank; 0 divides the machine's cores by its ranks."""
     prefetch: int = 2
@@ -98,6 +103,16 @@ class DataConfig:
             raise ConfigError("data.threads must be 0 or more and data.stall_s above 0")
         if self.decode == "gpu" and self.augment == "cpu":
             raise ConfigError("data.augment cpu cannot follow data.decode gpu; decode on the cpu")
+        if self.decode == "gpu" and self.cache != "none":
+            raise ConfigError(
+                f"data.cache {self.cache} keeps what the CPU decodes, but data.decode is gpu; use "
+                "data.decode auto or cpu, or data.cache none"
+            )
+        if self.augment == "cpu" and self.cache == "device":
+            raise ConfigError(
+                "data.cache device is for augmenting on the GPU, but data.augment is cpu; use "
+                "data.augment auto or gpu, or data.cache host"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +134,10 @@ class Batch:
     step: int
     """Within the epoch."""
     frames_decoded: int
+    """With a cache those that it was filled with."""
     bytes_read: int
     read_s: float = 0.0
-    """Time of the loader's thread to get the coded bytes."""
+    """Time of the loader's thread to get the coded bytes, or the frames from the cache."""
     graph_s: float = 0.0
     """Time of the loader's thread to decode and augment."""
 
@@ -186,10 +202,15 @@ class _GraphMaker:
                 raise ConfigError(
                     f"data.{name} is gpu, but this rank has no GPU; use data.{name} auto or cpu"
                 )
+        if config.cache == "device" and not on_gpu:
+            raise ConfigError(
+                "data.cache is device, but this rank has no GPU; use data.cache host or none"
+            )
         self.reader = reader
         self.decode: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.decode != "cpu" else "cpu"
         self.augment: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.augment != "cpu" else "cpu"
-        if self.augment == "cpu":
+        self.cached = config.cache != "none"
+        if self.augment == "cpu" or self.cached:
             self.decode = "cpu"
         self.decode = choose_decoder(reader, config.decode, device, self.decode)
         self.device = device
@@ -207,7 +228,8 @@ class _GraphMaker:
             GraphSpec(
                 batch_size=batch_size,
                 strip_frames=strip_frames,
-                coded=_CODED[form.payload],
+                coded="frames" if self.cached else _CODED[form.payload],
+                frames_on=self.augment if self.cached else "cpu",
                 height=form.height,
                 width=form.width,
                 size=self.size,
@@ -233,7 +255,7 @@ class _GraphMaker:
             made = pipeline.run(windows.coded, views, windows.places)
             return [v.to(self.device, non_blocking=True) for v in made]
         except RuntimeError as error:
-            if pipeline.spec.coded == "frames":
+            if pipeline.spec.coded == "frames" or isinstance(windows.coded, Tensor):
                 raise  # They were decoded before, and faults of samples found then.
             places = find_undecodable(windows.coded)
             if not places:
@@ -308,6 +330,10 @@ class TrainLoader:
         self._epochs, self._start_step, self._wants_long = epochs, start_step, wants_long
         self._stream = _Stream(device)
         plan.batch(epochs[0], 0, world.rank, world.size)  # refuse a batch that does not divide
+        self._cache: FrameCache | None = None
+        if config.cache != "none":
+            on = device if self._maker.augment == "gpu" else torch.device("cpu")
+            self._cache = FrameCache(reader, config.cache, on, self._maker.threads)
         self._prefetcher: Prefetcher[tuple[Batch, torch.cuda.Event | None]] = Prefetcher(
             self._stream.produce(self._batches()), depth=config.prefetch, stall_s=config.stall_s
         )
@@ -341,8 +367,14 @@ class TrainLoader:
         """Name the samples up to a pool ahead, so that remote shards are here in time."""
         if self._reader.limit_bytes is not None:
             start = step * self._plan.batch_size
-            order = self._plan.epoch_order(epoch)
-            self._reader.fetch_ahead(order[start : start + self._plan.pool_samples])
+            coming = self._plan.epoch_order(epoch)[start : start + self._plan.pool_samples]
+            self._reader.fetch_ahead(coming if self._cache is None else self._cache.missing(coming))
+
+    def _windows(self, samples: np.ndarray, windows: np.ndarray) -> CodedWindows:
+        """The chosen frames of several samples, coded or from the cache."""
+        if self._cache is None:
+            return read_windows(self._reader, samples, windows, self._maker.threads)
+        return self._cache.windows(samples, windows)
 
     def _make(self, epoch: int, step: int) -> Batch:
         """A batch; made again with replacements while there are faults within the budget."""
@@ -369,7 +401,7 @@ class TrainLoader:
         draws = uniforms(plan.seed, Stream.WINDOW, epoch, places, 0, 2)
         windows = training_window(reader.num_frames[samples], config.clips, draws)
         start = time.perf_counter()
-        coded = read_windows(reader, samples, windows, self._maker.threads)
+        coded = self._windows(samples, windows)
         read_s = time.perf_counter() - start
         graph = self._graph(self._wants_long(epoch))
         form = reader.manifest.form
@@ -415,10 +447,12 @@ class TrainLoader:
         return self._prefetcher.depth
 
     def close(self) -> None:
-        """Stop the loader's thread and free its graphs."""
+        """Stop the loader's thread; free its graphs and the cache."""
         self._prefetcher.close()
         for graph in self._graphs.values():
             graph.close()
+        if self._cache is not None:
+            self._cache.close()
 
 
 class EvaluationLoader:
@@ -426,7 +460,7 @@ class EvaluationLoader:
 
     Args:
         reader: The data set.
-        config: Size and devices; the batch size is not used.
+        config: Size and devices; batch size and cache are not used.
         world: This rank and its peers.
         device: Where batches go.
         videos_per_batch: Samples a rank takes at a time.
@@ -445,6 +479,8 @@ class EvaluationLoader:
         num_clips: int,
         stride: int,
     ) -> None:
+        # Each video is shown once: nothing to keep.
+        config = dataclasses.replace(config, cache="none")
         self._reader, self._config = reader, config
         self._maker = _GraphMaker(reader, config, device)
         self._slots, self._valid = evaluation_slots(

@@ -65,6 +65,8 @@ class GraphSpec:
     """Frames of each sample's window."""
     coded: Literal["strip", "video", "frames"] = "strip"
     """Whether a sample is a tall JPEG, a video, or frames that are decoded already."""
+    frames_on: Literal["cpu", "gpu"] = "cpu"
+    """Where frames that are decoded already are given; on a GPU it is that which augments."""
     height: int
     """Rows of a stored frame."""
     width: int
@@ -182,7 +184,7 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
 def _frames(spec: GraphSpec) -> Any:
     """Decode the window of every sample: `[frames, height, width, 3]`, uint8."""
     if spec.coded == "frames":
-        return fn.external_source(name="coded", layout="FHWC")
+        return fn.external_source(name="coded", device=spec.frames_on, layout="FHWC")
     coded = fn.external_source(name="coded")
     device = "mixed" if spec.decode == "gpu" else "cpu"
     shape = [spec.strip_frames, spec.height, spec.width, 3]
@@ -234,7 +236,7 @@ class ClipPipeline:
         @pipeline_def(enable_conditionals=True)
         def graph() -> tuple[Any, ...]:
             frames = _frames(spec)
-            if spec.augment == "gpu" and spec.decode == "cpu":
+            if spec.augment == "gpu" and "gpu" not in (spec.decode, spec.frames_on):
                 frames = frames.gpu()
             return tuple(_view(frames, v, spec) for v in range(len(spec.views)))
 
@@ -251,14 +253,15 @@ class ClipPipeline:
 
     def run(
         self,
-        coded: Sequence[np.ndarray],
+        coded: Sequence[np.ndarray] | Tensor,
         views: Sequence[ViewParameters],
         places: Sequence[np.ndarray] = (),
     ) -> list[Tensor]:
         """Decode and augment one batch.
 
         Args:
-            coded: `batch_size` tall JPEGs, videos or decoded frames, uint8.
+            coded: `batch_size` tall JPEGs, videos or decoded frames, uint8; frames on a GPU as one
+                tensor `[batch_size, strip_frames, height, width, 3]`.
             views: The parameters of each view, `batch_size` long.
             places: For videos, which frames of each are the window, `[strip_frames]`, not
                 decreasing.
@@ -270,7 +273,7 @@ class ClipPipeline:
             RuntimeError: A sample did not decode.
         """
         pipe = self._pipe
-        pipe.feed_input("coded", list(coded))
+        pipe.feed_input("coded", coded if isinstance(coded, Tensor) else list(coded))
         if self.spec.coded == "video":
             pairs = [np.unique(p, return_inverse=True) for p in places]
             pipe.feed_input("seen", [seen.astype(np.int32) for seen, _ in pairs])

@@ -28,14 +28,14 @@ class CodedWindows:
 
     Args:
         coded: N tall JPEGs or mp4 files, uint8; of foreign videos their frames, decoded,
-            `[T, height, width, 3]`.
+            `[T, height, width, 3]`, and of a cache too, on a GPU as one tensor.
         places: For mp4, which of each file's frames are the window, `[T]`; else empty, as what is
             coded is the window.
         num_frames: Frames that are decoded for them, in all.
         num_bytes: Read for them, in all.
     """
 
-    coded: list[np.ndarray]
+    coded: list[np.ndarray] | torch.Tensor
     places: list[np.ndarray]
     num_frames: int
     num_bytes: int

@@ -141,8 +141,9 @@ def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list
         segments, table = encode_segments(frames, form)
         table = replace(table, label=label)
     else:
-        segments = [encode_strip(frames)]
-        offsets, lengths = parse_strip(segments[0])
+        per = form.frames_per_segment
+        segments = [encode_strip(frames[k : k + per]) for k in range(0, len(frames), per)]
+        offsets, lengths = map(np.concatenate, zip(*map(parse_strip, segments), strict=True))
         table = FrameTable(
             label=label,
             height=form.height,

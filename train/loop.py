@@ -337,9 +337,13 @@ class Trainer:
 
     def _dump(self, report: Report) -> None:
         """Make the rank's batch once more, for it is arithmetic, and write it."""
+        # This rank alone comes here, and a shared cache is made by all of a node.
+        data = self.config.data
+        if data.cache != "none":
+            data = dataclasses.replace(data, cache="none", decode="cpu")
         loader = TrainLoader(
             self.reader,
-            self.config.data,
+            data,
             self.plan,
             world=self.world,
             device=self.device,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import strata
+from strata.dataload.cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
@@ -103,6 +104,7 @@ def describe_run(
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
         ("learning rate", _rates(config)),
         ("memory", _memory(memory[largest], largest, world)),
+        *_cache(config, reader),
         ("checkpoints", _checkpoints(config, plan)),
         ("figures", _figures(config)),
     ]
@@ -118,6 +120,7 @@ def describe_run(
         "last_step": last,
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
+        "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
         "stages": {
             str(stage): {
@@ -166,6 +169,14 @@ def _memory(memory: MemoryEstimate, stage: int, world: World) -> str:
     parts = " + ".join(f"{_bytes(value)} {name}" for name, value in vars(memory).items())
     a_rank = "a rank, " if world.size > 1 else ""
     return f"at least {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
+
+
+def _cache(config: TrainConfig, reader: ShardReader) -> list[tuple[str, str]]:
+    if config.data.cache == "none":
+        return []
+    where = "the host, once a node" if config.data.cache == "host" else "every rank's GPU"
+    frames = int(reader.num_frames.sum())
+    return [("cache", f"{_bytes(cache_bytes(reader))} on {where}: {frames:,} decoded frames")]
 
 
 def _checkpoints(config: TrainConfig, plan: Plan) -> str:

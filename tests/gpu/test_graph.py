@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
 from strata.dataload.pipeline import ViewSlice, video_decoder_fault
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, decode_video, reference_view
@@ -66,6 +66,34 @@ def test_devices_give_the_same_views_of_the_same_frames():
     (on_cpu,) = run_graph(strips, [both], cuts)
     (on_gpu,) = run_graph(strips, [both], cuts, augment="gpu", device_id=0, colour_maps=True)
     assert np.abs(on_cpu.astype(int) - on_gpu.astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize("choice", ["host", "device"])
+def test_batches_from_a_cache_are_those_of_the_cpu_decoder(choice, shards: Path):
+    def batches(**settings) -> list[Batch]:
+        config = DataConfig(shards=shards / "train", batch_size=4, size=32, **settings)
+        reader = ShardReader(config.shards)
+        loader = TrainLoader(
+            reader,
+            config,
+            open_plan(reader, config, 5),
+            world=World(),
+            device=torch.device("cuda", 0),
+            epochs=(0, 2),
+        )
+        try:
+            return list(loader)
+        finally:
+            loader.close()
+
+    plain, kept = batches(decode="cpu"), batches(cache=choice)
+    assert len(plain) == 12
+    for one, two in zip(plain, kept, strict=True):
+        assert torch.equal(one.short, two.short)
+        assert one.long is not None
+        assert two.long is not None
+        assert torch.equal(one.long, two.long)
+    assert all(b.frames_decoded == 0 for b in kept[6:])
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])

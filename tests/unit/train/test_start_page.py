@@ -68,6 +68,15 @@ def test_the_page_says_what_will_be_done(shards: Path):
     assert len(starts) == 1, "the block is not aligned"
 
 
+def test_a_cache_is_told_with_its_size(shards: Path):
+    sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
+    assert page(shards, *sizes).record["cache_bytes"] == 0
+    told = page(shards, *sizes, "--data.cache", "host")
+    # 838 frames at 64x48, 1.5 bytes a pixel.
+    assert dict(told.lines)["cache"] == "4 MiB on the host, once a node: 838 decoded frames"
+    assert told.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
+
+
 def test_stages_that_the_run_does_not_reach_are_not_told():
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=20)) == {1: (0, 10)}
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=0)) == {2: (0, 10)}
