@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from strata.errors import ShardError
+from strata.errors import StallError
 
 __all__ = ["Prefetcher"]
 
@@ -26,12 +26,13 @@ class Prefetcher(Generic[ItemT]):
         source: Makes the items; its errors are raised to the consumer.
         depth: Items made ahead.
         stall_s: Seconds after which a late item is a fault: the stacks of all threads are written
-            to stderr and `ShardError` is raised.
+            to stderr and `StallError` is raised.
     """
 
     def __init__(self, source: Iterator[ItemT], *, depth: int, stall_s: float) -> None:
         self._queue: queue.Queue[ItemT | BaseException | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
+        self._stalled = False
         self._stall_s = stall_s
         self._thread = threading.Thread(
             target=self._produce, args=(source,), name="strata-loader", daemon=True
@@ -64,13 +65,14 @@ class Prefetcher(Generic[ItemT]):
 
         Raises:
             StopIteration: The source has ended.
-            ShardError: No item came for `stall_s` seconds.
+            StallError: No item came for `stall_s` seconds.
         """
         try:
             item = self._queue.get(timeout=self._stall_s)
         except queue.Empty:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            raise ShardError(
+            self._stalled = True
+            raise StallError(
                 f"no batch for {self._stall_s:g} s: the storage or the decoder hangs (the stacks "
                 "of all threads are above); mend it, or raise data.stall_s"
             ) from None
@@ -86,6 +88,7 @@ class Prefetcher(Generic[ItemT]):
         return self._queue.qsize()
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
+        """Stop the thread and wait for it, unless it is known to hang."""
         self._stop.set()
-        self._thread.join(timeout=self._stall_s)
+        if not self._stalled:
+            self._thread.join(timeout=self._stall_s)

@@ -21,6 +21,7 @@ __all__ = [
     "NotFiniteError",
     "NotSavedError",
     "ShardError",
+    "StallError",
     "StrataError",
     "VideoFault",
     "WorldError",
@@ -56,6 +57,12 @@ class ConfigError(StrataError):
 
 class ShardError(StrataError):
     """A shard folder is missing, incomplete, or disagrees with its manifest."""
+
+
+class StallError(ShardError):
+    """A batch did not come in time: the storage or a decoder hangs."""
+
+    exit_code = EXIT_LOST_PEER
 
 
 class CheckpointError(StrataError):

@@ -26,7 +26,7 @@ from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, reference_view
 from strata.distributed import World
-from strata.errors import ConfigError, ShardError
+from strata.errors import EXIT_LOST_PEER, ConfigError, ShardError, StallError
 from tests.made import HEIGHT, WIDTH
 
 CPU = torch.device("cpu")
@@ -238,11 +238,29 @@ def test_a_late_batch_ends_the_run_with_stacks(capfd: pytest.CaptureFixture[str]
 
     prefetcher = Prefetcher(stuck(), depth=1, stall_s=0.5)
     assert next(prefetcher) == 1
-    with pytest.raises(ShardError, match=r"no batch for 0\.5 s"):
+    with pytest.raises(StallError, match=r"no batch for 0\.5 s") as found:
         next(prefetcher)
+    assert found.value.exit_code == EXIT_LOST_PEER
     let_go.set()
     prefetcher.close()
     assert "stuck" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("cache", ["none", "host"])
+def test_storage_that_hangs_ends_the_run(
+    shards: Path, cache, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    let_go = threading.Event()
+
+    def hang(*_: object) -> list[np.ndarray]:
+        let_go.wait(30)
+        raise ShardError("let go")
+
+    monkeypatch.setattr(ShardReader, "strips", hang)
+    with pytest.raises(StallError, match=r"no batch for 0\.3 s.*raise data\.stall_s"):
+        batches(config_for(shards / "train", stall_s=0.3, cache=cache))
+    let_go.set()
+    assert "in hang" in capfd.readouterr().err
 
 
 def test_the_makers_error_reaches_the_consumer():
