@@ -11,6 +11,7 @@ table gives its median and range over the rounds.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -44,6 +45,7 @@ __all__ = ["main"]
 
 _SEED = 0
 _FOREVER = 1_000_000
+_SETTLE_S, _IDLE_SHARE = 0.3, 0.05
 _MP4_SEGMENT_FRAMES = 511
 """A video is one mp4, as others store it."""
 _PEERS = {
@@ -136,6 +138,14 @@ def _cpu_seconds(pids: Sequence[int]) -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _settle(contender: Contender) -> None:
+    """Wait until a contender has made all it makes ahead, or the next one would pay for it."""
+    before, now = -1.0, _cpu_seconds(contender.pids)
+    while now - before > _IDLE_SHARE * _SETTLE_S:
+        time.sleep(_SETTLE_S)
+        before, now = now, _cpu_seconds(contender.pids)
+
+
 def _frames_in(batch: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
     """The shape of each view with channels last, whatever the layout."""
     shapes = []
@@ -175,9 +185,11 @@ def _round(contender: Contender, seconds: float, synchronize: Callable[[], None]
         count += 1
     synchronize()
     taken = time.perf_counter() - start
+    cpu = _cpu_seconds(contender.pids) - cpu
+    _settle(contender)
     return {
         "samples_per_s": samples / taken,
-        "cpu_ms_per_sample": (_cpu_seconds(contender.pids) - cpu) / samples * 1e3,
+        "cpu_ms_per_sample": cpu / samples * 1e3,
         "samples": samples,
     }
 
@@ -257,6 +269,16 @@ class _Parts:
         finally:
             contender.close()
 
+    def cached(self, config: DataConfig) -> float:
+        """Samples a second of the loader from a cache that is full."""
+        contender = StrataContender("strata", self._reader, config, self._device)
+        try:
+            for _ in range(contender.ahead + self._plan.steps_per_epoch):
+                contender.next()
+            return self._rate(lambda _: contender.next())
+        finally:
+            contender.close()
+
 
 def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "gpu"]]]:
     return [("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu")] if on_gpu else [("cpu", "cpu")]
@@ -265,7 +287,7 @@ def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "
 def measure_parts(
     reader: ShardReader, config: DataConfig, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
-    """Read, decode, augment and whole for each way of decoding and augmenting.
+    """Read, decode, augment, whole and from a cache for each way of decoding and augmenting.
 
     The loader makes one batch after the other, so a sample's time is the sum of its parts' times:
     augmenting is what is left of the whole after reading and decoding, feeding and copying too.
@@ -275,11 +297,13 @@ def measure_parts(
     read = parts.read()
     rows = []
     for decode, augment in _devices(device.type == "cuda"):
-        chosen = {**vars(config), "decode": decode, "augment": augment}
-        decoded, whole = parts.decode(decode), parts.whole(DataConfig(**chosen))
+        chosen = dataclasses.replace(config, decode=decode, augment=augment)
+        decoded, whole = parts.decode(decode), parts.whole(chosen)
         left = 1 / whole - 1 / decoded - 1 / read
         rates = {"read": read, "decode": decoded, "augment": 1 / left if left > 0 else None}
         rates["whole"] = whole
+        if decode == "cpu":
+            rates["cached"] = parts.cached(dataclasses.replace(chosen, cache="host"))
         for part, rate in rates.items():
             rows.append(
                 {
