@@ -358,19 +358,19 @@ class _Driver:
             worker = next((w for w in self._workers if w.work is None), None)
             if worker is None and len(self._workers) == self._settings.num_workers:
                 return
-            # What is done again goes out in any case: the others may wait for just this one.
-            if self._again:
-                work = self._again.popleft()
-            elif not self._waiting.is_full:
-                work = next(self._todo, None)
-            else:
-                return
+            work = self._next_work()
             if work is None:
                 return
             if worker is None:
                 worker = _Worker(self._settings.form, self._settings.read_back)
                 self._workers.append(worker)
             worker.give(work)
+
+    def _next_work(self) -> _Work | None:
+        # What is done again goes out in any case: the others may wait for just this one.
+        if self._again:
+            return self._again.popleft()
+        return None if self._waiting.is_full else next(self._todo, None)
 
     def _listen(self) -> None:
         """Take one message from each worker that has one; see to the dead and the hung."""
@@ -402,9 +402,13 @@ class _Driver:
                 )
             if isinstance(message, Rejected) or message.part.num_frames is not None:
                 worker.work = None
+                # It goes on while this one is written.
+                if not full and (following := self._next_work()) is not None:
+                    worker.give(following)
             self._take(work.build, work.place, message)
         if time.monotonic() > self._next_look_s:
             self._next_look_s = time.monotonic() + min(1.0, self._settings.timeout_s / 4)
+            self._progress.tick()
             for worker in list(self._workers):
                 self._end_if_hung(worker)
 

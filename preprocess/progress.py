@@ -25,6 +25,9 @@ class Progress:
     def rejected(self, source: str, reason: str, detail: str) -> None:
         """A source was rejected."""
 
+    def tick(self) -> None:
+        """Time passes, whether a source is done or not."""
+
     def close(self) -> None:
         """The last word."""
 
@@ -48,6 +51,10 @@ class _Bar(Progress):
         self._num_rejected += 1
         self._bar.set_postfix({"rejected": self._num_rejected})
 
+    def tick(self) -> None:
+        if sys.stderr.isatty():
+            self._bar.refresh()
+
     def close(self) -> None:
         self._bar.close()
 
@@ -69,7 +76,7 @@ class JsonLog(Progress):
         total: int,
         initial: int,
         *,
-        every_s: float = 10.0,
+        every_s: float,
         file: IO[str] | None = None,
     ) -> None:
         self._name, self._total, self._done, self._initial = name, total, initial, initial
@@ -81,6 +88,10 @@ class JsonLog(Progress):
     def done(self, num_frames: int) -> None:
         """Count one, and tell if it is time."""
         self._done += 1
+        self.tick()
+
+    def tick(self) -> None:
+        """Tell if it is time: a long video must not look like a run that hangs."""
         if time.monotonic() - self._told_s >= self._every_s:
             self._tell_progress("progress")
 
@@ -130,20 +141,28 @@ class _Exported(Progress):
         self._metrics.add("strata_videos_sharded_total", 1, outcome="rejected")
         self._other.rejected(source, reason, detail)
 
+    def tick(self) -> None:
+        self._other.tick()
+
     def close(self) -> None:
         self._other.close()
 
 
 @contextmanager
 def open_progress(
-    kind: LogKind, name: str, total: int, initial: int, metrics: Metrics | None = None
+    kind: LogKind,
+    name: str,
+    total: int,
+    initial: int,
+    metrics: Metrics | None = None,
+    every_s: float = 10.0,
 ) -> Iterator[Progress]:
-    """The progress of one set, closed at the end however it comes."""
+    """The progress of one set, closed at the end however it comes; JSON every so many seconds."""
     match kind:
         case "bar":
             progress: Progress = _Bar(name, total, initial)
         case "json":
-            progress = JsonLog(name, total, initial)
+            progress = JsonLog(name, total, initial, every_s=every_s)
         case "none":
             progress = Progress()
     if metrics is not None:

@@ -1,5 +1,6 @@
 """Sharding in slices on many machines, its log, full disks, and runs that only tell."""
 
+import functools
 import io
 import json
 import os
@@ -128,6 +129,20 @@ def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -
     assert lines[1]["event"] == "progress"
     assert lines[1]["videos_per_s"] > 0
     assert lines[1]["left_s"] is not None
+    log.tick()
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (line["event"], line["done"]) == ("progress", 5)
+
+
+def test_json_log_goes_on_while_no_video_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "open_progress", functools.partial(run.open_progress, every_s=0.2))
+    (tmp_path / "videos").mkdir()
+    os.mkfifo(tmp_path / "videos" / "waits.mp4")
+    shard(tmp_path / "videos", tmp_path / "out", "--log", "json", "--timeout", "2")
+    events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    assert events.index("progress") < events.index("rejected")
 
 
 def test_it_answers_prometheus_while_it_works(videos: Path, tmp_path: Path) -> None:
