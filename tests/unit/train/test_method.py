@@ -228,6 +228,21 @@ def test_no_gradient_reaches_the_high_level_through_e():
     torch.testing.assert_close((instance, scores), expected)
 
 
+def test_motion_excitation_is_a_side_branch():
+    """The next stage reads the raw maps: nothing of the high level depends on the excitation."""
+    model = build(recipe())
+    before = embed(model, SECOND)
+    with torch.no_grad():
+        for level in ("low", "mid"):
+            torch.nn.init.normal_(model.motion[level].expand.weight, std=10)  # pyright: ignore[reportArgumentType]
+    after = embed(model, SECOND)
+    assert torch.equal(after.instance, before.instance)
+    assert torch.equal(after.scores, before.scores)
+    assert torch.equal(after.steps["high"], before.steps["high"])
+    assert not torch.allclose(after.clips["mid"], before.clips["mid"])
+    assert not torch.allclose(after.steps["low"], before.steps["low"])
+
+
 # The strided long sequence of the release
 
 
