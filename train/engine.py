@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from strata.distributed import World, any_rank, gather
 from strata.errors import CheckpointError, ConfigError
 from strata.logs import get_logger, warn_once
+from strata.train.convolutions import sound_convolutions
 from strata.train.self_test import check_conv3d
 
 __all__ = [
@@ -202,9 +203,13 @@ class Engine:
         )
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
-        dtype = derived.get("torch_autocast", {}).get("dtype")
+        name = derived.get("torch_autocast", {}).get("dtype")
+        dtype = None if name is None else getattr(torch, name)
         if dtype is not None:
-            check_conv3d(device, getattr(torch, dtype))
+            check_conv3d(device, dtype)
+            if device.type == "cpu":
+                logger.info("%s on a CPU: gradients of conv3d's weights in float32", name)
+        self._convolutions = sound_convolutions(device, dtype)
         if config.accumulation > 1:
             warn_once(
                 logger,
@@ -280,7 +285,8 @@ class Engine:
         if self._bad_loss is None:
             # Batch norm and the queue move in the forward pass, before anyone knows of a fault.
             _copy(self._buffers, self._kept)
-        return self.engine(*args)
+        with self._convolutions:
+            return self.engine(*args)
 
     def step(self, loss: Tensor, *, lr_factor: float, frozen: Collection[str] = ()) -> None:
         """Backward pass, averaging of gradients over ranks, and the optimizer's update.

@@ -1,8 +1,8 @@
 """Does this library compute a 3D convolution right in low precision, here and now?
 
-Torch 2.14's conv3d on CPUs leaves parts of a bfloat16 weight gradient unwritten (seen as NaN), and
-releases around 2.9 with cuDNN 9.10 to 9.14 took a path on GPUs that is many times slower than
-float32. Neither raises; both would be found after days.
+Torch 2.14's conv3d on CPUs leaves parts of a bfloat16 weight gradient unwritten (`convolutions.py`
+goes round it), and releases around 2.9 with cuDNN 9.10 to 9.14 took a path on GPUs that is many
+times slower than float32. Neither raises; both would be found after days.
 """
 
 import time
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from strata.errors import ConfigError
 from strata.logs import get_logger, warn_once
+from strata.train.convolutions import sound_convolutions
 
 __all__ = ["check_conv3d"]
 
@@ -32,7 +33,7 @@ _TOLERANCE = 0.05
 
 
 def check_conv3d(device: torch.device, dtype: torch.dtype) -> float:
-    """Compare forward and backward of conv3d under autocast with float32.
+    """Compare forward and backward of conv3d, as training computes it, with float32.
 
     Args:
         device: Where to compute.
@@ -78,7 +79,8 @@ def _conv3d(
     x = clip.to(device).contiguous(**layout).requires_grad_()
     w = weight.to(device).contiguous(**layout).requires_grad_()
     padding = tuple(k // 2 for k in weight.shape[2:])
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    with sound_convolutions(device, dtype), autocast:
         y = functional.conv3d(x, w, stride=stride, padding=padding)
     of_clip, of_weight = torch.autograd.grad(y.float().square().mean(), (x, w))
     return y.detach().float(), of_clip, of_weight

@@ -71,6 +71,10 @@ def last(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    return {r["step"]: r["losses"] for r in records(run, "step")}
+
+
 def assert_same_end(run: Path, other: Path) -> None:
     """Weights, buffers and Adam's state, to the bit."""
     for name in ("model.safetensors", "training.safetensors"):
@@ -117,6 +121,32 @@ def test_resume_is_exact_after_any_step(
     server.finish(*arguments, "--stop_after_steps", str(stop), ranks=ranks)
     server.finish(*arguments, "--resume", "auto", ranks=ranks)
     assert_same_end(tmp_path / "run", whole[ranks])
+    assert losses(tmp_path / "run") == losses(whole[ranks])
+
+
+# At the switch of stages; one before the drop of the learning rate.
+@pytest.mark.parametrize(("ranks", "stop"), [(1, 6), (2, 12)])
+def test_resume_is_exact_in_bf16(
+    ranks: int,
+    stop: int,
+    server: ForkServer,
+    arguments: list[str | Path],
+    whole: dict[int, Path],
+    tmp_path: Path,
+):
+    low = (*arguments, "--engine.precision", "bf16", "--stop_after_steps")
+    never_stopped = tmp_path / "never-stopped"
+    said = server.finish(*low, "14", "--run", never_stopped, ranks=ranks)
+    assert said.count("bfloat16 on a CPU: gradients of conv3d's weights in float32") == 1
+    server.finish(*low, str(stop), ranks=ranks)
+    server.finish(*low, "14", "--resume", "auto", ranks=ranks)
+    assert_same_end(tmp_path / "run", never_stopped)
+    assert losses(tmp_path / "run") == losses(never_stopped)
+    # That bf16 was computed: near to float32, and not the same.
+    for step, terms in losses(never_stopped).items():
+        exact = losses(whole[ranks])[step]["total"]
+        assert terms["total"] != exact
+        assert terms["total"] == pytest.approx(exact, rel=0.2)
 
 
 def test_killed_at_20_moments_and_the_end_is_the_same(

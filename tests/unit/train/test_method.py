@@ -13,6 +13,7 @@ from torch import Tensor
 import strata.train.method
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.train.convolutions import sound_convolutions
 from strata.train.engine import Engine, EngineConfig
 from strata.train.losses.prototypical import sinkhorn
 from strata.train.method import Embeddings, LossTerms, Method, MethodConfig, TermWeights, VideoModel
@@ -449,11 +450,7 @@ def test_a_resumed_run_crosses_the_boundaries_like_an_uninterrupted_one(crossed,
 
 
 # Precision
-#
-# On the CPU without oneDNN: its bfloat16 Conv3d (torch 2.14) gives NaN in weight gradients where
-# the input has two time steps, and writes beyond its memory.
 
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -463,11 +460,11 @@ def _under_autocast(
     model = build(config).to(_DEVICE)
     orders = [o.to(_DEVICE) for o in model.orders(np.arange(len(window)), 0, 0, 16)]
     window = window.to(_DEVICE)
-    with torch.backends.mkldnn.flags(enabled=not autocast):
-        with torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast):
-            out = model(window.unflatten(1, (2, 16)), window, *orders, SECOND)
-        result = Method(model, config, World()).losses(out, SECOND, with_health=True)
-        result.total.backward()
+    sound = sound_convolutions(torch.device(_DEVICE), torch.bfloat16 if autocast else None)
+    with sound, torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast):
+        out = model(window.unflatten(1, (2, 16)), window, *orders, SECOND)
+    result = Method(model, config, World()).losses(out, SECOND, with_health=True)
+    result.total.backward()
     return model, result
 
 
