@@ -29,6 +29,7 @@ class _Timed:
     source_bytes: int = 0
     shard_bytes: int = 0
     seconds: float = 0.0
+    cpu_s: float = 0.0
 
 
 def estimate_table(sets: Sequence[SourceSet], videos: Path, settings: ShardSettings) -> str:
@@ -50,7 +51,8 @@ def estimate_table(sets: Sequence[SourceSet], videos: Path, settings: ShardSetti
     total_bytes = sum(s.num_bytes for each in sets for s in each.present if s.fault is None)
     lines.append(
         f"timed: {timed.videos} videos, {timed.frames:,} frames in {timed.seconds:.2f} s of one "
-        f"process, {timed.rejected} rejected"
+        f"process ({timed.cpu_s / max(timed.frames, 1) * 1e6:,.0f} us of CPU time and "
+        f"{timed.shard_bytes / max(timed.frames, 1):,.0f} bytes a frame), {timed.rejected} rejected"
     )
     if timed.source_bytes and timed.seconds:
         share = total_bytes / timed.source_bytes
@@ -104,7 +106,7 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
     ]
     step = max(len(chosen) // _SAMPLE_VIDEOS, 1)
     for source, classes in chosen[::step][:_SAMPLE_VIDEOS]:
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         try:
             for message in make_sample(
                 _task(source, classes, videos), settings.form, settings.read_back
@@ -116,6 +118,7 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
         except VideoFault:
             timed.rejected += 1
         timed.seconds += time.perf_counter() - start_s
+        timed.cpu_s += time.process_time() - start_cpu_s
         timed.videos += 1
         timed.source_bytes += source.num_bytes
         if timed.seconds > _SAMPLE_SECONDS:

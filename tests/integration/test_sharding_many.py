@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -238,6 +239,7 @@ def test_dry_run_tells_and_writes_nothing(
     ]
     assert "2 rejected" in told
     assert "estimate:" in told
+    assert re.search(r"\([1-9]\d* us of CPU time and [1-9][\d,]* bytes a frame\), 2 rejected", told)
 
 
 def test_little_memory_for_waiting_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
