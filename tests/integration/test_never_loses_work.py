@@ -124,6 +124,23 @@ def test_resume_is_exact_after_any_step(
     assert losses(tmp_path / "run") == losses(whole[ranks])
 
 
+def test_another_number_of_ranks_goes_on(
+    server: ForkServer, arguments: list[str | Path], whole: dict[int, Path], tmp_path: Path
+):
+    """In the same order; batch norm sees other groups of videos, so the losses are near only."""
+    run = tmp_path / "run"
+    server.finish(*arguments, "--stop_after_steps", "9", ranks=2)
+    said = server.finish(*arguments, "--resume", "auto", ranks=1)
+    assert "1 rank on CPU" in said
+    mine, theirs = (json.loads((last(r) / "state.json").read_text()) for r in (run, whole[1]))
+    assert mine["world_size"] == 1
+    assert {**mine, "config": ""} == {**theirs, "config": ""}
+    found, exact = losses(run), losses(whole[1])
+    assert found.keys() == exact.keys()
+    for step in range(10, 19):
+        assert found[step]["total"] == pytest.approx(exact[step]["total"], rel=0.2), step
+
+
 # At the switch of stages; one before the drop of the learning rate.
 @pytest.mark.parametrize(("ranks", "stop"), [(1, 6), (2, 12)])
 def test_resume_is_exact_in_bf16(
@@ -269,7 +286,9 @@ def test_every_file_of_a_checkpoint_is_compared(
     assert_same_end(run, whole[1])
 
 
-def test_ranks_that_disagree_are_told(server: ForkServer, arguments: list[str | Path], tiny: Path):
+def test_ranks_that_disagree_are_told(
+    server: ForkServer, arguments: list[str | Path], shards: Path
+):
     group = server.start(*arguments, ranks=2, hook="tests.faulty:other_code_on_rank_1")
     assert [rank.wait() for rank in group] == [2, 2]
     assert "rank 1 has another code version than rank 0 (other against" in group[0].text()
@@ -279,6 +298,10 @@ def test_ranks_that_disagree_are_told(server: ForkServer, arguments: list[str | 
     assert [first.wait(), second.wait()] == [2, 2]
     said = "rank 1 has another setting engine.learning_rate than rank 0 (0.5 against 0.001)"
     assert said in first.text()
+    other = [*arguments, "--data.shards", shards / "test"]
+    first, second = server.start_differing([*arguments], other)
+    assert [first.wait(), second.wait()] == [2, 2]
+    assert "rank 1 has another data manifest than rank 0" in first.text()
 
 
 def test_a_stall_ends_with_stacks(server: ForkServer, arguments: list[str | Path]):

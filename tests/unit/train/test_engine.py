@@ -1,6 +1,7 @@
 """The engine on real DeepSpeed: what is derived, what is left out, what state comes back."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -177,18 +178,31 @@ def test_a_step_not_finite_moves_nothing_on_any_rank(zero: int, ranks: int, bad:
         assert differing(left, after) != []
 
 
-def accumulate(world: World) -> dict[str, torch.Tensor]:
+def accumulate(world: World) -> tuple[dict[str, torch.Tensor], list[str], dict[str, torch.Tensor]]:
+    logs: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logs.append(record.getMessage())
+    logging.getLogger("strata").addHandler(handler)
     _, engine = make(world, accumulation=2)
     for step in range(3):
         advance(engine, step, world, parts=2)
     assert engine.num_skipped() == 0
-    return content(engine.snapshot())
+    _, clipping = make(world, grad_clip=1e-2)
+    advance(clipping, 1, world, factor=1e3)
+    assert (clipping.grad_norm or 0) > 1
+    return content(engine.snapshot()), logs, content(clipping.snapshot())
 
 
-def test_accumulation_moves_once_a_batch():
-    (state,) = run_ranks(accumulate, 1)
+def test_accumulation_moves_once_a_batch_and_the_norm_is_clipped():
+    ((state, logs, clipped),) = run_ranks(accumulate, 1)
     assert float(state["step.first.0.weight"]) == 3
     assert float(state["step.second.weight"]) == 2  # frozen in the first step
+    (warning,) = [line for line in logs if "accumulation" in line]
+    assert "those of its part, 4 of the batch's 8" in warning
+    assert "does not enlarge the set of negatives" in warning
+    # Adam's first moment after one step is a tenth of the clipped gradient and of the penalty's.
+    moments = [v.flatten() for k, v in clipped.items() if k.startswith("exp_avg.")]
+    assert float(torch.cat(moments).norm()) == pytest.approx(1e-3, rel=0.3)
 
 
 def across_stages(world: World, start: int, end: int) -> dict[str, torch.Tensor]:
