@@ -80,12 +80,13 @@ _VERDICT = (
         "strata_data_bound_by",
         "gauge",
         "0 or 1",
-        "1 for the loader's longer part: `read` (storage) or `graph` (decoding, augmentation).",
+        "1 for the loader's longer part: `read` (storage), `decode` (a decoding engine of the GPU "
+        "is saturated) or `graph` (decoding and augmentation, no engine saturated).",
         "Verdict",
-        "read: faster or more local storage, larger `data.pool_samples`; graph: see the decoders' "
-        "utilisation, give `data.threads`, decode on the GPU, store smaller frames.",
+        "read: faster or more local storage, larger `data.pool_samples`; decode: store smaller "
+        "frames; graph: give `data.threads`, decode on the GPU, augment less.",
         labels=("part",),
-        max_series=2,
+        max_series=3,
         absent="In the first interval of a run.",
     ),
     Metric(
@@ -170,6 +171,14 @@ _TRAINING = (
         "Time that the device worked on steps, without communication.",
         "Training",
         "Its rate is the share of time in which the device had work.",
+    ),
+    Metric(
+        "strata_optimizer_seconds_total",
+        "counter",
+        "seconds",
+        "Of `strata_device_seconds_total`, the optimizer's update.",
+        "Training",
+        "More than a tenth of it: a larger batch, or `engine.zero 1` over many ranks.",
     ),
     Metric(
         "strata_communication_seconds_total",
@@ -257,7 +266,7 @@ _TRAINING = (
         "Norm of the gradient before clipping.",
         "Training",
         "Spikes come before NaN: use `engine.grad_clip`.",
-        absent="Without `engine.grad_clip` and ZeRO: DeepSpeed computes it for these alone.",
+        absent="In the first interval of a run.",
     ),
     Metric(
         "strata_epoch",

@@ -44,6 +44,10 @@ class Panel:
         unit: Grafana's name of the unit.
         kind: Grafana's type of panel.
         width: Of 24 columns.
+        named: Whether a stat shows the names of its series; their values are always 1.
+        stacked: Whether lines are areas on top of each other.
+        levels: Colours from a value on, for a stat; the first from minus infinity.
+        parts: Whether series are parts of a step's time, each in its colour.
     """
 
     title: str
@@ -51,11 +55,30 @@ class Panel:
     unit: str = "short"
     kind: str = "timeseries"
     width: int = 8
+    named: bool = False
+    stacked: bool = False
+    levels: tuple[tuple[float, str], ...] = ()
+    parts: bool = False
 
     @property
     def metrics(self) -> list[str]:
         """Names of the catalogue that its queries use."""
         return sorted({n for query, _ in self.queries for n in metric_names(query)})
+
+    @property
+    def no_data(self) -> str:
+        """What stands in an empty panel's place: when that is as it should be."""
+        reasons = []
+        for entry in map(_ENTRIES.__getitem__, self.metrics):
+            if "train" not in entry.roles:
+                reasons.append(f"outside of {', '.join(entry.roles)}")
+            elif entry.absent:
+                reasons.append(entry.absent[0].lower() + entry.absent[1:].rstrip("."))
+        if not reasons:
+            return "no data: no run is watched"
+        if self.kind == "stat":  # Small: one reason, short.
+            reasons = [reasons[-1].partition(",")[0]]
+        return "no data, as is normal " + "; ".join(dict.fromkeys(reasons))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +109,21 @@ def metric_names(query: str) -> set[str]:
     return {re.sub(r"_(bucket|count|sum)$", "", n) if n not in _ENTRIES else n for n in found}
 
 
-def _plain(name: str, legend: str, title: str = "", **more: Any) -> Panel:
-    """A gauge as it is."""
+def _plain(name: str, legend: str, title: str = "", by: str = "", **more: Any) -> Panel:
+    """A gauge as it is, or its largest `by` some labels: what all ranks say alike is shown once."""
     entry = _ENTRIES[name]
     more.setdefault("unit", _UNITS.get(entry.unit, "short"))
     gpu = name.startswith("strata_gpu_")
-    selection = '{$on, gpu=~"$gpu"}' if gpu else "{$on}"
-    return Panel(title=title or entry.help, queries=((name + selection, legend),), **more)
+    query = name + ('{$on, gpu=~"$gpu"}' if gpu else "{$on}")
+    if by:
+        query = f"max by ({by}) ({query})"
+    return Panel(title=title or entry.help, queries=((query, legend),), **more)
+
+
+def _health(measures: str, title: str) -> Panel:
+    """Those measures of health that share a scale."""
+    query = f'max by (run, measure) (strata_health{{$on, measure=~"{measures}"}})'
+    return Panel(title=title, queries=((query, "{{run}} {{measure}}"),))
 
 
 def _rate(name: str, legend: str, title: str, unit: str, by: str = "run", **more: Any) -> Panel:
@@ -103,6 +134,19 @@ def _rate(name: str, legend: str, title: str, unit: str, by: str = "run", **more
 
 _RANK = "{{run}} rank {{rank}}"
 _GPU = "{{node}} {{gpu}}"
+PART_COLOURS = {
+    "compute": "green",
+    "data": "orange",
+    "communication": "blue",
+    "host": "purple",
+    "checkpoint": "yellow",
+}
+_HEALTH = (
+    "embedding_std|cosine_altered_.*|graph_off_diagonal_mass",
+    "embedding_effective_rank|.*prototypes_in_use|graph_.*_partners",
+    ".*entropy_nats",
+)
+"""Measures of health, by scale."""
 _VERDICT_ROW = (
     "Is it busy with useful work, and if not, why?",
     (
@@ -111,18 +155,56 @@ _VERDICT_ROW = (
             queries=(("max by (run, by) (strata_bound{$on}) == 1", "{{run}}: {{by}}"),),
             kind="stat",
             width=6,
+            named=True,
+            parts=True,
         ),
         Panel(
-            title="If bound by data: reading or decoding (graph)",
+            title="Time in useful work",
+            queries=(('avg by (run) (strata_time_share_ratio{$on, part="compute"})', "{{run}}"),),
+            unit="percentunit",
+            kind="stat",
+            width=4,
+            levels=((0.0, "red"), (0.5, "orange"), (0.8, "green")),
+        ),
+        Panel(
+            title="GPU busy",
+            queries=(
+                (
+                    'avg by (run) (strata_gpu_sm_activity_ratio{$on, gpu=~"$gpu"})'
+                    ' or avg by (run) (strata_gpu_utilization_ratio{$on, gpu=~"$gpu"})',
+                    "{{run}}",
+                ),
+            ),
+            unit="percentunit",
+            kind="stat",
+            width=4,
+            levels=((0.0, "red"), (0.3, "orange"), (0.6, "green")),
+        ),
+        Panel(
+            title="The slowest rank over the others",
+            queries=(("max by (run) (strata_straggler_ratio{$on})", "{{run}}"),),
+            unit="percentunit",
+            kind="stat",
+            width=5,
+            levels=((0.0, "green"), (1.1, "orange"), (1.2, "red")),
+        ),
+        Panel(
+            title="If data: read or decoding",
             queries=(("max by (run, part) (strata_data_bound_by{$on}) == 1", "{{run}}: {{part}}"),),
             kind="stat",
-            width=6,
+            width=5,
+            named=True,
         ),
         Panel(
             title="Where the slowest rank's time goes",
-            queries=(("max by (run, part) (strata_time_share_ratio{$on})", "{{run}} {{part}}"),),
+            queries=(("avg by (run, part) (strata_time_share_ratio{$on})", "{{run}} {{part}}"),),
             unit="percentunit",
             width=12,
+            stacked=True,
+            parts=True,
+        ),
+        _plain(
+            "strata_own_step_seconds", _RANK, "Time of a step without waiting, by rank", width=12
         ),
     ),
 )
@@ -211,12 +293,13 @@ _TRAINING_PAGE = Dashboard(
     title="Strata: training",
     variables=("run", "node"),
     rows=(
+        _VERDICT_ROW,
         (
             "Progress",
             (
-                _plain("strata_step", "{{run}}", "Step", kind="stat", width=4),
-                _plain("strata_epoch", "{{run}}", "Epoch", kind="stat", width=4),
-                _plain("strata_stage", "{{run}}", "Stage", kind="stat", width=4),
+                _plain("strata_step", "{{run}}", "Step", by="run", kind="stat", width=4),
+                _plain("strata_epoch", "{{run}}", "Epoch", by="run", kind="stat", width=4),
+                _plain("strata_stage", "{{run}}", "Stage", by="run", kind="stat", width=4),
                 Panel(
                     title="Age of the last checkpoint",
                     queries=(
@@ -230,15 +313,12 @@ _TRAINING_PAGE = Dashboard(
                     kind="stat",
                     width=4,
                 ),
-                _plain("strata_restarts_total", "{{run}}", "Restarts", kind="stat", width=4),
+                _plain(
+                    "strata_restarts_total", "{{run}}", "Restarts", by="run", kind="stat", width=4
+                ),
                 Panel(
                     title="Steps that were not finite",
-                    queries=(
-                        (
-                            "sum by (run) (strata_skipped_steps_total{$on})",
-                            "{{run}}",
-                        ),
-                    ),
+                    queries=(("max by (run) (strata_skipped_steps_total{$on})", "{{run}}"),),
                     kind="stat",
                     width=4,
                 ),
@@ -247,7 +327,7 @@ _TRAINING_PAGE = Dashboard(
         (
             "Learning",
             (
-                _plain("strata_loss", "{{run}} {{term}} rank {{rank}}", "Loss terms", width=12),
+                _plain("strata_loss", "{{run}} {{term}}", "Loss terms", by="run, term", width=12),
                 Panel(
                     title="Loss terms over what they are at chance",
                     queries=(
@@ -260,9 +340,11 @@ _TRAINING_PAGE = Dashboard(
                     unit="percentunit",
                     width=12,
                 ),
-                _plain("strata_health", "{{run}} {{measure}} rank {{rank}}", "Health", width=12),
-                _plain("strata_learning_rate", "{{run}}", "Learning rate", width=6),
-                _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", width=6),
+                _health(_HEALTH[0], "Health: spread, cosines of altered clips, off the diagonal"),
+                _health(_HEALTH[1], "Health: effective rank, prototypes in use, partners"),
+                _health(_HEALTH[2], "Health: entropy of the prototypes in use, nats"),
+                _plain("strata_learning_rate", "{{run}}", "Learning rate", by="run", width=12),
+                _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", by="run", width=12),
             ),
         ),
         (
@@ -270,7 +352,12 @@ _TRAINING_PAGE = Dashboard(
             (
                 _rate("strata_samples_total", "{{run}}", "Samples a second", "short"),
                 _rate("strata_clips_total", "{{run}}", "Clips a second", "short"),
-                _plain("strata_samples_per_second", "{{run}}", "Samples a second, last interval"),
+                _plain(
+                    "strata_samples_per_second",
+                    "{{run}}",
+                    "Samples a second, last interval",
+                    by="run",
+                ),
                 Panel(
                     title="Time of a step",
                     queries=tuple(
@@ -283,15 +370,23 @@ _TRAINING_PAGE = Dashboard(
                     ),
                     unit="s",
                 ),
-                _plain("strata_own_step_seconds", _RANK, "Own time of a step, by rank"),
-                _plain("strata_straggler_ratio", "{{run}}", "Slowest rank over the others"),
-                _plain("strata_straggler_rank", "{{run}}", "Slowest rank"),
+                _plain(
+                    "strata_straggler_ratio", "{{run}}", "Slowest rank over the others", by="run"
+                ),
+                _plain("strata_straggler_rank", "{{run}}", "Slowest rank", by="run"),
                 _rate("strata_steps_total", _RANK, "Steps a second", "short", by="run, rank"),
                 _plain("strata_model_flops_per_second", _RANK, "Operations a second"),
                 _rate(
                     "strata_device_seconds_total",
                     _RANK,
                     "Share of time in steps",
+                    "percentunit",
+                    by="run, rank",
+                ),
+                _rate(
+                    "strata_optimizer_seconds_total",
+                    _RANK,
+                    "Share of time in the optimizer",
                     "percentunit",
                     by="run, rank",
                 ),
@@ -316,9 +411,18 @@ _TRAINING_PAGE = Dashboard(
                         ("strata_checkpoint_blocked_seconds{$on}", f"{_RANK} waited"),
                     ),
                     unit="s",
-                    width=12,
                 ),
-                _plain("strata_build_info", "{{run}} {{version}}", "Version", width=12),
+                Panel(
+                    title="Version",
+                    queries=(
+                        (
+                            "count by (run, version) (strata_build_info{$on})",
+                            "{{run}}: {{version}}",
+                        ),
+                    ),
+                    kind="stat",
+                    named=True,
+                ),
             ),
         ),
     ),
@@ -457,15 +561,16 @@ def _describe(panel: Panel) -> str:
 
 
 def _panel_json(panel: Panel, page: Dashboard, number: int, x: int, y: int) -> dict[str, Any]:
-    height = 4 if panel.kind == "stat" and panel.width <= 4 else _HEIGHT
+    defaults: dict[str, Any] = {"unit": panel.unit, "noValue": panel.no_data}
+    overrides: list[dict[str, Any]] = []
     made: dict[str, Any] = {
         "id": number,
         "type": panel.kind,
         "title": panel.title,
         "description": _describe(panel),
         "datasource": DATASOURCE,
-        "gridPos": {"x": x, "y": y, "w": panel.width, "h": height},
-        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+        "gridPos": {"x": x, "y": y, "w": panel.width, "h": 4 if panel.kind == "stat" else _HEIGHT},
+        "fieldConfig": {"defaults": defaults, "overrides": overrides},
         "targets": [
             {
                 "refId": chr(ord("A") + place),
@@ -477,12 +582,26 @@ def _panel_json(panel: Panel, page: Dashboard, number: int, x: int, y: int) -> d
         ],
     }
     if panel.unit == "percentunit":
-        made["fieldConfig"]["defaults"]["min"] = 0
+        defaults["min"] = 0
+    if panel.stacked:
+        defaults["custom"] = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 50}
+    if panel.levels:
+        steps = [
+            {"color": colour, "value": value if place else None}
+            for place, (value, colour) in enumerate(panel.levels)
+        ]
+        defaults["color"] = {"mode": "thresholds"}
+        defaults["thresholds"] = {"mode": "absolute", "steps": steps}
+    elif panel.kind == "stat":
+        defaults["color"] = {"mode": "fixed", "fixedColor": "blue"}
+    if panel.parts:
+        for part, colour in PART_COLOURS.items():
+            fixed = {"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}
+            matcher = {"id": "byRegexp", "options": f"/ {part}$/"}
+            overrides.append({"matcher": matcher, "properties": [fixed]})
     if panel.kind == "stat":
-        # What holds a run back is told by the name of the series, its value is always 1.
-        named = "== 1" in panel.queries[0][0]
         made["options"] = {
-            "textMode": "name" if named else "value",
+            "textMode": "name" if panel.named else "auto",
             "graphMode": "none",
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         }
@@ -522,21 +641,54 @@ def _variable(name: str) -> dict[str, Any]:
     }
 
 
-def _annotation(name: str, colour: str, expr: str, **more: Any) -> dict[str, Any]:
-    return {
-        "name": name,
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """Marks on all of a dashboard's time axes.
+
+    Args:
+        name: For people.
+        colour: Of the marks.
+        query: PromQL with `$on`.
+        value_is_time: Whether its value, in milliseconds, is where the mark goes; otherwise it
+            goes where the query has a value.
+    """
+
+    name: str
+    colour: str
+    query: str
+    value_is_time: bool = False
+
+
+ANNOTATIONS = (
+    Annotation(
+        name="Checkpoint",
+        colour="blue",
+        query="1000 * max by (run) (strata_checkpoint_last_success_timestamp_seconds{$on})",
+        value_is_time=True,
+    ),
+    Annotation(
+        name="Stage",
+        colour="purple",
+        query="max by (run) (changes(strata_stage{$on}[1m])) > 0",
+    ),
+)
+
+
+def _annotation(made: Annotation, page: Dashboard) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": made.name,
         "enable": True,
         "datasource": DATASOURCE,
-        "iconColor": colour,
-        "expr": expr,
-        "titleFormat": f"{name} ({{{{run}}}})",
-        **more,
+        "iconColor": made.colour,
+        "expr": expand(made.query, page),
+        "titleFormat": f"{made.name} ({{{{run}}}})",
     }
+    # A word, as Grafana's own form writes it.
+    return found | ({"useValueForTime": "on"} if made.value_is_time else {})
 
 
 def dashboard(page: Dashboard) -> dict[str, Any]:
     """A page as Grafana's JSON."""
-    on = expand("{$on}", page)
     return {
         "uid": f"strata-{page.uid}",
         "title": page.title,
@@ -552,17 +704,7 @@ def dashboard(page: Dashboard) -> dict[str, Any]:
             {"type": "dashboards", "title": "Strata", "tags": ["strata"], "asDropdown": False}
         ],
         "templating": {"list": [_variable(name) for name in page.variables]},
-        "annotations": {
-            "list": [
-                _annotation(
-                    "Checkpoint",
-                    "blue",
-                    f"1000 * max by (run) (strata_checkpoint_last_success_timestamp_seconds{on})",
-                    useValueForTime="on",
-                ),
-                _annotation("Stage", "purple", f"max by (run) (changes(strata_stage{on}[1m])) > 0"),
-            ]
-        },
+        "annotations": {"list": [_annotation(made, page) for made in ANNOTATIONS]},
         "panels": list(_panels_json(page)),
     }
 
@@ -574,10 +716,10 @@ def metrics_page() -> str:
         "",
         "Written by `python tools/dashboards.py` from strata/catalogue.py; do not edit.",
         "",
-        "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1. Every series",
-        "also has the labels `run`, `node`, `rank` and `role` of its target file",
-        "(`--monitor.file_sd`). A gauge that has no value is absent, never 0. Losses and health",
-        "are the same on all ranks.",
+        "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (of the",
+        "straggler over the others from 1). Every series also has the labels `run`, `node`, `rank`",
+        "and `role` of its target file (`--monitor.file_sd`). A gauge without a value is absent,",
+        "never 0. Losses and health are the same on all ranks.",
         "",
         "Where to look first: `strata_bound`. Then the section that it names.",
     ]

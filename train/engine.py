@@ -280,6 +280,17 @@ class Engine:
 
         self.engine.allreduce_gradients = watched
 
+    def watch_update(self, watch: Callable[[], AbstractContextManager[None]]) -> None:
+        """Let `watch()` enclose the optimizer's update, to time it."""
+        adam = self.engine.optimizer.optimizer if self._zero else self.engine.optimizer
+        update = adam.step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with watch():
+                return update(*args, **kwargs)
+
+        adam.step = watched
+
     def __call__(self, *args: Any) -> Any:
         """The model's forward pass, under autocast where the precision asks for it."""
         if self._bad_loss is None:

@@ -109,6 +109,7 @@ class Trainer:
             config, world=world, device=device, metrics=metrics, clock=self._clock
         )
         self.engine.watch_averaging(self._clock.communication)
+        self.engine.watch_update(self._clock.optimizer)
         self._garbage = StepGarbage(config.collect_every_steps)
         self._faulty: set[int] = set()
         self._saver = Saver(config.run, config.checkpoint)

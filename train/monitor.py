@@ -18,7 +18,7 @@ from strata.tensorboard import TensorBoard
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
 from strata.train.throughput import Clock, IntervalTimes, peak_flops
-from strata.train.verdict import PARTS, RankTimes, Utilisation, Verdict, judge
+from strata.train.verdict import DATA_PARTS, PARTS, RankTimes, Utilisation, Verdict, judge
 
 __all__ = ["RunMonitor", "count_starts", "serve_run"]
 
@@ -145,6 +145,7 @@ class RunMonitor:
         """
         metrics = self._metrics
         metrics.add("strata_device_seconds_total", times.compute_s)
+        metrics.add("strata_optimizer_seconds_total", times.optimizer_s)
         metrics.add("strata_communication_seconds_total", times.communication_s)
         metrics.add("strata_checkpoint_seconds_total", times.checkpoint_s)
         samples = self._config.data.batch_size // self._world.size
@@ -158,6 +159,7 @@ class RunMonitor:
             communication_s=times.communication_s,
             host_s=times.host_s,
             checkpoint_s=times.checkpoint_s,
+            optimizer_s=times.optimizer_s,
             read_s=self._loader_s["read"],
             graph_s=self._loader_s["graph"],
         )
@@ -177,7 +179,7 @@ class RunMonitor:
         self._sums, self.verdict = [], verdict
         metrics = self._metrics
         metrics.set_one("strata_bound", verdict.bound_by, PARTS, "by")
-        metrics.set_one("strata_data_bound_by", verdict.data_by, ("read", "graph"), "part")
+        metrics.set_one("strata_data_bound_by", verdict.data_by, DATA_PARTS, "part")
         for part, share in verdict.shares.items():
             metrics.set("strata_time_share_ratio", share, part=part)
         if verdict.straggler_ratio is not None:
@@ -187,6 +189,7 @@ class RunMonitor:
             "bound_by": verdict.bound_by,
             "data_by": verdict.data_by,
             "shares": verdict.shares,
+            "optimizer_share": verdict.optimizer_share,
             "slowest_rank": verdict.slowest_rank,
             "straggler_ratio": verdict.straggler_ratio,
         }

@@ -29,6 +29,8 @@ PEAK_FLOPS = {
 }
 """Dense bf16 operations a second, from NVIDIA's data sheets; the first name found counts."""
 
+_HOST_PARTS = ("inside", "outside", "optimizer", "checkpoint", "wait", "step")
+"""What is timed on the host; `inside` and `outside` of steps, in collectives."""
 _Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
@@ -48,6 +50,8 @@ class IntervalTimes:
     """The device (the host, on CPUs) had nothing to do and the batch was not there."""
     compute_s: float
     """Forward, backward and update, without communication."""
+    optimizer_s: float
+    """Of `compute_s`, the update."""
     communication_s: float
     """In collectives, waiting for slower ranks included."""
     checkpoint_s: float
@@ -79,13 +83,14 @@ class Clock:
     def __init__(self, device: torch.device | None = None) -> None:
         self._on_gpu = device is not None and device.type == "cuda"
         self._start = self._mark = self._arrived = time.perf_counter()
-        self._host_s = {"inside": 0.0, "outside": 0.0, "checkpoint": 0.0, "wait": 0.0, "step": 0.0}
+        self._host_s = dict.fromkeys(_HOST_PARTS, 0.0)
         self._in_step = False
         self._depth = 0
         self._num_steps = 0
         self._steps: list[_Span] = []
         self._waits_s: list[float] = []
         self._communication: list[_Span] = []
+        self._optimizer: list[_Span] = []
         self._last_end: torch.cuda.Event | None = None
         self.last_step_s = 0.0
         self.last_wait_s = 0.0
@@ -141,6 +146,19 @@ class Clock:
                 self._host_s[where] += time.perf_counter() - start
 
     @contextmanager
+    def optimizer(self) -> Iterator[None]:
+        """Encloses the update of the weights."""
+        start = time.perf_counter()
+        begun = self._event() if self._on_gpu else None
+        try:
+            yield
+        finally:
+            if begun is not None:
+                self._optimizer.append((begun, self._event()))
+            else:
+                self._host_s["optimizer"] += time.perf_counter() - start
+
+    @contextmanager
     def checkpoint(self) -> Iterator[None]:
         """Encloses what of a checkpoint keeps training waiting."""
         start = time.perf_counter()
@@ -157,9 +175,11 @@ class Clock:
         now = time.perf_counter()
         host = self._host_s
         wait_s, step_s, inside_s = host["wait"], host["step"], host["inside"]
-        outside_s = host["outside"]
+        outside_s, optimizer_s = host["outside"], host["optimizer"]
         if self._on_gpu and self._steps:
             wait_s, step_s, inside_s, idle_s = self._read_events()
+            optimizer_s = sum(begin.elapsed_time(end) for begin, end in self._optimizer) / 1000
+            self._optimizer = []
             # The host waits for its peers while the device still has work.
             outside_s = min(outside_s, idle_s)
         times = IntervalTimes(
@@ -167,6 +187,7 @@ class Clock:
             num_steps=self._num_steps,
             data_wait_s=wait_s,
             compute_s=max(step_s - inside_s, 0.0),
+            optimizer_s=optimizer_s,
             communication_s=inside_s + outside_s,
             checkpoint_s=host["checkpoint"],
         )

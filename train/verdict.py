@@ -9,11 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
-__all__ = ["PARTS", "RankTimes", "Utilisation", "Verdict", "judge"]
+__all__ = ["DATA_PARTS", "PARTS", "RankTimes", "Utilisation", "Verdict", "judge"]
 
 PARTS = ("data", "compute", "communication", "host", "checkpoint")
+DATA_PARTS = ("read", "decode", "graph")
 _STRAGGLES = 1.2
 """Own time over the median of the others from which a rank is called slow."""
+_SATURATED = 0.9
+"""Utilisation from which a decoding engine of the GPU is the loader's limit."""
+
+
+_DATA_WORDS = {
+    "read": "storage",
+    "decode": "decoding: an engine is saturated",
+    "graph": "decoding and augmentation",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,8 @@ class RankTimes:
     communication_s: float
     host_s: float
     checkpoint_s: float
+    optimizer_s: float
+    """Of `compute_s`, the update."""
     read_s: float
     """The loader's thread, getting coded bytes."""
     graph_s: float
@@ -71,12 +83,15 @@ class Verdict:
     bound_by: str
     """One of `PARTS`."""
     data_by: str
-    """The longer part of the loader: `read` or `graph`."""
+    """The longer part of the loader, one of `DATA_PARTS`: `read`; `graph`, which decodes and
+    augments; of that `decode`, where a decoding engine is saturated."""
     shares: dict[str, float]
     """Of the slowest rank's time, by part; they sum to 1."""
     slowest_rank: int
     straggler_ratio: float | None
     """Own time of the slowest rank over the median of the others; None with one rank."""
+    optimizer_share: float
+    """Share of the interval in the update, which is in that of compute."""
     read_share: float
     """Share of the interval in which the slowest rank's loader got coded bytes."""
     graph_share: float
@@ -92,8 +107,9 @@ class Verdict:
         """One line for a person, with the numbers."""
         what = self.bound_by
         if what == "data":
-            what += " (storage)" if self.data_by == "read" else " (decoding and augmentation)"
+            what += f" ({_DATA_WORDS[self.data_by]})"
         shares = ", ".join(f"{part} {share:.0%}" for part, share in self.shares.items())
+        shares += f" (compute with the optimizer's {self.optimizer_share:.0%})"
         line = (
             f"bound by {what}: {shares}; the loader reads {self.read_share:.0%} and decodes "
             f"{self.graph_share:.0%} of the time"
@@ -125,13 +141,18 @@ def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) ->
         late = min(max(idle, 0.0), shares["compute"])
         shares["compute"] -= late
         shares["host"] += late
+    data_by = "read"
+    if times.graph_s >= times.read_s:
+        engines = max(utilisation.decoder or 0.0, utilisation.jpeg or 0.0)
+        data_by = "decode" if engines >= _SATURATED else "graph"
     others = [r.own_s for n, r in enumerate(ranks) if n != slowest]
     return Verdict(
         bound_by=max(shares, key=lambda part: shares[part]),
-        data_by="read" if times.read_s > times.graph_s else "graph",
+        data_by=data_by,
         shares=shares,
         slowest_rank=slowest,
         straggler_ratio=times.own_s / max(median(others), 1e-9) if others else None,
+        optimizer_share=times.optimizer_s / wall_s,
         read_share=times.read_s / wall_s,
         graph_share=times.graph_s / wall_s,
         utilisation=utilisation,
