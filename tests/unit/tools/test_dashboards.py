@@ -58,6 +58,11 @@ def test_a_dashboard_is_whole(page: Any):
     variables = {v["name"] for v in made["templating"]["list"]}
     assert {"run", "node"} <= variables
     assert [a["name"] for a in made["annotations"]["list"]] == ["Checkpoint", "Stage"]
+    for annotation in made["annotations"]["list"]:
+        assert metric_names(annotation["expr"]) <= NAMES
+        assert set(re.findall(r"\$(\w+)", annotation["expr"])) <= variables
+    assert made["panels"][0]["title"] == "Is it busy with useful work, and if not, why?"
+    assert made["panels"][1]["title"] == "Bound by"
     numbers = [p["id"] for p in made["panels"]]
     assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()
@@ -77,6 +82,7 @@ def test_a_dashboard_is_whole(page: Any):
             continue
         assert panel["fieldConfig"]["defaults"]["unit"] in GRAFANA_UNITS
         assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["noValue"].startswith("no data")
         assert panel["targets"]
         assert len({t["refId"] for t in panel["targets"]}) == len(panel["targets"])
         for target in panel["targets"]:
@@ -96,10 +102,15 @@ def test_provisioning_and_compose_name_what_is_there():
     compose = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
     for service in compose.values():
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"]), "pin the image"
+        # On the host's network, so each must be told to answer on loopback alone.
+        assert service["network_mode"] == "host"
+        assert "ports" not in service
         for volume in service["volumes"]:
             source = volume.split(":")[0]
             if source.startswith("."):
                 assert (folder / source).exists(), source
+    assert "--web.listen-address=127.0.0.1:9090" in compose["prometheus"]["command"]
+    assert compose["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
     home = compose["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (folder / "grafana/dashboards" / Path(home).name).exists()
 
@@ -112,136 +123,246 @@ def _with(**labels: str) -> str:
 
 
 _GPU = _with(gpu="G")
-# For each alert: series (by promtool's notation) at which it fires and at which it does not, with
-# a step of a minute, after so many minutes.
-ALERTS: dict[str, tuple[int, dict[str, str], dict[str, str]]] = {
+# For each alert: after so many minutes, series (by promtool's notation, a value a minute) at which
+# it fires, a set for each of its conditions, and at which it does not.
+Sets = list[dict[str, str]]
+ALERTS: dict[str, tuple[int, Sets, Sets]] = {
     "StrataGpuIdle": (
         6,
-        {f"strata_gpu_utilization_ratio{_GPU}": "0.01x10"},
-        {f"strata_gpu_utilization_ratio{_GPU}": "0.01x3 0.9x10"},
+        [{f"strata_gpu_utilization_ratio{_GPU}": "0.01x10"}],
+        [
+            {f"strata_gpu_utilization_ratio{_GPU}": "0.01x3 0.9x10"},
+            {f"strata_gpu_utilization_ratio{_GPU.replace('train', 'evaluate')}": "0.01x10"},
+        ],
     ),
-    "StrataGpuLost": (
-        1,
-        {f"strata_gpu_up{_GPU}": "1 0"},
-        {f"strata_gpu_up{_GPU}": "1 1"},
-    ),
+    "StrataGpuLost": (1, [{f"strata_gpu_up{_GPU}": "1 0"}], [{f"strata_gpu_up{_GPU}": "1 1"}]),
     "StrataDataBound": (
         6,
-        {"strata_bound" + _with(by="data"): "1x10"},
-        {"strata_bound" + _with(by="data"): "1x3 0x10"},
+        [{"strata_bound" + _with(by="data"): "1x10"}],
+        [
+            {"strata_bound" + _with(by="data"): "1x3 0x10"},
+            {"strata_bound" + _with(by="compute"): "1x10"},
+        ],
     ),
     "StrataDecoderSaturated": (
         12,
-        {
-            f"strata_gpu_jpeg_utilization_ratio{_GPU}": "0.99x15",
-            f"strata_data_wait_seconds_total{_T}": "0+30x15",
-        },
-        {
-            f"strata_gpu_jpeg_utilization_ratio{_GPU}": "0.99x15",
-            f"strata_data_wait_seconds_total{_T}": "0x15",
-        },
+        [
+            {
+                f"strata_gpu_{engine}_utilization_ratio{_GPU}": "0.99x15",
+                f"strata_data_wait_seconds_total{_T}": "0+30x15",
+            }
+            for engine in ("jpeg", "decoder")
+        ],
+        [
+            {
+                f"strata_gpu_jpeg_utilization_ratio{_GPU}": busy,
+                f"strata_data_wait_seconds_total{_T}": waited,
+            }
+            for busy, waited in (("0.99x15", "0x15"), ("0.5x15", "0+30x15"))
+        ],
     ),
     "StrataLossNotFinite": (
         2,
-        {"strata_loss" + _with(term="total"): "1 2 NaN"},
-        {"strata_loss" + _with(term="total"): "1 2 3"},
+        [
+            {"strata_loss" + _with(term="total"): "1 2 NaN"},
+            {"strata_loss" + _with(term="total"): "1 2 Inf"},
+            {f"strata_skipped_steps_total{_T}": "0 0 1"},
+        ],
+        [
+            {
+                "strata_loss" + _with(term="total"): "1 2 3",
+                f"strata_skipped_steps_total{_T}": "1 1 1",
+            }
+        ],
     ),
     "StrataLossAtChance": (
         35,
-        {
-            "strata_loss" + _with(term="instance"): "6.2x40",
-            "strata_loss_chance" + _with(term="instance"): "6.23x40",
-        },
-        {
-            "strata_loss" + _with(term="instance"): "6.2x20 4x20",
-            "strata_loss_chance" + _with(term="instance"): "6.23x40",
-        },
+        [
+            {
+                "strata_loss" + _with(term="instance"): "6.2x40",
+                "strata_loss_chance" + _with(term="instance"): "6.23x40",
+            }
+        ],
+        [
+            {
+                "strata_loss" + _with(term="instance"): "6.2x20 4x20",
+                "strata_loss_chance" + _with(term="instance"): "6.23x40",
+            }
+        ],
     ),
     "StrataCollapse": (
         12,
-        {"strata_health" + _with(measure="embedding_std"): "0.01x15"},
-        {"strata_health" + _with(measure="embedding_std"): "0.8x15"},
+        [
+            {"strata_health" + _with(measure="embedding_std"): "0.01x15"},
+            {"strata_health" + _with(measure="embedding_effective_rank"): "1.5x15"},
+        ],
+        [
+            {
+                "strata_health" + _with(measure="embedding_std"): "0.8x15",
+                "strata_health" + _with(measure="embedding_effective_rank"): "40x15",
+                "strata_health" + _with(measure="cosine_altered_0_high"): "0.01x15",
+            }
+        ],
     ),
     "StrataStraggler": (
         7,
-        {f"strata_straggler_ratio{_T}": "1.8x10"},
-        {f"strata_straggler_ratio{_T}": "1.1x10"},
+        [{f"strata_straggler_ratio{_T}": "1.8x10"}],
+        [{f"strata_straggler_ratio{_T}": "1.1x10"}],
     ),
     "StrataNoCheckpoint": (
         70,
-        {f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0x80"},
-        {f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80"},
+        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0x80"}],
+        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80"}],
     ),
     "StrataNeverCheckpoint": (
         70,
-        {f"strata_step{_T}": "1+1x80"},
-        {
-            f"strata_step{_T}": "1+1x80",
-            f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80",
-        },
+        [{f"strata_step{_T}": "1+1x80"}],
+        [
+            {
+                f"strata_step{_T}": "1+1x80",
+                f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80",
+            }
+        ],
     ),
     "StrataDiskFilling": (
         90,
-        {
-            "strata_disk_free_bytes" + _with(place="run"): "1000-5x100",
-            "strata_disk_size_bytes" + _with(place="run"): "2000x100",
-        },
-        {
-            "strata_disk_free_bytes" + _with(place="run"): "1000x100",
-            "strata_disk_size_bytes" + _with(place="run"): "2000x100",
-        },
+        [
+            {
+                "strata_disk_free_bytes" + _with(place="run"): free,
+                "strata_disk_size_bytes" + _with(place="run"): "2000x100",
+            }
+            for free in ("1000-5x100", "90x100")
+        ],
+        [
+            {
+                "strata_disk_free_bytes" + _with(place="run"): "1000x100",
+                "strata_disk_size_bytes" + _with(place="run"): "2000x100",
+            }
+        ],
     ),
-    "StrataExporterDown": (2, {f"up{_T}": "1 0x10"}, {f"up{_T}": "1x10"}),
+    "StrataExporterDown": (2, [{f"up{_T}": "1 0x10"}], [{f"up{_T}": "1x10"}]),
+}
+# For each recording rule: series with a value every 15 s, and its value after ten minutes.
+RECORDED: dict[str, tuple[dict[str, str], str, float]] = {
+    "strata:samples:rate1m": (
+        {f"strata_samples_total{_T.replace('0', rank)}": "0+30x40" for rank in "01"},
+        '{run="a"}',
+        4.0,
+    ),
+    "strata:data_wait:ratio1m": (
+        {f"strata_data_wait_seconds_total{_T}": "0+3x40"},
+        '{run="a", node="n", rank="0"}',
+        0.2,
+    ),
+    "strata:step_duration:p95_5m": (
+        {
+            "strata_step_duration_seconds_bucket" + _with(le=le): values
+            for le, values in (("0.5", "0+10x40"), ("1", "0+20x40"), ("+Inf", "0+20x40"))
+        },
+        '{run="a"}',
+        0.95,
+    ),
+    "strata:loss:over_chance": (
+        {
+            "strata_loss" + _with(term="instance"): "3x40",
+            "strata_loss_chance" + _with(term="instance"): "6x40",
+        },
+        '{run="a", term="instance"}',
+        0.5,
+    ),
+    "strata:checkpoint:age_seconds": (
+        {f"strata_checkpoint_last_success_timestamp_seconds{_T}": "240x40"},
+        '{run="a"}',
+        360.0,
+    ),
 }
 
 
-def test_every_alert_is_tested():
+def test_every_rule_is_tested():
     assert set(ALERTS) == {rule["alert"] for rule in rules() if "alert" in rule}
+    assert set(RECORDED) == {rule["record"] for rule in rules() if "record" in rule}
 
 
-def promtool() -> str:
+def promtool(*words: str | Path) -> subprocess.CompletedProcess[str]:
     found = shutil.which("promtool")
     if found is None:
         pytest.skip("no promtool: install Debian's package prometheus (apt-get install prometheus)")
-    return found
+    return subprocess.run([found, *words], capture_output=True, text=True, check=False)
 
 
 def test_promtool_accepts_the_configuration():
-    command = [promtool(), "check", "config", ROOT / "monitoring" / "prometheus.yml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout + done.stderr
+    for what in (
+        ("config", ROOT / "monitoring" / "prometheus.yml"),
+        ("rules", *sorted(RULES.glob("*.yml"))),
+    ):
+        done = promtool("check", *what)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "FAILED" not in done.stdout + done.stderr
 
 
-def _fires(alert: str, minutes: int, series: dict[str, str], tmp_path: Path) -> bool:
-    """Whether promtool says that the alert fires: it fails a test that expects silence."""
-    test = {
-        "rule_files": [str(path) for path in sorted(RULES.glob("*.yml"))],
-        "evaluation_interval": "1m",
-        "tests": [
-            {
-                "interval": "1m",
-                "input_series": [{"series": k, "values": v} for k, v in series.items()],
-                "alert_rule_test": [
-                    {"eval_time": f"{minutes}m", "alertname": alert, "exp_alerts": []}
-                ],
-            }
-        ],
-    }
-    path = tmp_path / "test.yml"
-    path.write_text(yaml.safe_dump(test))
-    done = subprocess.run(
-        [promtool(), "test", "rules", str(path)], capture_output=True, text=True, check=False
+def _test_rules(
+    groups: list[dict[str, Any]], folder: Path, interval: str = "1m"
+) -> subprocess.CompletedProcess[str]:
+    path = folder / "test.yml"
+    files = [str(path) for path in sorted(RULES.glob("*.yml"))]
+    path.write_text(
+        yaml.safe_dump({"rule_files": files, "evaluation_interval": interval, "tests": groups})
     )
-    said = done.stdout + done.stderr
-    if done.returncode:
-        assert "got:[" in said, said
-        assert alert in said
-    return done.returncode != 0
+    return promtool("test", "rules", path)
+
+
+def _group(series: dict[str, str], interval: str, **more: Any) -> dict[str, Any]:
+    given = [{"series": k, "values": v} for k, v in series.items()]
+    return {"interval": interval, "input_series": given, **more}
+
+
+def _silent(alert: str, minutes: int, series: dict[str, str]) -> dict[str, Any]:
+    expected = [{"eval_time": f"{minutes}m", "alertname": alert, "exp_alerts": []}]
+    return _group(series, "1m", alert_rule_test=expected)
+
+
+@pytest.fixture(scope="module")
+def fired(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What promtool found where it was told to expect silence, by alert."""
+    groups = [_silent(a, m, series) for a, (m, firing, _) in ALERTS.items() for series in firing]
+    done = _test_rules(groups, tmp_path_factory.mktemp("firing"))
+    found: dict[str, list[str]] = {}
+    for part in done.stdout.split("alertname: ")[1:] or done.stderr.split("alertname: ")[1:]:
+        found.setdefault(part.partition(",")[0], []).append(part.partition("got:[")[2])
+    return found
 
 
 @pytest.mark.parametrize("alert", sorted(ALERTS))
-def test_an_alert_fires_when_it_should_and_only_then(alert: str, tmp_path: Path):
-    minutes, firing, quiet = ALERTS[alert]
-    assert _fires(alert, minutes, firing, tmp_path)
-    assert not _fires(alert, minutes, quiet, tmp_path)
+def test_an_alert_fires_at_each_of_its_conditions(alert: str, fired: dict[str, list[str]]):
+    _, firing, _ = ALERTS[alert]
+    assert len(fired.get(alert, [])) == len(firing), fired
+    (rule,) = (rule for rule in rules() if rule.get("alert") == alert)
+    wanted = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+    for found in fired[alert]:
+        # A label that the expression has dropped would leave a hole in the sentence.
+        assert wanted <= set(re.findall(r'(\w+)="', found.partition("Annotations")[0])), found
+
+
+def test_no_alert_fires_when_it_should_not(tmp_path: Path):
+    quiet = [
+        _silent(alert, minutes, series)
+        for alert, (minutes, _, silent) in ALERTS.items()
+        for series in (*silent, {"strata_build_info" + _with(version="1"): "1x90"})
+    ]
+    done = _test_rules(quiet, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_recorded_values(tmp_path: Path):
+    def group(record: str, factor: float) -> dict[str, Any]:
+        series, labels, value = RECORDED[record]
+        sample = {"labels": record + labels, "value": round(value * factor, 6)}
+        test = {"expr": f"round({record}, 1e-6)", "eval_time": "10m"}
+        # round() drops the name.
+        expected = [sample | {"labels": labels}]
+        return _group(series, "15s", promql_expr_test=[test | {"exp_samples": expected}])
+
+    done = _test_rules([group(record, 1.0) for record in RECORDED], tmp_path, "15s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # That another value would have been found out.
+    assert _test_rules([group("strata:loss:over_chance", 1.01)], tmp_path, "15s").returncode != 0
