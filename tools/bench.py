@@ -9,6 +9,7 @@ from strata.errors import ConfigError, exit_with_one_line
 SUBJECTS = {
     "dataload": "strata.tools.bench_dataload",
     "device": "strata.tools.bench_device",
+    "monitor": "strata.tools.bench_monitor",
     "preprocess": "strata.tools.bench_preprocess",
     "shuffle": "strata.tools.bench_shuffle",
     "soak": "strata.tools.bench_soak",
