@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -194,6 +195,17 @@ def _round(contender: Contender, seconds: float, synchronize: Callable[[], None]
     }
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """Seconds for a sample, by the clock and of CPU time."""
+
+    clock_s: float
+    cpu_s: float
+
+    def __sub__(self, part: "_Cost") -> "_Cost":
+        return _Cost(self.clock_s - part.clock_s, self.cpu_s - part.cpu_s)
+
+
 class _Parts:
     """Strata's loader taken apart.
 
@@ -212,14 +224,15 @@ class _Parts:
         self._threads = config.threads
         self._plan = open_plan(reader, config, _SEED)
 
-    def _rate(self, run: Callable[[int], Any]) -> float:
-        """Samples a second of a function that makes batch `k`."""
+    def _cost(self, run: Callable[[int], Any]) -> _Cost:
+        """What a function costs that makes batch `k`."""
         run(0)
-        start, count = time.perf_counter(), 0
+        start, cpu, count = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < self._seconds:
             count += 1
             run(count)
-        return count * self._config.batch_size / (time.perf_counter() - start)
+        samples = count * self._config.batch_size
+        return _Cost((time.perf_counter() - start) / samples, (time.process_time() - cpu) / samples)
 
     def _coded(self, number: int) -> list[np.ndarray]:
         """The coded windows of a batch, cut out as the loader does."""
@@ -229,12 +242,12 @@ class _Parts:
         windows = training_window(self._reader.num_frames[samples], self._config.clips, draws)
         return [self._reader.strip(int(s), w) for s, w in zip(samples, windows, strict=True)]
 
-    def read(self) -> float:
-        """Samples a second, read and cut in one thread."""
-        return self._rate(self._coded)
+    def read(self) -> _Cost:
+        """Reading and cutting in one thread."""
+        return self._cost(self._coded)
 
-    def decode(self, device: Literal["cpu", "gpu"]) -> float:
-        """Samples a second, decoded and nothing else."""
+    def decode(self, device: Literal["cpu", "gpu"]) -> _Cost:
+        """Decoding and nothing else."""
 
         @pipeline_def
         def graph() -> Any:
@@ -257,27 +270,22 @@ class _Parts:
             pipe.feed_input("coded", coded[number % len(coded)])
             pipe.run()
 
-        return self._rate(run)
+        return self._cost(run)
 
-    def whole(self, config: DataConfig) -> float:
-        """Samples a second of the loader."""
+    def whole(self, config: DataConfig, skip: int = 0) -> _Cost:
+        """The loader, after what it makes ahead and `skip` batches more."""
         contender = StrataContender("strata", self._reader, config, self._device)
         try:
-            for _ in range(contender.ahead):
+            for _ in range(contender.ahead + skip):
                 contender.next()
-            return self._rate(lambda _: contender.next())
+            return self._cost(lambda _: contender.next())
         finally:
             contender.close()
 
-    def cached(self, config: DataConfig) -> float:
-        """Samples a second of the loader from a cache that is full."""
-        contender = StrataContender("strata", self._reader, config, self._device)
-        try:
-            for _ in range(contender.ahead + self._plan.steps_per_epoch):
-                contender.next()
-            return self._rate(lambda _: contender.next())
-        finally:
-            contender.close()
+    def cached(self, config: DataConfig) -> _Cost:
+        """The loader from a cache that is full."""
+        full = dataclasses.replace(config, cache="host")
+        return self.whole(full, skip=self._plan.steps_per_epoch)
 
 
 def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "gpu"]]]:
@@ -299,12 +307,12 @@ def measure_parts(
     for decode, augment in _devices(device.type == "cuda"):
         chosen = dataclasses.replace(config, decode=decode, augment=augment)
         decoded, whole = parts.decode(decode), parts.whole(chosen)
-        left = 1 / whole - 1 / decoded - 1 / read
-        rates = {"read": read, "decode": decoded, "augment": 1 / left if left > 0 else None}
-        rates["whole"] = whole
+        costs = {"read": read, "decode": decoded, "augment": whole - decoded - read}
+        costs["whole"] = whole
         if decode == "cpu":
-            rates["cached"] = parts.cached(dataclasses.replace(chosen, cache="host"))
-        for part, rate in rates.items():
+            costs["cached"] = parts.cached(chosen)
+        for part, cost in costs.items():
+            rate = 1 / cost.clock_s if cost.clock_s > 0 else None
             rows.append(
                 {
                     "payload": reader.manifest.form.payload,
@@ -313,16 +321,21 @@ def measure_parts(
                     "part": part,
                     "samples_per_s": rate,
                     "frames_per_s": None if rate is None else rate * frames,
+                    "cpu_ms_per_sample": cost.cpu_s * 1e3,
                 }
             )
     return rows
 
 
 def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'payload':<9}{'decode':<8}{'augment':<9}{'part':<9}{'samples/s':>11}{'frames/s':>11}")
+    print(
+        f"{'payload':<9}{'decode':<8}{'augment':<9}{'part':<9}{'samples/s':>11}{'frames/s':>11}"
+        f"{'CPU ms':>9}"
+    )
     for row in rows:
         rate = row["samples_per_s"]
-        told = f"{rate:>11.1f}{row['frames_per_s']:>11,.0f}" if rate else f"{'hidden':>11}"
+        told = f"{rate:>11.1f}{row['frames_per_s']:>11,.0f}" if rate else f"{'hidden':>22}"
+        told += f"{row['cpu_ms_per_sample']:>9.2f}"
         names = f"{row['payload']:<9}{row['decode']:<8}{row['augment']:<9}{row['part']:<9}"
         print(names + told, flush=True)
 
