@@ -33,6 +33,7 @@ from strata.counter_random import Stream, uniforms
 from strata.dataload.clips import training_window
 from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
+from strata.dataload.videos import CodedWindows, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.preprocess.run import ShardSettings, shard_set
@@ -234,13 +235,13 @@ class _Parts:
         samples = count * self._config.batch_size
         return _Cost((time.perf_counter() - start) / samples, (time.process_time() - cpu) / samples)
 
-    def _coded(self, number: int) -> list[np.ndarray]:
+    def _coded(self, number: int) -> CodedWindows:
         """The coded windows of a batch, cut out as the loader does."""
         epoch, step = divmod(number, self._plan.steps_per_epoch)
         samples = self._plan.batch(epoch, step, 0, 1)
         draws = uniforms(_SEED, Stream.WINDOW, epoch, samples, 0, 2)
         windows = training_window(self._reader.num_frames[samples], self._config.clips, draws)
-        return [self._reader.strip(int(s), w) for s, w in zip(samples, windows, strict=True)]
+        return read_windows(self._reader, samples, windows)
 
     def read(self) -> _Cost:
         """Reading and cutting in one thread."""
@@ -248,14 +249,15 @@ class _Parts:
 
     def decode(self, device: Literal["cpu", "gpu"]) -> _Cost:
         """Decoding and nothing else."""
+        on = "mixed" if device == "gpu" else "cpu"
+        is_video = self._reader.manifest.form.payload == "mp4"
 
         @pipeline_def
         def graph() -> Any:
-            return fn.decoders.image(
-                fn.external_source(name="coded"),
-                device="mixed" if device == "gpu" else "cpu",
-                output_type=types.DALIImageType.RGB,
-            )
+            coded = fn.external_source(name="coded")
+            if is_video:
+                return fn.decoders.video(coded, device=on, frames=fn.external_source(name="seen"))
+            return fn.decoders.image(coded, device=on, output_type=types.DALIImageType.RGB)
 
         pipe: Any = graph(
             batch_size=self._config.batch_size,
@@ -267,7 +269,10 @@ class _Parts:
         coded = [self._coded(k) for k in range(min(4, self._plan.steps_per_epoch))]
 
         def run(number: int) -> None:
-            pipe.feed_input("coded", coded[number % len(coded)])
+            windows = coded[number % len(coded)]
+            pipe.feed_input("coded", list(windows.coded))
+            if is_video:
+                pipe.feed_input("seen", [np.unique(p).astype(np.int32) for p in windows.places])
             pipe.run()
 
         return self._cost(run)
@@ -309,13 +314,14 @@ def measure_parts(
         decoded, whole = parts.decode(decode), parts.whole(chosen)
         costs = {"read": read, "decode": decoded, "augment": whole - decoded - read}
         costs["whole"] = whole
-        if decode == "cpu":
+        form = reader.manifest.form
+        if decode == "cpu" and form.payload == "jpeg":
             costs["cached"] = parts.cached(chosen)
         for part, cost in costs.items():
             rate = 1 / cost.clock_s if cost.clock_s > 0 else None
             rows.append(
                 {
-                    "payload": reader.manifest.form.payload,
+                    "payload": form.codec if form.payload == "mp4" else form.payload,
                     "decode": decode,
                     "augment": augment,
                     "part": part,
@@ -381,22 +387,24 @@ def _print_summary(rows: Sequence[dict[str, Any]], window_frames: int) -> None:
 
 
 def _shard(videos: Path, chosen: Sequence[Path], folder: Path, workers: int) -> dict[str, Path]:
-    """The same clips once as strips and once as H.264, in shards small enough for all workers."""
+    """The same clips as strips, H.264 and MJPEG, in shards small enough for all workers."""
     sources = tuple(
         Source(name=p.relative_to(videos).as_posix(), path=p, label=0, num_bytes=p.stat().st_size)
         for p in chosen
     )
     source_set = SourceSet(dataset="bench", split="all", classes=("any",), sources=sources)
     made = {}
-    for form in (
-        NormalForm(),
-        NormalForm(payload="mp4", segment_frames=_MP4_SEGMENT_FRAMES),
-    ):
-        made[form.payload] = folder / form.payload
+    forms = {
+        "jpeg": NormalForm(),
+        "mp4": NormalForm(payload="mp4", segment_frames=_MP4_SEGMENT_FRAMES),
+        "mjpeg": NormalForm(payload="mp4", codec="mjpeg", quantizer=3),
+    }
+    for name, form in forms.items():
+        made[name] = folder / name
         settings = ShardSettings(
             form=form, workers=workers, samples_per_shard=max(1, len(chosen) // (4 * workers))
         )
-        shard_set(source_set, videos, made[form.payload], settings)
+        shard_set(source_set, videos, made[name], settings)
     return made
 
 
@@ -512,7 +520,11 @@ def main(argv: Sequence[str]) -> None:
             f"{len(chosen)} videos, batch {config.batch_size}, {workers} workers, on "
             f"{machine['device']} with {machine['cores']} cores, load {machine['load']:.1f}"
         )
-        parts = measure_parts(ShardReader(made["jpeg"]), config, device, args.seconds)
+        parts = []
+        # DALI decodes H.264 on a GPU alone.
+        for name in ("jpeg", "mp4" if device.type == "cuda" else "mjpeg"):
+            each = dataclasses.replace(config, shards=made[name])
+            parts += measure_parts(ShardReader(made[name]), each, device, args.seconds)
         _print_parts(parts)
         contenders = _contenders(args, made, config, device)
         for contender in contenders:

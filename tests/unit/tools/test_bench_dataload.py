@@ -26,6 +26,7 @@ def test_all_loaders_in_turns(tmp_path: Path):
     found = json.loads(out.read_text())
     assert [row["name"] for row in found["summary"]] == ["strata", "mp4-pyav", "dali"]
     assert all(row["samples_per_s"] > 0 for row in found["summary"])
+    assert {p["payload"] for p in found["parts"]} == {"jpeg", "mjpeg"}
     assert {p["part"] for p in found["parts"]} == {"read", "decode", "augment", "whole", "cached"}
     assert len(found["rounds"]) == 2
     assert all(turn["samples"] >= 2 for r in found["rounds"] for turn in r.values())
