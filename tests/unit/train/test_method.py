@@ -234,8 +234,9 @@ def test_motion_excitation_is_a_side_branch():
     model = build(recipe())
     before = embed(model, SECOND)
     with torch.no_grad():
-        for level in ("low", "mid"):
-            torch.nn.init.normal_(model.motion[level].expand.weight, std=10)  # pyright: ignore[reportArgumentType]
+        for name, parameter in model.motion.named_parameters():
+            if name.endswith("expand.weight"):
+                parameter.normal_(std=10)
     after = embed(model, SECOND)
     assert torch.equal(after.instance, before.instance)
     assert torch.equal(after.scores, before.scores)
