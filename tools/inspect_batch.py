@@ -7,25 +7,20 @@ frames a view, and as a small video (mp4) with its views side by side.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
-from PIL import Image, ImageDraw
 
 from strata.config import parse_config
 from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError, exit_with_one_line
+from strata.eval.film import contact_sheet, write_video
 
-__all__ = ["InspectConfig", "contact_sheet", "main", "side_by_side"]
+__all__ = ["InspectConfig", "main", "side_by_side"]
 
-_CAPTION_ROWS = 14
 _GAP = 4
 _RATE = 8
 """Frames a second of the videos: slow enough to see single frames."""
@@ -58,32 +53,6 @@ class InspectConfig:
             raise ConfigError("num must be 1 or more, epoch and step 0 or more")
 
 
-def contact_sheet(views: Sequence[tuple[str, np.ndarray]], title: str, columns: int) -> Image.Image:
-    """Frames of each view in reading order, `columns` a row.
-
-    Args:
-        views: Caption and `[T, S, S, 3]`, uint8, of each.
-        title: First line.
-        columns: Frames in a row.
-    """
-    size = views[0][1].shape[1]
-    tile = size + _GAP
-    rows = [-(-len(frames) // columns) for _, frames in views]
-    height = _CAPTION_ROWS + sum(_CAPTION_ROWS + r * tile for r in rows)
-    sheet = Image.new("RGB", (columns * tile, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((2, 1), title, fill="black")
-    top = _CAPTION_ROWS
-    for (caption, frames), num_rows in zip(views, rows, strict=True):
-        draw.text((2, top + 1), caption, fill="black")
-        top += _CAPTION_ROWS
-        for k, frame in enumerate(frames):
-            place = (k % columns * tile, top + k // columns * tile)
-            sheet.paste(Image.fromarray(frame), place)
-        top += num_rows * tile
-    return sheet
-
-
 def side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:
     """The views as one video; shorter ones begin again.
 
@@ -100,18 +69,6 @@ def side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:
         parts += [looped, np.full((*looped.shape[:2], _GAP, 3), 255, np.uint8)]
     joined = np.concatenate(parts[:-1], axis=2)
     return joined.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
-
-
-def _write_video(path: Path, frames: np.ndarray) -> None:
-    with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(_RATE), options={"crf": "12"})
-        if not isinstance(stream, VideoStream):
-            raise TypeError(f"a video encoder gave {type(stream).__name__}")
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
@@ -163,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         title += f"   seed {config.seed}, epoch {config.epoch}, step {config.step}"
         sheet = contact_sheet(views, title, config.data.clips.clip_frames)
         sheet.save(config.out / f"{name}.png")
-        _write_video(config.out / f"{name}.mp4", side_by_side([v for _, v in views]))
+        write_video(config.out / f"{name}.mp4", side_by_side([v for _, v in views]), _RATE)
     written = min(config.num, len(batch.samples))
     print(f"{written} samples of {len(batch.samples)} -> {config.out}", flush=True)
 

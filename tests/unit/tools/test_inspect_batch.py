@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError
-from strata.tools.inspect_batch import contact_sheet, main, side_by_side
+from strata.eval.film import contact_sheet
+from strata.tools.inspect_batch import main, side_by_side
 
 
 def test_a_sheet_holds_every_frame_in_reading_order(rng: np.random.Generator):
