@@ -466,6 +466,7 @@ class EvaluationLoader:
         videos_per_batch: Samples a rank takes at a time.
         num_clips: Clips a video.
         stride: Distance of neighbouring frames of a clip, in source frames.
+        samples: Which samples; all of them by default.
     """
 
     def __init__(
@@ -478,14 +479,15 @@ class EvaluationLoader:
         videos_per_batch: int,
         num_clips: int,
         stride: int,
+        samples: Sequence[int] | None = None,
     ) -> None:
         # Each video is shown once: nothing to keep.
         config = dataclasses.replace(config, cache="none")
         self._reader, self._config = reader, config
         self._maker = _GraphMaker(reader, config, device)
-        self._slots, self._valid = evaluation_slots(
-            reader.num_samples, videos_per_batch, world.rank, world.size
-        )
+        chosen = np.arange(reader.num_samples) if samples is None else np.asarray(samples)
+        slots, self._valid = evaluation_slots(len(chosen), videos_per_batch, world.rank, world.size)
+        self._slots = chosen[slots]
         self._num_clips, self._stride = num_clips, stride
         self._side = _Stream(device)
         self._graph = self._maker.build(
@@ -502,15 +504,19 @@ class EvaluationLoader:
         """Batches of this rank; the same on every rank."""
         return len(self._slots)
 
+    def frames_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Frame numbers of samples' clips: `[N, clips a video, T]`, int64."""
+        return evaluation_clips(
+            self._reader.num_frames[samples],
+            num_clips=self._num_clips,
+            clip_frames=self._config.clips.clip_frames,
+            stride=self._stride,
+        )
+
     def _batches(self) -> Iterator[ClipBatch]:
         form = self._reader.manifest.form
         for samples, valid in zip(self._slots, self._valid, strict=True):
-            frames = evaluation_clips(
-                self._reader.num_frames[samples],
-                num_clips=self._num_clips,
-                clip_frames=self._config.clips.clip_frames,
-                stride=self._stride,
-            )
+            frames = self.frames_of(samples)
             pairs = [
                 (int(s), clip) for s, clips in zip(samples, frames, strict=True) for clip in clips
             ]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,9 @@ from strata.dataload.videos import refuse_mixed_payloads
 from strata.distributed import World, all_equal, current_world, join_world, leave_world
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
+from strata.eval.page import Page, write_page
 from strata.eval.record import PairResult, table, write_record
+from strata.eval.report import build_page
 from strata.exporter import export_process
 from strata.hardware import GpuCollector
 from strata.metrics import ExporterConfig, Metrics
@@ -47,8 +49,8 @@ class Evaluation:
     monitor: ExporterConfig = field(default_factory=lambda: ExporterConfig(port=0))
     """Where to answer Prometheus while it works; by default nowhere."""
     out: Path | None = None
-    """File for the result; by default report.json in a folder of its own under the checkpoint's
-    run, in eval/."""
+    """File for the result, beside which its page gets the ending .html; by default report.json in
+    a folder of its own under the checkpoint's run, in eval/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,9 @@ class OneNetwork(Evaluation):
     """untrained draws the same network anew from the seed: the baseline."""
     seed: int = 0
     """Of the untrained weights."""
+    untrained_seeds: tuple[int, ...] = (0,)
+    """Seeds of untrained networks that go through the same protocol, to stand beside the figures;
+    [] leaves them out."""
     backbone: Literal["any", "r3d18", "s3d"] = "any"
     """The encoder that the checkpoint must have; another is refused."""
     data: tuple[Path, ...] = ()
@@ -68,9 +73,11 @@ class OneNetwork(Evaluation):
     """Splits of each folder of `data`."""
 
     @property
-    def untrained_seed(self) -> int | None:
-        """The seed of an untrained network, or None for the checkpoint's weights."""
-        return self.seed if self.weights == "untrained" else None
+    def networks(self) -> dict[str, int | None]:
+        """Which networks are measured: their seeds, None for the checkpoint's weights, by row."""
+        if self.weights == "untrained":
+            return {"measured": self.seed}
+        return {"measured": None} | {f"untrained, seed {s}": s for s in self.untrained_seeds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +203,10 @@ class Bench:
         identity = json.dumps([self.state.config["model"], "untrained", untrained_seed])
         return backbone.to(self.device), identity
 
-    def encode(self, reader: ShardReader, untrained_seed: int | None) -> Features:
-        """Features of a data set, from the cache where they are."""
+    def encode(
+        self, reader: ShardReader, untrained_seed: int | None, *, backwards: bool = False
+    ) -> Features:
+        """Features of a data set, from the cache where they are; see `extract_features`."""
         backbone, identity = self.network(untrained_seed)
         return extract_features(
             backbone,
@@ -208,6 +217,7 @@ class Bench:
             network=identity,
             cache=self.results / "features",
             metrics=self.metrics,
+            backwards=backwards,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -227,15 +237,35 @@ class Bench:
         text = json.dumps([self.identity, plain(parts)], sort_keys=True)
         return self.results / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
+    def report_path(self, name: str, results: list[PairResult]) -> Path:
+        """Where the result goes."""
+        sets = [r.sets for r in results]
+        return self.config.out or self.folder(name, [self.settings(), sets]) / "report.json"
+
     def write(
-        self, name: str, protocol: str, results: list[PairResult], more: dict[str, Any]
+        self,
+        name: str,
+        protocol: str,
+        results: list[PairResult],
+        more: dict[str, Any],
+        *,
+        path: Path | None = None,
+        decorate: Callable[[Page], Page] = lambda page: page,
     ) -> None:
-        """Leave `report.json` with all that decided it, and print the figures."""
+        """Leave `report.json` with all that decided it and its page, and print the figures.
+
+        Args:
+            name: Of the evaluation.
+            protocol: In words.
+            results: One for each pair of sets.
+            more: Further fields of the report.
+            path: The file; by default `report_path`.
+            decorate: Adds to the page what the report does not hold.
+        """
         if not self.world.is_first:
             return
         settings = self.settings()
-        sets = [r.sets for r in results]
-        path = self.config.out or self.folder(name, [settings, sets]) / "report.json"
+        path = path or self.report_path(name, results)
         head = {
             "evaluation": name,
             "protocol": protocol,
@@ -260,7 +290,10 @@ class Bench:
             if mean["num_splits"] > 1:
                 print(f"  {data}, mean of {mean['num_splits']} splits")
                 print(table(mean["mean"], mean["deviation"], indent="    "))
-        print(f"  written to {path}", flush=True)
+        # After all else: a data set that has gone costs the page, not the figures.
+        page = path.with_suffix(".html")
+        write_page(decorate(build_page(plain(record))), page)
+        print(f"  written to {path} and {page}", flush=True)
 
 
 def _sizes(result: PairResult) -> str:

@@ -114,6 +114,7 @@ def extract_features(
     network: str,
     cache: Path | None,
     metrics: Metrics | None = None,
+    backwards: bool = False,
 ) -> Features:
     """Encode every video of a data set. All ranks call it and get the same.
 
@@ -126,6 +127,7 @@ def extract_features(
         network: What identifies the weights.
         cache: Folder for features by (network, manifest, protocol); None to compute anew.
         metrics: Where to count what was read and decoded.
+        backwards: Whether the network sees the clips reversed in time.
 
     Returns:
         Features of all levels in the order of the data set.
@@ -138,6 +140,8 @@ def extract_features(
     apart = ("videos_per_batch", "level")
     protocol = {k: v for k, v in asdict(config).items() if k not in apart}
     protocol["precision"] = "bf16" if device.type == "cuda" else "fp32"
+    if backwards:
+        protocol["backwards"] = True
     name = _digest({"network": network, "set": reader.manifest.digest, "protocol": protocol})
     path = None if cache is None else cache / f"{name}.safetensors"
     levels = None
@@ -147,7 +151,7 @@ def extract_features(
     if levels is None:
         backbone.eval()
         levels = over_videos(
-            encode_levels(backbone, device),
+            encode_levels(backbone, device, backwards=backwards),
             reader,
             config.clips(),
             world=world,

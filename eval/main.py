@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: retrieval, linear probe, finetuning, or both probes beside untrained ones.
+"""Evaluate a checkpoint: retrieval, linear probe, finetuning, both probes in one, temporal cues.
 
 deepspeed eval/main.py retrieval --checkpoint runs/a \
     --gallery shards/ucf101/train01 --query shards/ucf101/test01
@@ -8,6 +8,8 @@ deepspeed eval/main.py finetune --checkpoint runs/a \
     --data "[shards/ucf101,shards/hmdb51]" --splits "[1,2,3]"
 deepspeed eval/main.py compare --checkpoint runs/a \
     --train shards/ucf101/train01 --test shards/ucf101/test01
+deepspeed eval/main.py temporal_cam --checkpoint runs/a \
+    --train shards/ucf101/train01 --test shards/ucf101/test01 --out cues
 deepspeed eval/main.py features --checkpoint runs/a --shards shards/ucf101/test01 --out f.npz
 """
 

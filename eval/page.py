@@ -11,7 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Curve", "FigureRow", "Neighbour", "Page", "Published", "Query", "render", "write_page"]
+__all__ = [
+    "ClassResult",
+    "Cue",
+    "Curve",
+    "FigureRow",
+    "Neighbour",
+    "Page",
+    "Published",
+    "Query",
+    "Retrieved",
+    "Table",
+    "render",
+    "write_page",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +36,35 @@ class FigureRow:
     protocol: str
     """How it was measured: a figure never stands without it."""
     measured: tuple[float, ...]
-    """Of each pretrained network."""
+    """Of each pretrained network or split."""
+    data: str = ""
+    """The data set and its split or splits."""
     untrained: tuple[float, ...] = ()
-    """Of each untrained network of the same architecture."""
+    """Of each untrained network of the same architecture, and split."""
     chance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Shares in [0, 1] by row and column; None where there is none."""
+
+    title: str
+    remark: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """What became of the test videos of each class."""
+
+    title: str
+    """The data set and split."""
+    protocol: str
+    per_class: Mapping[str, tuple[int, float | None]]
+    """By class: test videos and the share of them that is right; None where there are none."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Test videos by class (row) and prediction (column), in the order of `per_class`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +102,27 @@ class Query:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """Queries of one data set and what was found."""
+
+    title: str
+    """The data set and split."""
+    protocol: str
+    queries: tuple[Query, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cue:
+    """Where a network saw the direction of time in a video."""
+
+    key: str
+    label: str
+    caption: str
+    sheet: bytes
+    """JPEG: frames, and the class activation maps over them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """A value over the steps of a run."""
 
@@ -83,14 +142,16 @@ class Page:
     """What a reader must know before believing the figures."""
     figures: tuple[FigureRow, ...]
     published: tuple[Published, ...] = ()
-    per_class: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """By class: test videos and the share of them that is right."""
-    confusion: tuple[tuple[int, ...], ...] = ()
-    """Test videos by class (row) and prediction (column), in the order of `per_class`."""
-    classified_by: str = ""
-    """The protocol behind `per_class` and `confusion`."""
-    queries: tuple[Query, ...] = ()
+    tables: tuple[Table, ...] = ()
+    classes: tuple[ClassResult, ...] = ()
+    retrieved: tuple[Retrieved, ...] = ()
+    cues: tuple[Cue, ...] = ()
+    cues_remark: str = ""
+    """How the maps of `cues` are read."""
+    training: tuple[Curve, ...] = ()
+    """Of the classifier."""
     curves: tuple[Curve, ...] = ()
+    """Of the pretraining."""
     health: tuple[Curve, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Commit, digests, versions: by name."""
@@ -106,8 +167,9 @@ _STYLE = """
 * { box-sizing: border-box }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; overflow-wrap: anywhere }
+.protocol { margin: 1.6rem 0 .4rem; padding-left: .7rem; border-left: 3px solid var(--blue) }
 p { max-width: 46rem }
 small, .soft { color: var(--soft); font-size: .87rem }
 .scroll { overflow-x: auto }
@@ -130,7 +192,9 @@ svg { width: 100%; height: auto; display: block; color: var(--ink) }
 svg text { font: 10px system-ui, sans-serif; fill: var(--soft) }
 .query { margin: 0 0 1.2rem; padding: 0 0 1rem; border-bottom: 1px solid var(--line) }
 .query > figure { max-width: 32rem }
-td.soft { min-width: 15rem }
+.cue { margin: 0 0 1.6rem }
+td.wide { width: 50% }
+td.soft { min-width: 12rem }
 figure { margin: .4rem 0; min-width: 0 }
 figure img { width: 100%; height: auto; border-radius: .3rem; display: block }
 figcaption { font-size: .82rem; color: var(--soft); overflow-wrap: anywhere }
@@ -142,6 +206,8 @@ pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x:
   font-size: .82rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
+@media (max-width: 40rem) { dl { display: block } dd { margin: 0 0 .5rem }
+  th, td { padding: .35rem .3rem; font-size: .9rem } }
 """
 
 
@@ -162,17 +228,27 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _figures(page: Page) -> str:
+    """A table for each protocol, which stands above: a phone would hide it in a last column."""
+    protocols = dict.fromkeys(row.protocol for row in page.figures)
+    return "".join(
+        f"<p class='protocol'>{_text(protocol)}</p>"
+        + _figure_table([row for row in page.figures if row.protocol == protocol])
+        for protocol in protocols
+    )
+
+
+def _figure_table(figures: Sequence[FigureRow]) -> str:
     rows = "".join(
-        f"<tr><td>{_text(row.name)}</td><td class='number main'>{_spread(row.measured)}</td>"
+        f"<tr><td>{_text(row.name)}<br><small>{_text(row.data)}</small></td>"
+        f"<td class='number main'>{_spread(row.measured)}</td>"
         f"<td class='number'>{_spread(row.untrained)}</td>"
-        f"<td class='number'>{'' if row.chance is None else _share(row.chance)}</td>"
-        f"<td class='soft'>{_text(row.protocol)}</td></tr>"
-        for row in page.figures
+        f"<td class='number'>{'' if row.chance is None else _share(row.chance)}</td></tr>"
+        for row in figures
     )
     return (
         "<div class='scroll'><table><thead><tr><th>figure</th><th class='number'>pretrained</th>"
-        "<th class='number'>untrained</th><th class='number'>chance</th><th>protocol</th></tr>"
-        f"</thead><tbody>{rows}</tbody></table></div>"
+        "<th class='number'>untrained</th><th class='number'>chance</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -193,40 +269,59 @@ def _published(page: Page) -> str:
     )
 
 
-def _classes(page: Page) -> str:
-    if not page.per_class:
-        return ""
+def _tables(page: Page) -> str:
+    return "".join(_table(table) for table in page.tables)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th class='number'>{_text(c)}</th>" for c in table.columns)
     rows = "".join(
-        f"<tr><td>{_text(name)}</td><td class='number'>{count}</td>"
-        f"<td class='number'>{_share(share)}</td><td style='width:50%'>"
-        f"<div class='bar'><div style='width:{100 * share:.1f}%'></div></div></td></tr>"
-        for name, (count, share) in page.per_class.items()
+        f"<tr><td>{_text(name)}</td>"
+        + "".join(f"<td class='number'>{'' if v is None else _share(v)}</td>" for v in values)
+        + "</tr>"
+        for name, values in table.rows.items()
     )
     return (
-        f"<h2>By class</h2><p class='soft'>{_text(page.classified_by)}</p>"
+        f"<h2>{_text(table.title)}</h2><p class='soft'>{_text(table.remark)}</p>"
+        f"<div class='scroll'><table><thead><tr><th></th>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _classes(result: ClassResult) -> str:
+    rows = "".join(
+        f"<tr><td>{_text(name)}</td><td class='number'>{count}</td>"
+        f"<td class='number'>{'' if share is None else _share(share)}</td><td class='wide'>"
+        f"<div class='bar'><div style='width:{100 * (share or 0):.1f}%'></div></div></td></tr>"
+        for name, (count, share) in result.per_class.items()
+    )
+    return (
+        f"<h2>By class: {_text(result.title)}</h2><p class='soft'>{_text(result.protocol)}</p>"
         "<div class='scroll'><table><thead><tr><th>class</th><th class='number'>videos</th>"
         f"<th class='number'>right</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _confusion(page: Page) -> str:
-    if not page.confusion:
+def _confusion(result: ClassResult) -> str:
+    if not result.confusion:
         return ""
-    names = list(page.per_class)
+    names = list(result.per_class)
     head = "".join(f"<th class='column'><span>{_text(n)}</span></th>" for n in names)
     rows = []
-    for name, counts in zip(names, page.confusion, strict=True):
+    for name, counts in zip(names, result.confusion, strict=True):
         total = max(sum(counts), 1)
         cells = "".join(
             f"<td style='background:color-mix(in srgb, var(--blue) {80 * c / total:.0f}%, "
-            f"transparent)'>{c or ''}</td>"
+            f"transparent)'>{c}</td>"
+            if c
+            else "<td></td>"
             for c in counts
         )
         rows.append(f"<tr><th scope='row'>{_text(name)}</th>{cells}</tr>")
     return (
-        "<h2>Confusion</h2><p class='soft'>Rows: the class; columns: what it was taken for; test "
-        "videos.</p><div class='scroll'><table class='matrix'><thead><tr><th></th>"
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<h2>Confusion: {_text(result.title)}</h2><p class='soft'>Rows: the class; columns: what "
+        "it was taken for; test videos.</p><div class='scroll'><table class='matrix'><thead><tr>"
+        f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -235,16 +330,14 @@ def _picture(film: bytes, description: str) -> str:
     return f"<img alt='{_text(description)}' src='data:image/jpeg;base64,{coded}'>"
 
 
-def _queries(page: Page) -> str:
-    if not page.queries:
-        return ""
+def _queries(retrieved: Retrieved) -> str:
     parts = []
-    for query in page.queries:
+    for query in retrieved.queries:
         near = "".join(
             f"<figure class='{'right' if n.label == query.label else 'wrong'}'>"
             f"{_picture(n.film, f'frames of {n.key}')}<figcaption>"
-            f"<b>{'same class' if n.label == query.label else 'other class'}</b>: "
-            f"{_text(n.label)}, cosine {n.similarity:.3f}<br>{_text(n.key)}</figcaption></figure>"
+            f"<b>{'&#10003; same class' if n.label == query.label else '&#10007; other class'}</b>:"
+            f" {_text(n.label)}, cosine {n.similarity:.3f}<br>{_text(n.key)}</figcaption></figure>"
             for n in query.neighbours
         )
         parts.append(
@@ -253,10 +346,21 @@ def _queries(page: Page) -> str:
             f"<div class='near'>{near}</div></div>"
         )
     return (
-        "<h2>Nearest neighbours</h2><p class='soft'>Test videos and the training videos nearest to "
-        "them, nearest first. The queries are evenly spaced in the test set, not chosen.</p>"
-        + "".join(parts)
+        f"<h2>Nearest neighbours: {_text(retrieved.title)}</h2><p class='soft'>Test videos and the "
+        "training videos nearest to them, nearest first. The queries are evenly spaced in the test "
+        f"set, not chosen. {_text(retrieved.protocol)}</p>" + "".join(parts)
     )
+
+
+def _cues(page: Page) -> str:
+    if not page.cues:
+        return ""
+    parts = "".join(
+        f"<figure class='cue'>{_picture(c.sheet, f'activation maps of {c.key}')}"
+        f"<figcaption>{_text(c.label)}, {_text(c.key)}: {_text(c.caption)}</figcaption></figure>"
+        for c in page.cues
+    )
+    return f"<h2>Temporal cues</h2><p class='soft'>{_text(page.cues_remark)}</p>{parts}"
 
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 300, 150, 38, 18, 8
@@ -303,10 +407,16 @@ def _plot(curve: Curve) -> str:
             "stroke='var(--soft)' stroke-dasharray='4 3'/>"
         )
     note = f"<small>{lost} readings are not finite</small>" if lost else ""
+    drawn = (
+        f"<polyline points='{line}' fill='none' stroke='var(--blue)' stroke-width='1.6' "
+        "stroke-linejoin='round'/>"
+    )
+    if len(finite) == 1:
+        px, py = at(*finite[0])
+        drawn = f"<circle cx='{px:.1f}' cy='{py:.1f}' r='2.5' fill='var(--blue)'/>"
     return (
         f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{_text(curve.name)}'>"
-        f"{dashed}<polyline points='{line}' fill='none' stroke='var(--blue)' stroke-width='1.6' "
-        f"stroke-linejoin='round'/>{''.join(marks)}</svg>{note}"
+        f"{dashed}{drawn}{''.join(marks)}</svg>{note}"
     )
 
 
@@ -339,24 +449,29 @@ def render(page: Page) -> str:
     Raises:
         ValueError: The confusion matrix does not fit the classes.
     """
-    sides = {len(page.per_class)} | {len(row) for row in page.confusion}
-    if page.confusion and sides != {len(page.confusion)}:
-        raise ValueError(f"a confusion matrix of sides {sides} for {len(page.per_class)} classes")
+    for result in page.classes:
+        sides = {len(result.per_class)} | {len(row) for row in result.confusion}
+        if result.confusion and sides != {len(result.confusion)}:
+            raise ValueError(
+                f"a confusion matrix of sides {sides} for {len(result.per_class)} classes"
+            )
     body = "".join(
         (
             f"<h1>{_text(page.title)}</h1><p>{_text(page.note)}</p>",
             _figures(page),
-            _classes(page),
-            _confusion(page),
-            _queries(page),
+            _published(page),
+            _tables(page),
+            _cues(page),
+            *(_classes(result) + _confusion(result) for result in page.classes),
+            *(_queries(retrieved) for retrieved in page.retrieved),
+            _curves("Training of the classifier", "Over its steps.", page.training),
             _curves(
                 "Loss terms over steps",
-                "Nats, before their weights. Dashed: the term at chance. Terms of the second stage "
-                "begin with it.",
+                "Of the pretraining; nats, before their weights. Dashed: the term at chance. Terms "
+                "of the second stage begin with it.",
                 page.curves,
             ),
-            _curves("Health of the representation", "Over steps.", page.health),
-            _published(page),
+            _curves("Health of the representation", "Over the pretraining's steps.", page.health),
             _provenance(page),
         )
     )

@@ -1,10 +1,12 @@
-"""The evaluations: retrieval, linear probe, finetuning, and both probes beside untrained ones."""
+"""The evaluations: retrieval, linear probe, finetuning, both probes in one, and temporal cues."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from strata.config import plain
 from strata.dataload.reader import ShardReader
@@ -19,7 +21,9 @@ from strata.eval.classifier import (
     linear_settings,
 )
 from strata.eval.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
+from strata.eval.film import jpeg, write_video
 from strata.eval.linear import LinearConfig, linear_probe
+from strata.eval.page import Cue
 from strata.eval.record import Figures, PairResult, accuracy_result, retrieval_result
 from strata.eval.retrieval import (
     CENTRINGS,
@@ -30,6 +34,13 @@ from strata.eval.retrieval import (
     recall_at,
     retrieve,
 )
+from strata.eval.temporal_cam import (
+    CamConfig,
+    direction_accuracy,
+    fit_direction_head,
+    shown_samples,
+    video_cam,
+)
 
 __all__ = [
     "CompareEvaluation",
@@ -37,12 +48,17 @@ __all__ = [
     "FinetuneEvaluation",
     "LinearEvaluation",
     "RetrievalEvaluation",
+    "TemporalCamEvaluation",
     "run_compare",
     "run_features",
     "run_finetune",
     "run_linear",
     "run_retrieval",
+    "run_temporal_cam",
 ]
+
+_CUE_RATE = 12.0
+"""Frames a second of the videos of temporal cues: about half of the usual speed."""
 
 _CENTRE_TEXT: dict[Centring, str] = {
     "none": "no centring",
@@ -125,6 +141,34 @@ class FeaturesExport(Evaluation):
     """Of the untrained weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TemporalCamEvaluation(OneNetwork):
+    """Settings of `eval/main.py temporal_cam`: where an encoder sees the direction of time."""
+
+    train: Path | None = None
+    """Shards of the training set, which the head learns from."""
+    test: Path | None = None
+    """Shards of the test set, which the maps are shown of."""
+    features: FeatureConfig = field(default_factory=lambda: FeatureConfig(level="mid"))
+    """How a video becomes features; `level` is the map that the head acts upon. mid has 4 time
+    steps and 7x7 places for a clip of 16x112x112, high but 2 and 4x4, and low sees little of the
+    surroundings of a place."""
+    cam: CamConfig = field(default_factory=CamConfig)
+    """The head, and what is shown of it."""
+    out: Path | None = None
+    """Folder for report.json, its page, and pictures and videos of the maps; by default one of its
+    own under the checkpoint's run, in eval/."""
+
+    def __post_init__(self) -> None:
+        """Check the level.
+
+        Raises:
+            ConfigError: Several levels have no common map.
+        """
+        if self.features.level == "all":
+            raise ConfigError("features.level all has no map of its own; use low, mid or high")
+
+
 def _level_text(config: FeatureConfig) -> str:
     if config.level == "all":
         return "the three levels' averages over time and space, of unit length each, joined"
@@ -162,6 +206,16 @@ def training_text(name: str, bench: Bench, config: ClassifierConfig) -> str:
     )
 
 
+def cam_text(bench: Bench, config: CamConfig) -> str:
+    """The protocol of the temporal cues in words."""
+    return (
+        "temporal_cam: a linear head without bias on frozen features tells clips from the same "
+        f"clips reversed in time (one logit, right above and below 0); {bench.clips_text()}, each "
+        f"once as it is and once reversed; {_level_text(bench.features)}, logistic regression with "
+        f"L2 {config.weight_decay:g}; videos: the mean of their clips' logits"
+    )
+
+
 def retrieval_figures(
     gallery: Features, queries: Features, level: Any, centre: Centring
 ) -> dict[str, float]:
@@ -183,47 +237,45 @@ def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
     pairs = set_pairs(config, config.gallery, config.query, ("gallery", "query"))
     with open_bench(config) as bench:
-        results = []
-        for pair in pairs:
-            gallery = bench.encode(pair.train, config.untrained_seed)
-            queries = bench.encode(pair.test, config.untrained_seed)
-            level, centre = bench.features.level, config.retrieval.centre
-            nearest, similarity = retrieve(
-                queries.videos(level), gallery.videos(level), centre, max(RECALL_AT)
-            )
-            recalls = recall_at(queries.labels, gallery.labels, nearest)
-            variants: Figures = {}
-            if config.retrieval.variants:
-                for level in LEVEL_CHOICES:
-                    for other in CENTRINGS:
-                        name = f"{level} level, {_CENTRE_TEXT[other]}"
-                        variants[name] = retrieval_figures(gallery, queries, level, other)
-            results.append(
-                PairResult(
-                    data=pair.data,
-                    split=pair.split,
-                    sets=pair.facts(),
-                    figures={
-                        "measured": {f"R@{k}": v for k, v in recalls.items()},
-                        "chance": _chance_recall(gallery, queries),
-                    },
-                    variants=variants,
-                    details=retrieval_result(
-                        queries, gallery, nearest, similarity, config.retrieval.shown
-                    ),
+        results = [_retrieval_of_pair(bench, config, pair) for pair in pairs]
+        text = retrieval_text(bench, config.retrieval.centre)
+        bench.write(_name("retrieval", config), text, results, {})
+
+
+def _retrieval_of_pair(bench: Bench, config: RetrievalEvaluation, pair: SetPair) -> PairResult:
+    level, centre = bench.features.level, config.retrieval.centre
+    figures: Figures = {}
+    variants: Figures = {}
+    details: dict[str, Any] = {}
+    for row, seed in config.networks.items():
+        gallery, queries = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
+        figures[row] = retrieval_figures(gallery, queries, level, centre)
+        if row != "measured":
+            continue
+        figures["chance"] = _chance_recall(gallery, queries)
+        found = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
+        details = retrieval_result(queries, gallery, *found, config.retrieval.shown)
+        if config.retrieval.variants:
+            variants = {
+                f"{other} level, {_CENTRE_TEXT[way]}": retrieval_figures(
+                    gallery, queries, other, way
                 )
-            )
-        bench.write(
-            _name("retrieval", config),
-            retrieval_text(bench, config.retrieval.centre),
-            results,
-            {},
-        )
+                for other in LEVEL_CHOICES
+                for way in CENTRINGS
+            }
+    return PairResult(
+        data=pair.data,
+        split=pair.split,
+        sets=pair.facts(),
+        figures=figures,
+        variants=variants,
+        details=details,
+    )
 
 
 def _name(protocol: str, config: OneNetwork) -> str:
-    seed = config.untrained_seed
-    return protocol if seed is None else f"{protocol}-untrained-{seed}"
+    untrained = config.weights == "untrained"
+    return f"{protocol}-untrained-{config.seed}" if untrained else protocol
 
 
 def _probe(
@@ -258,9 +310,15 @@ def run_linear(config: LinearEvaluation) -> None:
     with open_bench(config) as bench:
         results = []
         for pair in pairs:
-            train = bench.encode(pair.train, config.untrained_seed)
-            test = bench.encode(pair.test, config.untrained_seed)
-            figures, details = _probe(train, test, bench.features.level, config.probe)
+            figures: Figures = {}
+            details: dict[str, Any] = {}
+            for row, seed in config.networks.items():
+                train, test = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
+                found, more = _probe(train, test, bench.features.level, config.probe)
+                if row == "measured":
+                    figures |= found
+                    details = more
+                figures[row] = found["measured"]
             results.append(
                 PairResult(
                     data=pair.data,
@@ -293,17 +351,43 @@ def _run_classifier(
             f"features.level is {config.features.level}; {name} trains on the high level, other "
             "levels are for retrieval and the cached probe"
         )
-    name = _name(name, config)
     with open_bench(config) as bench:
-        results, unfinished = [], False
+        results = []
         for pair in pairs:
-            result = _train_and_test(name, bench, config, training, pair)
-            if result is None:
-                unfinished = True
-            else:
-                results.append(result)
-        if not unfinished:
-            bench.write(name, training_text(name, bench, training), results, {})
+            # Every network is trained before it is asked whether one was told to stop.
+            tested = {
+                row: _train_and_test(name, bench, config, training, pair, row, seed)
+                for row, seed in config.networks.items()
+            }
+            results.append(_joined(pair, tested))
+        if all(r is not None for r in results):
+            text = training_text(name, bench, training)
+            bench.write(_name(name, config), text, [r for r in results if r is not None], {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tested:
+    """A classifier of one network on one pair of sets."""
+
+    figures: dict[str, float]
+    chance: dict[str, float]
+    details: dict[str, Any]
+
+
+def _joined(pair: SetPair, tested: dict[str, _Tested | None]) -> PairResult | None:
+    """All networks of a pair; None where one was told to stop before its end."""
+    whole = {row: one for row, one in tested.items() if one is not None}
+    if len(whole) < len(tested):
+        return None
+    main = whole["measured"]
+    figures = {row: one.figures for row, one in whole.items()} | {"chance": main.chance}
+    return PairResult(
+        data=pair.data,
+        split=pair.split,
+        sets=pair.facts(),
+        figures=figures,
+        details=main.details,
+    )
 
 
 def _train_and_test(
@@ -312,9 +396,12 @@ def _train_and_test(
     config: FinetuneEvaluation | LinearEvaluation,
     training: ClassifierConfig,
     pair: SetPair,
-) -> PairResult | None:
+    row: str,
+    seed: int | None,
+) -> _Tested | None:
     """One training; None where it was told to stop before its end."""
-    backbone, identity = bench.network(config.untrained_seed)
+    name = name if seed is None else f"{name}-untrained-{seed}"
+    backbone, identity = bench.network(seed)
     sets = pair.facts()
     clips = bench.features.clips()
     described = {
@@ -330,6 +417,7 @@ def _train_and_test(
         folder = bench.folder(name, described)
     else:
         folder = config.run / f"{pair.data}-{pair.split}" if config.data else config.run
+        folder = folder if row == "measured" else folder / f"untrained-{seed}"
     all_equal("folder of the training", str(folder))
     run = ClassifierRun(
         backbone,
@@ -352,14 +440,9 @@ def _train_and_test(
             )
         return None
     accuracy = run.test()
-    return PairResult(
-        data=pair.data,
-        split=pair.split,
-        sets=sets,
-        figures={
-            "measured": {"Top-1": accuracy.top1, "Top-5": accuracy.top5},
-            "chance": chance_accuracy(len(run.space)),
-        },
+    return _Tested(
+        figures={"Top-1": accuracy.top1, "Top-5": accuracy.top5},
+        chance=chance_accuracy(len(run.space)),
         details={
             **accuracy_result(accuracy, run.space, pair.test.keys),
             "run": str(folder),
@@ -410,6 +493,122 @@ def run_compare(config: CompareEvaluation) -> None:
         bench.write("compare", "; ".join(protocols.values()), [result], {"protocols": protocols})
 
 
+def run_temporal_cam(config: TemporalCamEvaluation) -> None:
+    """Train the head, report how often it is right, and draw its maps. Rank 0 draws."""
+    pairs = set_pairs(config, config.train, config.test, ("train", "test"))
+    with open_bench(config) as bench:
+        heads: list[np.ndarray] = []
+        results = []
+        for pair in pairs:
+            figures, head = _direction_figures(bench, config, pair)
+            heads.append(head)
+            results.append(
+                PairResult(data=pair.data, split=pair.split, sets=pair.facts(), figures=figures)
+            )
+        if not bench.world.is_first:
+            return
+        name = _name("temporal_cam", config)
+        path = bench.report_path(name, results)
+        path = path if config.out is None else config.out / "report.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cues: list[Cue] = []
+        for k, (pair, head) in enumerate(zip(pairs, heads, strict=True)):
+            folder = path.parent / f"{pair.data}-{pair.split}" if config.data else path.parent
+            drawn, found = _draw_cues(bench, config, pair, head, folder)
+            cues += drawn
+            results[k] = replace(results[k], details={"cues": found})
+        remark = (
+            "Class activation maps of the head over test videos, evenly spaced in the set, not "
+            "chosen. Red speaks for the original order, blue for the reversed one; the mean of a "
+            "map is the logit. Maps are coarser than the picture and are interpolated. Beside the "
+            "report lies a video (mp4) of each: the frames, the map, the map of the reversed clips."
+        )
+        bench.write(
+            name,
+            cam_text(bench, config.cam),
+            results,
+            {},
+            path=path,
+            decorate=lambda page: replace(page, cues=tuple(cues), cues_remark=remark),
+        )
+
+
+def _direction_figures(
+    bench: Bench, config: TemporalCamEvaluation, pair: SetPair
+) -> tuple[Figures, np.ndarray]:
+    """How often each network's head is right, and the head of the first."""
+    level = bench.features.level
+    figures: Figures = {}
+    heads: list[np.ndarray] = []
+    for row, seed in config.networks.items():
+        train, test = (
+            [bench.encode(s, seed, backwards=b).clips(level) for b in (False, True)]
+            for s in (pair.train, pair.test)
+        )
+        flat = [part.reshape(-1, part.shape[2]) for part in train]
+        head = fit_direction_head(flat[0], flat[1], config.cam.weight_decay)
+        figures[row] = direction_accuracy(head, test[0], test[1])
+        if row == "measured":
+            figures["training"] = direction_accuracy(head, train[0], train[1])
+        heads.append(head)
+    figures["chance"] = {"clips": 0.5, "videos": 0.5}
+    return figures, heads[0]
+
+
+def _draw_cues(
+    bench: Bench,
+    config: TemporalCamEvaluation,
+    pair: SetPair,
+    head: np.ndarray,
+    folder: Path,
+) -> tuple[list[Cue], list[dict[str, Any]]]:
+    """Write a picture and a video of each shown test video; what the page and the report hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, _ = bench.network(config.networks["measured"])
+    backbone.eval()
+    reader = pair.test
+    cues, found = [], []
+    for number, sample in enumerate(shown_samples(reader.num_samples, config.cam.videos)):
+        made = video_cam(
+            backbone,
+            reader,
+            sample,
+            bench.features.clips(),
+            head,
+            bench.features.level,
+            max_clips=config.cam.max_clips,
+            device=bench.device,
+        )
+        key, label = reader.keys[sample], reader.manifest.classes[reader.labels[sample]]
+        stem = f"{number:03d}-{key}"
+        sheet = made.sheet(f"{key}   {label}   {bench.features.level} level")
+        sheet.save(folder / f"{stem}.png")
+        write_video(folder / f"{stem}.mp4", made.video(), _CUE_RATE)
+        forth, back = made.logits.mean(axis=1).tolist()
+        caption = (
+            f"mean logit of {made.logits.shape[1]} clips {forth:+.2f} as they are "
+            f"({_verdict(forth > 0)}), {back:+.2f} reversed ({_verdict(back <= 0)}); {stem}.mp4"
+        )
+        cues.append(Cue(key=key, label=label, caption=caption, sheet=jpeg(sheet, 80)))
+        found.append(
+            {
+                "key": key,
+                "class": label,
+                "num_clips": made.logits.shape[1],
+                "num_frames": len(made.frames),
+                "logit": forth,
+                "logit_reversed": back,
+                "picture": str(folder / f"{stem}.png"),
+                "video": str(folder / f"{stem}.mp4"),
+            }
+        )
+    return cues, found
+
+
+def _verdict(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
 def run_features(config: FeaturesExport) -> None:
     """Export the features of a data set."""
     if config.out is None:
@@ -429,5 +628,6 @@ RUNNERS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "finetune": (FinetuneEvaluation, run_finetune),
     "compare": (CompareEvaluation, run_compare),
     "features": (FeaturesExport, run_features),
+    "temporal_cam": (TemporalCamEvaluation, run_temporal_cam),
 }
 """By the command's first word: its settings and what runs it."""

@@ -1,19 +1,298 @@
-"""A result as JSON, as a table in the terminal, and as a page that a person can look at."""
+"""A result's page: from `report.json` and what lies beside it to what a person can look at."""
 
-import html
-import io
 import json
+import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import numpy as np
+import yaml
 
 import strata
 from strata.config import plain
+from strata.dataload.reader import ShardReader
+from strata.eval.film import film_strip
+from strata.eval.page import (
+    ClassResult,
+    Curve,
+    FigureRow,
+    Neighbour,
+    Page,
+    Query,
+    Retrieved,
+    Table,
+    write_page,
+)
+from strata.eval.published import PUBLISHED
 from strata.eval.record import commit
 
-__all__ = ["DemoResult", "curves", "write_report"]
+__all__ = ["DemoResult", "build_page", "write_report"]
+
+_KINDS = {
+    "retrieval": ("Retrieval", "retrieval"),
+    "linear": ("Linear probe", "linear probe"),
+    "finetune": ("Finetune", "finetune"),
+    "temporal_cam": ("Original or reversed", ""),
+}
+"""By protocol: what its figures are called here, and among the published ones."""
+
+_QUERIES = 6
+_MAX_POINTS = 400
+"""Of a curve, evenly spaced: more cannot be seen."""
+
+Record = Mapping[str, Any]
+
+
+def _kind(name: str) -> str:
+    """The protocol of an evaluation's name, like `linear-cached-untrained-0`."""
+    return name.split("-")[0]
+
+
+def _protocols(record: Record) -> dict[str, str]:
+    """The protocol in words, by protocol; two for `compare`."""
+    return record.get("protocols") or {_kind(record["evaluation"]): record["protocol"]}
+
+
+def _kind_of(figure: str, record: Record) -> str:
+    kinds = list(_protocols(record))
+    if len(kinds) == 1:
+        return kinds[0]
+    return "retrieval" if figure.startswith("R@") else "linear"
+
+
+def _groups(record: Record) -> Iterator[tuple[str, list[Record]]]:
+    """The results of each data set."""
+    for data in record["by_data"]:
+        yield data, [r for r in record["results"] if r["data"] == data]
+
+
+def _where(data: str, results: Sequence[Record]) -> str:
+    splits = [r["split"] for r in results]
+    if len(splits) == 1:
+        return f"{data}, split {splits[0]}" if splits[0].isdigit() else f"{data}, {splits[0]}"
+    return f"{data}, mean of splits {', '.join(splits)}"
+
+
+def _main_row(figures: Mapping[str, Any]) -> str:
+    return "pretrained" if "pretrained" in figures else "measured"
+
+
+def _figure_rows(record: Record) -> tuple[FigureRow, ...]:
+    rows = []
+    for data, results in _groups(record):
+        figures = [r["figures"] for r in results]
+        main = _main_row(figures[0])
+        for name in figures[0][main]:
+            kind = _kind_of(name, record)
+            chance = [f["chance"][name] for f in figures]
+            rows.append(
+                FigureRow(
+                    name=f"{_KINDS[kind][0]} {name}",
+                    protocol=_protocols(record)[kind],
+                    data=_where(data, results),
+                    measured=tuple(f[main][name] for f in figures),
+                    untrained=tuple(
+                        f[row][name] for f in figures for row in f if row.startswith("untrained")
+                    ),
+                    chance=statistics.fmean(chance),
+                )
+            )
+    return tuple(rows)
+
+
+def _table(title: str, remark: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    columns = tuple(dict.fromkeys(name for values in rows.values() for name in values))
+    return Table(
+        title=title,
+        remark=remark,
+        columns=columns,
+        rows={row: tuple(values.get(c) for c in columns) for row, values in rows.items()},
+    )
+
+
+def _tables(record: Record) -> Iterator[Table]:
+    for data, results in _groups(record):
+        if len(results) > 1:
+            splits = {f"split {r['split']}": r["figures"][_main_row(r["figures"])] for r in results}
+            deviation = record["by_data"][data]["deviation"]
+            rows = splits | {"standard deviation": deviation[_main_row(deviation)]}
+            yield _table(f"Each split of {data}", "By the protocol above.", rows)
+        if results[0]["variants"]:
+            names = list(results[0]["variants"])
+            means = {
+                name: {
+                    figure: statistics.fmean(r["variants"][name][figure] for r in results)
+                    for figure in results[0]["variants"][name]
+                }
+                for name in names
+            }
+            remark = "The same protocol but for the level and the centring that each row names."
+            yield _table(f"Variants: {_where(data, results)}", remark, means)
+
+
+def _details(record: Record, result: Record) -> Iterator[tuple[str, str, Record]]:
+    """Protocol, its words and what it found, of one result."""
+    for kind, text in _protocols(record).items():
+        yield kind, text, result["details"][kind] if "protocols" in record else result["details"]
+
+
+def _class_result(where: str, kind: str, protocol: str, found: Record) -> ClassResult:
+    share = "R@1" if kind == "retrieval" else "top1"
+    return ClassResult(
+        title=f"{_KINDS[kind][0]}, {where}",
+        protocol=protocol,
+        per_class={row["class"]: (row["num_test"], row[share]) for row in found["per_class"]},
+        confusion=tuple(tuple(row) for row in found["confusion"]["counts"]),
+    )
+
+
+def _retrieved(where: str, protocol: str, found: Record, sets: Record) -> Retrieved:
+    gallery, tested = (ShardReader(sets[name]["folder"]) for name in ("train", "test"))
+    places = [{key: k for k, key in enumerate(reader.keys)} for reader in (gallery, tested)]
+    neighbours = found["neighbours"]
+    chosen = np.unique(np.linspace(0, len(neighbours) - 1, _QUERIES).round().astype(int))
+    queries = tuple(
+        Query(
+            key=row["query"],
+            label=row["class"],
+            film=film_strip(tested, places[1][row["query"]]),
+            neighbours=tuple(
+                Neighbour(
+                    key=near["key"],
+                    label=near["class"],
+                    similarity=near["similarity"],
+                    film=film_strip(gallery, places[0][near["key"]], num_frames=4),
+                )
+                for near in row["nearest"]
+            ),
+        )
+        for row in (neighbours[k] for k in chosen.tolist())
+    )
+    for reader in (gallery, tested):
+        reader.close()
+    return Retrieved(title=where, protocol=protocol, queries=queries)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    if len(points) <= _MAX_POINTS:
+        return tuple(points)
+    chosen = np.linspace(0, len(points) - 1, _MAX_POINTS).round().astype(int)
+    return tuple(points[k] for k in chosen.tolist())
+
+
+def _read_log(log: Path) -> tuple[list[Record], int]:
+    """The records of a run's log, and how many lines a kill left unreadable."""
+    records, lost = [], 0
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            lost += 1
+    return records, lost
+
+
+def _run_curves(records: Sequence[Record], part: str, unit: str) -> tuple[Curve, ...]:
+    """Curves of `losses` or `health` of a pretraining; what a resume repeated counts once."""
+    by_step = {r["step"]: r for r in records if r["kind"] == "step"}
+    starts = [r for r in records if r["kind"] == "start"]
+    chance = starts[-1]["chance"] if starts and part == "losses" else {}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step in sorted(by_step):
+        for name, value in by_step[step].get(part, {}).items():
+            lines.setdefault(name, []).append((step, math.nan if value is None else value))
+    return tuple(
+        Curve(
+            name=name.replace("_", " "),
+            unit=unit,
+            points=_thinned(points),
+            chance=chance.get(name),
+        )
+        for name, points in lines.items()
+    )
+
+
+def _training(where: str, details: Record) -> Iterator[Curve]:
+    found = details.get("curves") or {}
+    for name, unit in (("loss", "nats"), ("top1", "share of the batch")):
+        if name in found:
+            points = list(zip(found["step"], found[name], strict=True))
+            yield Curve(name=f"{name}, {where}", unit=unit, points=_thinned(points))
+
+
+def _provenance(record: Record, lost: int | None) -> dict[str, str]:
+    facts = {
+        "Strata": record["strata"],
+        "commit": record["commit"],
+        "checkpoint": f"{record['checkpoint']} (step {record['step']})",
+        "checkpoint digest": record["checkpoint_digest"],
+        "pretraining data, manifest digest": record["pretraining_manifest_digest"],
+        "ranks, device": f"{record['num_ranks']}, {record['device']}",
+    }
+    for data, results in _groups(record):
+        for result in results:
+            for name, facts_of in result["sets"].items():
+                facts[f"{_where(data, [result])}, {name} set"] = (
+                    f"{facts_of['num_videos']} videos, manifest digest "
+                    f"{facts_of['manifest_digest']}"
+                )
+    if lost is None:
+        facts["pretraining log"] = "not found beside the checkpoint; no curves"
+    elif lost:
+        facts["pretraining log"] = f"{lost} lines cannot be read"
+    return facts
+
+
+def build_page(record: Record) -> Page:
+    """The page of an evaluation.
+
+    Args:
+        record: The content of `report.json`. Its data sets are opened for the film strips, and the
+            pretraining's log.jsonl, beside the checkpoint, for the curves.
+
+    Returns:
+        Everything but pictures that only the evaluation itself has (`Page.cues`).
+
+    Raises:
+        ShardError: A data set is no longer where it was.
+    """
+    run = Path(record["checkpoint"]).resolve().parent.parent
+    log = run / "log.jsonl"
+    log_records, lost = _read_log(log) if log.is_file() else ([], None)
+    classes, retrieved, training = [], [], []
+    for data, results in _groups(record):
+        where = _where(data, results[:1])
+        for kind, text, found in _details(record, results[0]):
+            if "per_class" in found:
+                classes.append(_class_result(where, kind, text, found))
+            if "neighbours" in found:
+                retrieved.append(_retrieved(where, text, found, results[0]["sets"]))
+            training += _training(where, found)
+    kinds = list(_protocols(record))
+    names = [_KINDS[kind][1] for kind in kinds if _KINDS[kind][1]]
+    untrained = "-untrained-" in record["evaluation"]
+    settings = {"evaluation": record["settings"], "pretraining": record["pretraining"]}
+    return Page(
+        title=f"{' and '.join(_KINDS[k][0] for k in kinds)}: {run.name}",
+        note=(
+            "Shares of the test set. Where there are several splits or networks: mean (lowest to "
+            "highest). What is shown by class and by query is of the first split."
+            + (" The network that is called pretrained here is UNTRAINED." if untrained else "")
+        ),
+        figures=_figure_rows(record),
+        published=tuple(p for p in PUBLISHED if any(p.protocol.startswith(n) for n in names)),
+        tables=tuple(_tables(record)),
+        classes=tuple(classes),
+        retrieved=tuple(retrieved),
+        training=tuple(training),
+        curves=_run_curves(log_records, "losses", "nats"),
+        health=_run_curves(log_records, "health", ""),
+        provenance=_provenance(record, lost),
+        config=yaml.safe_dump(settings, sort_keys=False),
+    )
+
 
 _ROWS = (("R@1", "Retrieval R@1"), ("R@5", "Retrieval R@5"), ("Top-1", "Linear probe Top-1"))
 
@@ -70,86 +349,39 @@ def _spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
 
 
-def curves(logs: tuple[Path, ...]) -> str:
-    """Loss terms over steps as an SVG picture; the first run's terms, with their chance levels."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def write_report(result: DemoResult, record: Record, out: Path) -> Path:
+    """Write a demo's `report.json` and `report.html` into `out`.
 
-    records = [json.loads(line) for line in logs[0].read_text(encoding="utf-8").splitlines()]
-    steps = [r for r in records if r["kind"] == "step"]
-    chance = next(r["chance"] for r in records if r["kind"] == "start")
-    names = [n for n in steps[-1]["losses"] if n != "total"]
-    columns = 3
-    num_rows = -(-len(names) // columns)
-    figure, axes = pyplot.subplots(
-        num_rows, columns, figsize=(9, 2.1 * num_rows), squeeze=False, layout="constrained"
-    )
-    for axis, name in zip(axes.flat, names, strict=False):
-        shown = [(r["step"], r["losses"][name]) for r in steps if name in r["losses"]]
-        axis.plot(*zip(*shown, strict=True), color="#2a6fbb", linewidth=1.4)
-        axis.axhline(chance[name], color="#999999", linewidth=1, linestyle="--")
-        axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Strata report</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8884; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }}
-body {{ padding: 0 1rem }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line) }}
-.scroll {{ overflow-x: auto }}
-.plot {{ background: #fff; border-radius: .5rem; padding: .5rem }}
-.plot svg {{ width: 100%; height: auto }}
-small {{ opacity: .75 }}
-</style></head><body>
-<h1>Strata: a pretrained video encoder</h1>
-<p>{note}</p>
-<div class="scroll"><table>
-<thead><tr><th></th><th>pretrained</th><th>untrained</th><th>chance</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
-<h2>Loss terms over steps</h2>
-<p><small>Nats. Dashed: the term at chance. Terms of the second stage begin with it.</small></p>
-<div class="plot">{curves}</div>
-<h2>What was run</h2>
-<p><small>Strata {version} ({commit}); data manifest {digest}; {wall:.0f} s in all. The settings
-stand in config.yaml of each run, all figures in report.json.</small></p>
-</body></html>
-"""
-
-
-def write_report(result: DemoResult, out: Path) -> Path:
-    """Write `report.json` and `report.html` into `out`.
+    Args:
+        result: The figures of all networks.
+        record: What `compare` wrote of the first pretrained network.
+        out: The folder.
 
     Returns:
         The page's path.
     """
-    record = {"strata": strata.__version__, "commit": commit(), **plain(result)}
-    (out / "report.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in result.rows()
-    )
-    page = _PAGE.format(
-        note=html.escape(result.note()),
-        rows=rows,
-        curves=curves(result.logs),
-        version=strata.__version__,
-        commit=html.escape(commit()),
-        digest=html.escape(result.manifest_digest[:16]),
-        wall=result.wall_s,
+    facts = {"strata": strata.__version__, "commit": commit(), **plain(result)}
+    (out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    page = build_page(record)
+    figures = tuple(
+        replace(
+            row,
+            measured=tuple(trained[name] for trained in result.trained),
+            untrained=tuple(untrained[name] for untrained in result.untrained),
+        )
+        for row in page.figures
+        for name in [row.name.rpartition(" ")[2]]
     )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    took = {"the whole took": f"{result.wall_s:.0f} s"}
+    write_page(
+        replace(
+            page,
+            title="Strata: a pretrained video encoder",
+            note=result.note(),
+            figures=figures,
+            provenance=dict(page.provenance) | took,
+        ),
+        path,
+    )
     return path

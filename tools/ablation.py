@@ -193,7 +193,8 @@ def evaluating(config: AblateConfig, cell: Cell, name: str) -> list[str]:
             )
         ours = ("gallery", "query") if evaluation.protocol == "retrieval" else ("train", "test")
         words += [f"--{ours[0]}", str(train), f"--{ours[1]}", str(test)]
-    words += _words(evaluation.set)
+    # The grid has a row for untrained networks, or does not want any.
+    words += ["--untrained_seeds", "[]", *_words(evaluation.set)]
     if config.rows[cell.row].untrained:
         words += ["--weights", "untrained", "--seed", str(cell.seed)]
     return [*words, "--out", str(cell.report(name))]

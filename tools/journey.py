@@ -78,7 +78,7 @@ def _prepare(config: DemoConfig) -> Path:
 
 
 def _compare(run: Path, train: Path, test: Path, seeds: Sequence[int], num_clips: int) -> Any:
-    """Both protocols on a run's network and on untrained ones; the figures by network."""
+    """Both protocols on a run's network and on untrained ones; the content of its report."""
     out = run / "eval" / "compare.json"
     _command(
         "deepspeed",
@@ -97,7 +97,7 @@ def _compare(run: Path, train: Path, test: Path, seeds: Sequence[int], num_clips
         "--out",
         out,
     )
-    return json.loads(out.read_text(encoding="utf-8"))["figures"]
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -157,23 +157,23 @@ def main(argv: Sequence[str]) -> None:
         )
         runs.append(run)
     _say("4 of 4: evaluate, against untrained networks and chance")
-    trained, untrained, chance = [], [], {}
+    trained, untrained, records = [], [], []
     for run in runs:
         seeds = config.untrained_seeds if run == runs[0] else ()
-        figures = _compare(run, train, test, seeds, config.num_clips)
+        records.append(_compare(run, train, test, seeds, config.num_clips))
+        figures = records[-1]["figures"]
         trained.append(figures["pretrained"])
         untrained += [figures[name] for name in figures if name.startswith("untrained")]
-        chance = figures["chance"]
     result = DemoResult(
         generated=config.videos is None,
         trained=tuple(trained),
         untrained=tuple(untrained),
-        chance=chance,
+        chance=records[0]["figures"]["chance"],
         logs=tuple(run / "log.jsonl" for run in runs),
         wall_s=time.perf_counter() - start,
         manifest_digest=json.loads((train / "manifest.json").read_text())["digest"],
     )
-    page = write_report(result, out)
+    page = write_report(result, records[0], out)
     print("\n" + result.table())
     print(f"\nthe whole took {result.wall_s:.0f} s; the report: {page}")
 

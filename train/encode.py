@@ -117,13 +117,14 @@ def over_videos(
 
 
 def encode_levels(
-    backbone: Backbone, device: torch.device
+    backbone: Backbone, device: torch.device, *, backwards: bool = False
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """For `over_videos`: each level's average over time and space of every clip.
 
     Args:
         backbone: On the device, in evaluation mode.
         device: Where it is.
+        backwards: Whether it sees the clips reversed in time.
 
     Returns:
         A function from clips to `[n, clips a video, C]` by level, float32.
@@ -131,7 +132,8 @@ def encode_levels(
     in_channels = backbone.input_conv().in_channels
 
     def compute(clips: Tensor) -> dict[str, Tensor]:
-        flat = normalise(clips.flatten(0, 1), in_channels)
+        flat = clips.flatten(0, 1)
+        flat = normalise(flat.flip(1) if backwards else flat, in_channels)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             maps = backbone(flat)
         return {

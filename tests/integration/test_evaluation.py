@@ -109,6 +109,7 @@ def test_it_answers_prometheus_while_it_works(pretrained: Path, sets: Path, tmp_
             *one_split(sets, ("--gallery", "--query")),
             *("--monitor.port", str(port), "--monitor.file_sd", tmp_path / "targets"),
             *("--features.videos_per_batch", "1", "--features.num_clips", "3"),
+            *("--untrained_seeds", "[]"),
         )
     finally:
         done.set()

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,17 +15,22 @@ from PIL import Image
 from strata.dataload.reader import ShardReader
 from strata.eval.film import film_strip
 from strata.eval.page import (
+    ClassResult,
+    Cue,
     Curve,
     FigureRow,
     Neighbour,
     Page,
     Query,
+    Retrieved,
+    Table,
     render,
     write_page,
 )
 from strata.eval.published import PUBLISHED
+from tests.browser import Browser
 
-_VOID = {"meta", "img", "br", "line", "polyline"}
+_VOID = {"meta", "img", "br", "line", "polyline", "circle"}
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def page(shards: Path) -> Page:
     )
     steps = tuple((float(step), 6.0 * math.exp(-step / 40)) for step in range(0, 200, 10))
     return Page(
-        title="A report <of> two classes & more",
+        title="A report <of> two classes & more, of " + "a_folder_with_a_long_name/" * 3,
         note="Generated videos.",
         figures=(
             FigureRow(
@@ -51,16 +56,37 @@ def page(shards: Path) -> Page:
             FigureRow(name="Finetune Top-1", protocol="as CoCLR", measured=()),
         ),
         published=PUBLISHED,
-        per_class={"a": (4, 0.75), "b<script>": (4, 0.5)},
-        confusion=((3, 1), (2, 2)),
-        classified_by="linear probe on frozen features",
-        queries=(Query(key="query-0", label="a", film=films[3], neighbours=near),),
+        tables=(
+            Table(
+                title="Variants",
+                remark="of the level",
+                columns=("R@1",),
+                rows={"mid level": (0.437,), "none": (None,)},
+            ),
+        ),
+        classes=(
+            ClassResult(
+                title="made, split 1",
+                protocol="linear probe on frozen features",
+                per_class={"a": (4, 0.75), "b<script>": (4, 0.5), "nobody": (0, None)},
+                confusion=((3, 1, 0), (2, 2, 0), (0, 0, 0)),
+            ),
+        ),
+        retrieved=(
+            Retrieved(
+                title="made, split 1",
+                protocol="cosine",
+                queries=(Query(key="query-0", label="a", film=films[3], neighbours=near),),
+            ),
+        ),
+        cues=(Cue(key="video-9", label="a", caption="logit +1.25", sheet=films[2]),),
+        cues_remark="Red speaks for the original.",
         curves=(
             Curve(name="instance", unit="nats", points=steps, chance=5.5),
             Curve(name="broken", unit="nats", points=((0.0, 1.0), (1.0, math.nan))),
         ),
         health=(Curve(name="effective rank", unit="", points=((0.0, 2.0),)),),
-        provenance={"commit": "abc1234"},
+        provenance={"commit": "abc1234", "a name of many words, split 1, train set": "0123" * 20},
         config="model: {name: r3d18}",
     )
 
@@ -105,6 +131,10 @@ def test_it_shows_what_it_was_given(page: Page):
         "63.2 / 33.4",
         "abc1234",
         "r3d18",
+        "43.7%",
+        "logit +1.25",
+        "Red speaks for the original.",
+        "<circle",
     ):
         assert shown in text
     assert text.count("<figure class='right'>") == 2
@@ -113,13 +143,16 @@ def test_it_shows_what_it_was_given(page: Page):
 
 def test_what_is_empty_is_left_out():
     text = render(Page(title="t", note="n", figures=()))
-    for heading in ("By class", "Confusion", "neighbours", "Loss terms", "Published", "What was"):
+    for heading in ("By class", "Confusion", "neighbours", "Loss", "Training", "Health"):
+        assert heading not in text
+    for heading in ("Published", "What was", "cues", "Variants"):
         assert heading not in text
 
 
 def test_a_matrix_that_does_not_fit_is_refused(page: Page):
+    wrong = dataclasses.replace(page.classes[0], confusion=((1, 2),))
     with pytest.raises(ValueError, match="confusion matrix"):
-        render(dataclasses.replace(page, confusion=((1, 2),)))
+        render(dataclasses.replace(page, classes=(wrong,)))
 
 
 def test_a_film_strip_has_its_frames_side_by_side(shards: Path, tmp_path: Path):
@@ -136,27 +169,41 @@ def test_a_film_strip_has_its_frames_side_by_side(shards: Path, tmp_path: Path):
     assert np.abs(wide[:, -64:] - rows[48:]).mean() < 4
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, False), (1280, True)])
-def test_a_browser_shows_it(page: Page, tmp_path: Path, width: int, dark: bool):
-    browser = shutil.which("chromium")
-    if browser is None:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = shutil.which("chromium")
+    if program is None:
         pytest.skip("no chromium here; apt-get install chromium")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_a_browser_shows_it(browser: Browser, page: Page, tmp_path: Path, width: int, dark: bool):
     write_page(page, tmp_path / "report.html")
-    call = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    call += [f"--user-data-dir={tmp_path / 'profile'}", "--force-device-scale-factor=1"]
-    call += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    picture = tmp_path / "page.png"
-    call += [f"--window-size={width},3000", f"--screenshot={picture}"]
-    subprocess.run(
-        [*call, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120
-    )
-    with Image.open(picture) as shot:
+    asked = browser.open(tmp_path / "report.html", width=width, height=900, dark=dark)
+    assert asked == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate("document.images.length") == 5
+    assert browser.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
+    ink, paper = ("228, 233, 240", "18, 23, 30") if dark else ("28, 36, 48", "255, 255, 255")
+    style = "getComputedStyle(document.body)"
+    assert browser.evaluate(f"{style}.color + {style}.backgroundColor") == f"rgb({ink})rgb({paper})"
+    browser.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.size == (width, 900)
         pixels = np.asarray(shot.convert("RGB"), np.int16)
-    paper = (18, 23, 30) if dark else (255, 255, 255)
-    assert np.abs(pixels[2, 2] - paper).max() <= 2
-    # Something is drawn in the upper part, and the body is not cut off at the right edge.
-    assert (np.abs(pixels[:1000] - paper).max(axis=2) > 60).mean() > 0.01
-    assert (np.abs(pixels[:, -4:] - paper).max(axis=2) > 60).mean() < 0.01
+    background = [int(v) for v in paper.split(", ")]
+    assert np.abs(pixels[2, 2] - background).max() <= 2
+    assert (np.abs(pixels - background).max(axis=2) > 60).mean() > 0.01
+
+
+def test_the_browser_would_tell_of_a_request(browser: Browser, tmp_path: Path):
+    (tmp_path / "other.html").write_text("<img src='http://127.0.0.1:9/a.png'><p>x</p>")
+    asked = browser.open(tmp_path / "other.html", width=390, height=400, dark=False)
+    assert asked == ["http://127.0.0.1:9/a.png"]
 
 
 def test_published_figures_have_a_protocol_and_a_source():
