@@ -36,9 +36,13 @@ def stored_frames(reader: ShardReader, sample: int, frames: np.ndarray) -> np.nd
         ShardError: The sample is damaged.
     """
     windows = read_windows(reader, [sample], [frames])
+    coded = np.asarray(windows.coded[0])
+    form = reader.manifest.form
+    if form.payload == "foreign":
+        return coded
     if windows.places:
-        return decode_video(windows.coded[0])[windows.places[0]]
-    return decode_strip(windows.coded[0], reader.manifest.form.height)
+        return decode_video(coded)[windows.places[0]]
+    return decode_strip(coded, form.height)
 
 
 def jpeg(picture: Image.Image, quality: int) -> bytes:

@@ -1,0 +1,92 @@
+"""The average over ten clips, against a plain loop over frames that PyAV decodes."""
+
+import dataclasses
+import io
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.eval.classifier import Classifier, linear_settings, video_probabilities
+from strata.eval.features import FeatureConfig
+from strata.schema import NormalForm
+from strata.train.models.backbones import BackboneConfig, build_backbone
+from tests.made import HEIGHT, WIDTH, make_shards
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
+    """Four videos of 33 to 36 frames as MJPEG in mp4."""
+    folder = tmp_path_factory.mktemp("ten") / "test"
+    form = NormalForm(
+        width=WIDTH, height=HEIGHT, payload="mp4", codec="mjpeg", quantizer=2, segment_frames=18
+    )
+    make_shards(folder, num_videos=4, num_classes=2, shard_size=4, seed=6, form=form)
+    return ShardReader(folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> Classifier:
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(width=8))
+    model = Classifier(backbone, 3, dataclasses.replace(linear_settings(), normalised=False))
+    # Far from equal probabilities, whose average would hide the clips.
+    torch.nn.init.normal_(model.linear.weight, std=0.3)
+    return model.eval()
+
+
+def pictures(reader: ShardReader, sample: int) -> list[torch.Tensor]:
+    """All frames of a stored video, `[3, SIZE, SIZE]` each, as anyone would prepare them."""
+    members = sorted(e for e in reader.members(sample)[1] if e.endswith(".mp4"))
+    prepared = []
+    for name in members:
+        with av.open(io.BytesIO(reader.member(sample, name)), "r") as container:
+            for frame in container.decode(video=0):
+                rgb = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float()
+                left = (rgb.shape[2] - rgb.shape[1]) // 2
+                square = rgb[:, :, left : left + rgb.shape[1]]
+                small = functional.interpolate(
+                    square[None], size=(SIZE, SIZE), mode="bilinear", antialias=True
+                )[0]
+                mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+                prepared.append((small / 255 - mean) / std)
+    assert len(prepared) == reader.num_frames[sample]
+    return prepared
+
+
+def plainly(
+    model: Classifier, frames: list[torch.Tensor], clip_frames: int, shift: int = 0
+) -> np.ndarray:
+    """Ten clips from the first frame to the last, one after the other."""
+    last = len(frames) - 1
+    total = torch.zeros(3)
+    for k in range(10):
+        start = round(k * max(len(frames) - clip_frames, 0) / 9) + shift
+        clip = torch.stack([frames[min(start + t, last)] for t in range(clip_frames)], dim=1)
+        with torch.inference_mode():
+            features = model.backbone(clip[None]).high.mean(dim=(2, 3, 4))
+            total += model.linear(features).softmax(dim=1)[0]
+    return (total / 10).numpy()
+
+
+# Clips of 40 frames are longer than every video: the last frame is repeated.
+@pytest.mark.parametrize("clip_frames", [16, 40])
+def test_ten_clips_are_averaged(reader: ShardReader, model: Classifier, clip_frames: int):
+    config = FeatureConfig(size=SIZE, clip_frames=clip_frames, videos_per_batch=3)
+    assert config.num_clips == 10
+    got = video_probabilities(model, reader, config.clips(), world=World(), device=CPU)
+    films = [pictures(reader, sample) for sample in range(4)]
+    want = np.stack([plainly(model, film, clip_frames) for film in films])
+    shifted = np.stack([plainly(model, film, clip_frames, shift=3) for film in films])
+    assert want.max() > 0.5
+    # Decoders upsample chroma each in its own way; other frames are further off.
+    np.testing.assert_allclose(got, want, atol=5e-3)
+    assert np.abs(shifted - want).max() > 1e-2
