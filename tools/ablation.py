@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, Literal
 
 from strata.config import dotted, parse_config, plain
@@ -25,6 +26,7 @@ from strata.train.config import TrainConfig
 __all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "main"]
 
 _ROOT = Path(__file__).resolve().parent.parent
+_POLL_S = 0.2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _OURS = ("run", "seed", "resume", "plan_only")
 """Settings of a pretraining that the grid decides."""
@@ -280,19 +282,38 @@ class _StoppedError(StrataError):
     exit_code = EXIT_PREEMPTED
 
 
-def _stop(number: int, _: Any) -> None:
-    raise _StoppedError(
-        f"stopped by {signal.Signals(number).name}; the same command goes on where it was"
-    )
+class _Signals:
+    """While entered, notes SIGTERM and SIGINT.
 
+    Noted and not raised: raised while a process starts, nobody would know of the process.
+    """
 
-def _wait_for_former(log: IO[bytes], path: Path) -> None:
-    """Wait for processes that a killed grid left behind: they go on, and hold their log's lock."""
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _say(f"   a process that a former start left still works ({path}); waiting for its end")
-        fcntl.flock(log, fcntl.LOCK_EX)
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "_Signals":
+        self._before = {n: signal.signal(n, self._note) for n in self._NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+    def obey(self) -> None:
+        """Stop where a signal asked to.
+
+        Raises:
+            _StoppedError: One did.
+        """
+        if self.received is not None:
+            raise _StoppedError(
+                f"stopped by {self.received.name}; the same command goes on where it was"
+            )
 
 
 def _say(text: str) -> None:
@@ -302,8 +323,8 @@ def _say(text: str) -> None:
 class _Runner:
     """Runs what is not whole yet, and remembers what became of it."""
 
-    def __init__(self, config: AblateConfig) -> None:
-        self._config = config
+    def __init__(self, config: AblateConfig, signals: _Signals) -> None:
+        self._config, self._signals = config, signals
         self._launcher = shlex.split(config.launcher)
         self._cells = config.cells()
 
@@ -358,7 +379,7 @@ class _Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with log.open("ab") as output:
-            _wait_for_former(output, log)
+            self._wait_for_former(output, log)
             output.write(f"$ {shown}\n".encode())
             output.flush()
             process = subprocess.Popen(
@@ -369,14 +390,7 @@ class _Runner:
                 env=os.environ | QUIET,
                 start_new_session=True,
             )
-            try:
-                code = process.wait()
-            except _StoppedError:
-                _say("   stopping; a training saves first")
-                # The group: a launcher alone would leave its ranks behind.
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                raise
+            code = self._wait(process)
         took = time.time() - start
         cell.remember(step, {"exit_code": code, "command": shown, "took_s": round(took, 1)})
         if code == EXIT_PREEMPTED:
@@ -388,6 +402,33 @@ class _Runner:
         if code:
             _say("   " + _last_line(log))
         return code == 0
+
+    def _wait_for_former(self, log: IO[bytes], path: Path) -> None:
+        """Wait for what a killed grid left behind: it goes on, and holds the lock of its output."""
+        said = False
+        while True:
+            self._signals.obey()
+            try:
+                return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not said:
+                    _say(f"   a process of a former start still works ({path}); waiting for it")
+                said = True
+                time.sleep(_POLL_S)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit code of a process; a signal to the grid ends it first."""
+        while True:
+            try:
+                return process.wait(_POLL_S)
+            except subprocess.TimeoutExpired:
+                if self._signals.received is None:
+                    continue
+            _say("   stopping; a training saves first")
+            # The group: a launcher alone would leave its ranks behind.
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            self._signals.obey()
 
     def write(self) -> dict[str, Any]:
         """Write the tables of what is there."""
@@ -409,10 +450,11 @@ def _script(path: str) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """The error line of a log, or else its last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The error line of the last command in a log, or else its last line."""
+    said = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
+    lines = [line for line in said if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
-    return (errors or lines)[-1].strip()[:500]
+    return (errors or lines or ["it said nothing"])[-1].strip()[:500]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -420,17 +462,16 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(
         AblateConfig, argv, prog="tools/ablate.py", description="A grid of settings and seeds."
     )
-    runner = _Runner(config)
-    if config.plan_only:
-        _resolved(config)
-        runner.plan()
-        return 0
-    with _alone(config.out):
-        _keep(config)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
-        runner.run()
-        summary = runner.write()
+    with _Signals() as signals:
+        runner = _Runner(config, signals)
+        if config.plan_only:
+            _resolved(config)
+            runner.plan()
+            return 0
+        with _alone(config.out):
+            _keep(config)
+            runner.run()
+            summary = runner.write()
     _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
     missing = [r for r in summary["runs"] if r["status"] != "whole"]
     for run in missing:

@@ -1,20 +1,22 @@
 """A grid of settings and seeds: killed and started again, failures, what is refused."""
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from strata.errors import ConfigError
+from strata.errors import ConfigError, StrataError
 from strata.tools.ablation import main
 from tests.commands import ROOT, TINY
 
@@ -23,15 +25,6 @@ PRETRAIN = {
     "schedule": {"epochs": 2, "second_stage_epoch": 1, "queue_epoch": 1, "lr_drop_epochs": []},
     "checkpoint": {"every_steps": 2, "keep": 9},
 }
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """A grid in this process leaves its handlers."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -141,3 +134,94 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert f"| one | 2 | {mean:.1f} ± {deviation:.1f} |" in page
     assert "| new | 0 of 2 whole | not measured |" in page
     assert "- new, seed 1: pretraining failed with exit code 1; see " in page
+    # Figures of other data may not stand beside these.
+    report = Path(grid["out"]) / "rows" / "same" / "seed-1" / "retrieval.json"
+    text = report.read_text()
+    digest = json.loads(text)["results"][0]["sets"]["test"]["manifest_digest"]
+    report.write_text(text.replace(digest, "0" * 64))
+    with pytest.raises(
+        ConfigError, match="was of other data for one, seed 0 than for same, seed 1"
+    ):
+        main(written(grid, launcher="false"))
+
+
+def script(folder: Path, text: str) -> str:
+    """A launcher that is no launcher: for what a grid makes of exit codes and signals."""
+    path = folder / "launcher"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(
+    grid: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    words = "case \"$*\" in *rows/same/*) echo 'error: no space'; exit 4;; esac; exit 3"
+    assert main(written(grid, launcher=script(tmp_path, words))) == 1
+    said = capfd.readouterr()
+    assert said.out.count("failed with exit code") == 4
+    assert "error: no space" in said.out
+    log = Path(grid["out"]) / "rows" / "same" / "seed-1" / "pretraining.log"
+    assert f"same, seed 1: pretraining failed with exit code 4; see {log}" in said.err
+    assert [r["status"] for r in result(grid)["runs"]] == ["failed"] * 4
+    assert (
+        "| same | 0 of 2 whole | not measured |" in (Path(grid["out"]) / "ablation.md").read_text()
+    )
+
+
+def test_or_the_first_failure_ends_it(grid: dict[str, Any], capfd: pytest.CaptureFixture[str]):
+    assert main(written(grid, launcher="false", on_failure="stop")) == 1
+    assert capfd.readouterr().out.count("$ false") == 1
+    statuses = {(r["row"], r["seed"]): r["status"] for r in result(grid)["runs"]}
+    assert statuses.pop(("one", 0)) == "failed"
+    assert set(statuses.values()) == {"not run"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_training_save(
+    number: signal.Signals, grid: dict[str, Any], tmp_path: Path
+):
+    words = "trap 'echo saved; exit 75' TERM; echo working; while :; do sleep 0.05; done"
+    log = Path(grid["out"]) / "rows" / "one" / "seed-0" / "pretraining.log"
+
+    def interrupt() -> None:
+        while not (log.exists() and "working" in log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(StrataError, match=f"stopped by {number.name}; the same command") as stopped:
+        main(written(grid, launcher=script(tmp_path, words)))
+    assert stopped.value.exit_code == 75
+    assert "\nsaved\n" in log.read_text()
+
+
+def test_a_training_that_another_signalled_ends_the_grid(grid: dict[str, Any], tmp_path: Path):
+    with pytest.raises(StrataError, match="one, seed 0: pretraining was stopped") as stopped:
+        main(written(grid, launcher=script(tmp_path, "exit 75")))
+    assert stopped.value.exit_code == 75
+
+
+def test_what_a_killed_grid_left_running_is_waited_for(grid: dict[str, Any], tmp_path: Path):
+    said = tmp_path / "said"
+    log = Path(grid["out"]) / "rows" / "one" / "seed-0" / "pretraining.log"
+    log.parent.mkdir(parents=True)
+    with log.open("ab") as output:
+        fcntl.flock(output, fcntl.LOCK_EX)
+        # It ends when another process has been refused the lock.
+        waits = f"until grep -q 'waiting for it' {said}; do sleep 0.05; done; echo late"
+        left = subprocess.Popen(["sh", "-c", waits], stdout=output)
+    with said.open("w") as stdout, contextlib.redirect_stdout(stdout):
+        main(written(grid, launcher="false", on_failure="stop"))
+    assert left.poll() == 0
+    assert "a process of a former start still works" in said.read_text()
+    assert log.read_text().startswith("late\n$ false")
+
+
+def test_two_grids_do_not_share_a_folder(grid: dict[str, Any]):
+    folder = Path(grid["out"])
+    folder.mkdir()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another grid runs in"):
+            main(written(grid, launcher="false"))
