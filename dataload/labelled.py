@@ -13,10 +13,18 @@ from strata.dataload.loader import Batch, DataConfig, TrainLoader
 from strata.dataload.pipeline import ClipPipeline, ViewSlice
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
+from strata.dataload.videos import refuse_mixed_payloads
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 
-__all__ = ["LabelledLoader", "LabelledSpec", "check_labels", "labelled_plan", "training_clip"]
+__all__ = [
+    "LabelledLoader",
+    "LabelledSpec",
+    "check_labels",
+    "check_pair",
+    "labelled_plan",
+    "training_clip",
+]
 
 # Views of Stream.WINDOW that pretraining, which has view 0, does not draw.
 _PLACE_VIEW, _JITTER_VIEW = 1, 2
@@ -57,6 +65,22 @@ def check_labels(reader: ShardReader) -> None:
         raise ShardError(
             f"{reader.location} has samples without labels; evaluate on a set with classes"
         )
+
+
+def check_pair(train: ShardReader, test: ShardReader) -> None:
+    """Refuse a training and a test set that do not belong together.
+
+    Raises:
+        ConfigError: Their classes or payloads differ.
+    """
+    one, two = (r.manifest.classes for r in (train, test))
+    if one != two:
+        differing = ", ".join(sorted(set(one) ^ set(two))[:3]) or "another order"
+        raise ConfigError(
+            f"{train.location} and {test.location} have different classes ({len(one)} and "
+            f"{len(two)}: {differing}); shard both from one data set"
+        )
+    refuse_mixed_payloads([train, test])
 
 
 def labelled_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:

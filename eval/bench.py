@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from strata.config import plain
+from strata.dataload.labelled import check_pair
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import refuse_mixed_payloads
 from strata.distributed import World, all_equal, current_world, join_world, leave_world
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
@@ -133,16 +133,8 @@ def set_pairs(
 
 
 def _pair(data: str, split: str, first: Path, second: Path) -> SetPair:
-    readers = [ShardReader(first), ShardReader(second)]
-    one, two = (r.manifest.classes for r in readers)
-    if one != two:
-        differing = ", ".join(sorted(set(one) ^ set(two))[:3]) or "another order"
-        raise ConfigError(
-            f"{first} and {second} have different classes ({len(one)} and {len(two)}: "
-            f"{differing}); shard both from one data set"
-        )
-    refuse_mixed_payloads(readers)
-    train, test = readers
+    train, test = ShardReader(first), ShardReader(second)
+    check_pair(train, test)
     return SetPair(
         data=data or train.manifest.dataset,
         split=split or f"{train.manifest.split}/{test.manifest.split}",

@@ -24,7 +24,7 @@ def require_tensorboard() -> None:
 
 
 class TensorBoard:
-    """Writes the numbers of `step` records; call it with every record of a run.
+    """Writes the numbers of `step` and `probe` records; call it with every record of a run.
 
     Args:
         folder: Where event files go; a run that goes on adds a file and hides what it repeats.
@@ -35,16 +35,16 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Take a record; `start` opens the file, `step` becomes scalars."""
+        """Take a record; `start` opens the file, the others become scalars."""
         if kind == "start":
             # Takes a second to import; only who asks for it pays.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=fields["step"] + 1)
-        elif kind == "step" and self._writer is not None:
-            for name, value in _numbers("", fields):
-                if name != "step":
-                    self._writer.add_scalar(name, value, fields["step"])
+        elif kind in ("step", "probe") and self._writer is not None:
+            numbers = {name: value for name, value in fields.items() if name != "step"}
+            for name, value in _numbers("" if kind == "step" else "probe/", numbers):
+                self._writer.add_scalar(name, value, fields["step"])
             self._writer.flush()
 
     def close(self) -> None:

@@ -345,6 +345,33 @@ _TRAINING_PAGE = Dashboard(
                 _health(_HEALTH[2], "Health: entropy of the prototypes in use, nats"),
                 _plain("strata_learning_rate", "{{run}}", "Learning rate", by="run", width=12),
                 _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", by="run", width=12),
+                Panel(
+                    title="Retrieval on the labelled set of `probe`, and at chance",
+                    queries=(
+                        ("max by (run, k) (strata_probe_recall_ratio{$on})", "{{run}} R@{{k}}"),
+                        (
+                            'max by (run) (strata_probe_chance_ratio{$on, k="1"})',
+                            "{{run}} R@1 at chance",
+                        ),
+                    ),
+                    unit="percentunit",
+                    width=12,
+                ),
+                _plain(
+                    "strata_probe_epoch",
+                    "{{run}}",
+                    "Epoch of the last retrieval",
+                    by="run",
+                    width=6,
+                ),
+                _rate(
+                    "strata_probe_seconds_total",
+                    _RANK,
+                    "Share of time in retrieval",
+                    "percentunit",
+                    by="run, rank",
+                    width=6,
+                ),
             ),
         ),
         (

@@ -13,6 +13,7 @@ from strata.train.checkpoint import CheckpointConfig
 from strata.train.engine import EngineConfig
 from strata.train.method import MethodConfig
 from strata.train.models.backbones import BackboneConfig
+from strata.train.probe import ProbeConfig
 from strata.train.schedules import ScheduleConfig
 
 __all__ = ["MonitorConfig", "TrainConfig"]
@@ -69,6 +70,8 @@ class TrainConfig:
     """When checkpoints are written."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """What the run tells of itself."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Retrieval on a labelled set while training goes on."""
     seed: int = 0
     """Of weights, order and augmentation; in [0, 2^32)."""
     resume: Literal["never", "auto"] = "never"

@@ -31,6 +31,7 @@ from strata.train.findings import Finding, Report, mean_terms
 from strata.train.garbage import StepGarbage
 from strata.train.method import LossTerms, Method, VideoModel
 from strata.train.monitor import RunMonitor
+from strata.train.probe import OnlineProbe
 from strata.train.schedules import Phase, phase_at
 from strata.train.start_page import describe_run
 from strata.train.stop import StopSignals
@@ -43,7 +44,10 @@ logger = get_logger(__name__)
 
 _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed")
 """Settings that a run keeps for its whole life; for the others, who changes them knows why."""
-_FREE = ("run", "resume", "stop_after_steps", "data.shards", "plan_only")
+_FREE = (
+    *("run", "resume", "stop_after_steps", "plan_only"),
+    *("data.shards", "probe.gallery", "probe.query"),
+)
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Trainer:
         device: Where to compute.
         reader: The data set, opened.
         metrics: Where figures go.
+        probe: What looks at the encoder between epochs.
     """
 
     def __init__(
@@ -73,9 +78,10 @@ class Trainer:
         device: torch.device,
         reader: ShardReader,
         metrics: Metrics,
+        probe: OnlineProbe | None = None,
     ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader, self.metrics = reader, metrics
+        self.reader, self.metrics, self.probe = reader, metrics, probe
         self.plan: Plan = open_plan(reader, config.data, config.seed)
         torch.manual_seed(config.seed)
         self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
@@ -230,6 +236,8 @@ class Trainer:
         clock, interval = self._clock, _Interval()
         last_saved, batches = self.state.step, iter(loader)
         clock.interval()
+        # Of a run that goes on too: the one that was stopped here may not have come to it.
+        self._probe(watchdog)
         while self.state.step < self.total_steps and not self._stopped:
             clock.waiting()
             watchdog.beat(f"waiting for the batch of step {self.state.step + 1}")
@@ -258,6 +266,8 @@ class Trainer:
                 with clock.checkpoint():
                     self.save()
                 last_saved = self.state.step
+            if not self._stopped:
+                self._probe(watchdog)
         if last_saved != self.state.step:
             self.save()
 
@@ -366,6 +376,24 @@ class Trainer:
             tensors["long"] = batch.long
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
         logger.warning("the batch of rank %d is in %s", self.world.rank, path)
+
+    def _probe(self, watchdog: Watchdog) -> None:
+        """Look at the encoder, where it is due; the interval's times leave it out."""
+        state, last = self.state, self.config.schedule.epochs
+        if self.probe is None or not self.probe.is_due(
+            epoch=state.epoch, epoch_step=state.epoch_step, last_epoch=last
+        ):
+            return
+        with self._clock.paused():
+            self.probe.report(
+                self.model.backbone,
+                step=state.step,
+                epoch=state.epoch,
+                world=self.world,
+                device=self.device,
+                metrics=self.metrics,
+                beat=watchdog.beat,
+            )
 
     def save(self) -> None:
         """Copy the state and let rank 0 write it while training goes on; all ranks call it."""

@@ -25,6 +25,7 @@ from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
 from strata.train.monitor import serve_run
+from strata.train.probe import OnlineProbe
 from strata.train.start_page import describe_run
 
 
@@ -36,14 +37,20 @@ def main(argv: Sequence[str]) -> int:
     )
     config.check_world(current_world())
     reader = ShardReader(config.data.shards, config.data.check, config.data.download)
+    probe = None
+    if config.probe.every_epochs:
+        clip_frames = config.data.clips.clip_frames
+        probe = OnlineProbe(config.probe, size=config.data.size, clip_frames=clip_frames)
     device = choose_device(config.engine, current_world())
     if config.plan_only:
         _print_plan(config, device, reader)
         return 0
     world = join_world(device, config.engine.world_timeout_s)
-    agree(_facts(config, reader))
+    agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
     with serve_run(config, world) as metrics:
-        trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
+        trainer = Trainer(
+            config, world=world, device=device, reader=reader, metrics=metrics, probe=probe
+        )
         trainer.resume()
         if world.is_first:
             dump_config(config, config.run / "config.yaml")
@@ -64,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
 def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
     """What must be the same on all ranks; where the shards lie may differ between nodes."""
     facts = {f"setting {k}": repr(v) for k, v in dotted(plain(config)).items()}
-    del facts["setting data.shards"]
+    for name in ("data.shards", "probe.gallery", "probe.query"):
+        del facts[f"setting {name}"]
     return facts | {"data manifest": reader.manifest.digest, "code version": code_digest()}
 
 

@@ -106,6 +106,7 @@ def describe_run(
         ("memory", _memory(memory[largest], largest, world)),
         *_cache(config, reader),
         ("checkpoints", _checkpoints(config, plan)),
+        *([("probe", _probe(config))] if config.probe.every_epochs else []),
         ("figures", _figures(config)),
     ]
     record = {
@@ -183,6 +184,14 @@ def _checkpoints(config: TrainConfig, plan: Plan) -> str:
     every = config.checkpoint.every_steps
     when = f"every {every} steps" if every else f"every epoch ({plan.steps_per_epoch} steps)"
     return f"{when}, the last {config.checkpoint.keep} kept; resume {config.resume}"
+
+
+def _probe(config: TrainConfig) -> str:
+    probe = config.probe
+    return (
+        f"retrieval before training, every {probe.every_epochs} epochs and at the end: "
+        f"{probe.query} in {probe.gallery}, {probe.num_clips} clips a video"
+    )
 
 
 def _figures(config: TrainConfig) -> str:

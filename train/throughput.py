@@ -167,6 +167,22 @@ class Clock:
         finally:
             self._host_s["checkpoint"] += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Encloses what is no part of training; the interval leaves it out, collectives too.
+
+        It first waits for the device, whose work so far belongs to the interval.
+        """
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        before = dict(self._host_s)
+        try:
+            yield
+        finally:
+            self._host_s = before
+            self._start += time.perf_counter() - start
+
     def interval(self) -> IntervalTimes:
         """Times since the last call; starts the next interval.
 

@@ -33,6 +33,7 @@ def run(folder: Path, first: int, last: int, loss: float) -> None:
         losses = {"instance": loss + step, "total": 2.0}
         metrics.record("step", step=step, losses=losses, grad_norm=None, ok=True, stage=1)
     metrics.record("checkpoint", step=last, took_s=1.0)
+    metrics.record("probe", step=last, epoch=1, recall={"R@1": 0.5}, protocol="words")
     board.close()
     metrics.close()
 
@@ -44,6 +45,8 @@ def test_the_numbers_of_every_step(tmp_path: Path):
         "losses/instance": {1: 1.5, 2: 2.5, 3: 3.5},
         "losses/total": {1: 2.0, 2: 2.0, 3: 2.0},
         "stage": {1: 1.0, 2: 1.0, 3: 1.0},
+        "probe/epoch": {3: 1.0},
+        "probe/recall/R@1": {3: 0.5},
     }
 
 
