@@ -14,6 +14,7 @@ SUBJECTS = {
     "shuffle": "strata.tools.bench_shuffle",
     "soak": "strata.tools.bench_soak",
     "published": "strata.tools.bench_published",
+    "temporal": "strata.tools.bench_temporal",
     "train": "strata.tools.bench_train",
 }
 """Each names a module with `main(argv)`, imported only when it is asked for."""

@@ -1,69 +1,62 @@
-"""Where the sense of time comes from: short training on generated videos."""
+"""Where the sense of time comes from: short training on generated videos.
 
+The full form, with three seeds and every level, is `tools/bench.py temporal`.
+"""
+
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-import torch
 
-from strata.distributed import World
-from strata.train.method import LossTerms, Method, MethodConfig, TermWeights, VideoModel
-from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import Phase
-from tests.clips import slowing_videos
+from strata.tools.bench_temporal import QUESTIONS, probes, small_model, train_on
+from strata.train.method import LossTerms, TermWeights, VideoModel
 
-BATCH = 12
-PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
+BATCH, SIZE = 12, 24
 # The terms of one level that show it, and what keeps the features apart: a third of the work.
-WEIGHTS = TermWeights(
+WITH = TermWeights(
     graph_low=0,
-    graph_mid=0,
+    graph_mid=0.5,
     augmentation_low=0,
     augmentation_mid=1,
     retrieval_low=0,
-    retrieval_mid=0,
+    retrieval_mid=1,
     retrieval_high=0,
 )
+WITHOUT = dataclasses.replace(WITH, augmentation_mid=0, retrieval_mid=0)
 
 
-def train(num_steps: int, *, excite: bool, shuffle: bool) -> list[LossTerms]:
-    """Each step's terms, with the health of the representation."""
-    torch.manual_seed(0)
-    config = MethodConfig(
-        weights=WEIGHTS,
-        num_prototypes=16,
-        queue_length=4 * BATCH,
-        embedding_size=32,
-        shuffle=shuffle,
-    )
-    model = VideoModel(BackboneConfig(width=8), config, clip_frames=16)
-    model.motion["mid"].excite = excite  # pyright: ignore[reportArgumentType]
-    method = Method(model, config, World())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    history: list[LossTerms] = []
-    for step in range(num_steps):
-        clips, _ = slowing_videos(BATCH, seed=step)
-        orders = model.orders(np.arange(BATCH) + BATCH * step, 0, 0, 16)
-        out = model(clips.unflatten(1, (2, 16)), None, *orders, PHASE)
-        terms = method.losses(out, PHASE, with_health=True)
-        optimizer.zero_grad()
-        terms.total.backward()
-        optimizer.step()
-        history.append(terms)
-    return history
+def train(model: VideoModel, steps: int) -> list[LossTerms]:
+    return train_on(model, steps=steps, batch=BATCH, size=SIZE, seed=0)
 
 
 @pytest.mark.parametrize(("shuffle", "candidates"), [(False, 3), (True, 5)])
 def test_without_motion_excitation_l_aug_cannot_fall_below_the_alterations(
     shuffle: bool, candidates: int
 ):
-    for step in train(20, excite=False, shuffle=shuffle):
+    model = small_model(dataclasses.replace(WITH, retrieval_mid=0), shuffle=shuffle)
+    model.motion["mid"].excite = False  # pyright: ignore[reportArgumentType]
+    for step in train(model, 20):
         assert float(step.terms["augmentation_mid"]) >= math.log(candidates) - 1e-4
         assert float(step.health["cosine_altered_0_mid"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_with_it_the_features_learn_the_order_of_time():
-    last = train(56, excite=True, shuffle=True)[-8:]
+Trained = tuple[list[LossTerms], dict[str, dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Trained]:
+    """The same network with the temporal terms and without: its terms, and what probes read."""
+    found: dict[str, Trained] = {}
+    for name, weights in (("with", WITH), ("without", WITHOUT)):
+        model = small_model(weights)
+        history = train(model, 56)
+        found[name] = history, probes(model, videos=192, size=SIZE)
+    return found
+
+
+def test_with_it_the_features_learn_the_order_of_time(trained: dict[str, Trained]):
+    last = trained["with"][0][-8:]
 
     def mean(name: str) -> float:
         return float(np.mean([float({**step.terms, **step.health}[name]) for step in last]))
@@ -71,3 +64,22 @@ def test_with_it_the_features_learn_the_order_of_time():
     assert mean("augmentation_mid") < math.log(3)
     assert mean("cosine_altered_0_mid") < 0.8
     assert mean("cosine_altered_1_mid") < 0.9
+
+
+@pytest.mark.parametrize("question", ["direction", "reversed clip"])
+def test_a_probe_reads_motion_better_with_the_temporal_terms(
+    trained: dict[str, Trained], question: str
+):
+    """Measured: 42 against 36 % for the direction, 66 against 59 % for the reversal."""
+
+    def of_levels(name: str) -> float:
+        found = trained[name][1][question]
+        return float(np.mean([found[f"{level}, each step"] for level in ("low", "mid", "high")]))
+
+    assert of_levels("with") > of_levels("without") + 0.02
+
+
+def test_an_average_over_time_does_not_know_its_order(trained: dict[str, Trained]):
+    for _, found in trained.values():
+        for level in ("low", "mid", "high"):
+            assert found["reversed maps"][level] == QUESTIONS["reversed maps"]
