@@ -8,7 +8,6 @@ falls back to a world of one.
 import datetime
 import os
 import re
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -151,12 +150,6 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
     """Form the process group: NCCL for GPUs, gloo for CPUs.
 
@@ -168,14 +161,12 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
         WorldError: The group did not form in time.
     """
     world = current_world()
-    if "MASTER_ADDR" not in os.environ:
-        if world.size > 1:
-            raise WorldError(
-                f"a world of {world.size} needs MASTER_ADDR and MASTER_PORT; "
-                "start with deepspeed or torchrun"
-            )
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ["MASTER_PORT"] = str(_free_port())
+    alone = "MASTER_ADDR" not in os.environ
+    if alone and world.size > 1:
+        raise WorldError(
+            f"a world of {world.size} needs MASTER_ADDR and MASTER_PORT; "
+            "start with deepspeed or torchrun"
+        )
     for name, value in (
         ("RANK", world.rank),
         ("WORLD_SIZE", world.size),
@@ -188,9 +179,11 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
                 "nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
+                # One process meets nobody: no port that another program could take.
+                **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise WorldError(
                 f"the world of {world.size} did not form at {where} (waiting at most "
                 f"{timeout_s:.0f} s): {error}; mend the network, or choose another --master_port"

@@ -102,7 +102,12 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "prometheus.yml").write_text(settings)
     tiny = folder / "tiny.yaml"
     # All that the demo of a run does, and reports of each step.
-    changed = {"monitor": TINY["monitor"] | {"verdict_s": 0}, "checkpoint": {"every_steps": 6}}
+    changed = {
+        "monitor": TINY["monitor"] | {"verdict_s": 0},
+        "checkpoint": {"every_steps": 6},
+        # Late enough that Prometheus sees the first stage too.
+        "schedule": TINY["schedule"] | {"second_stage_epoch": 20, "lr_drop_epochs": [30]},
+    }
     tiny.write_text(yaml.safe_dump(TINY | changed))
     port, exporter, run = free_port(), free_port(), folder / "run"
     log = folder / "log"
@@ -137,11 +142,11 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     both = [trainer, prometheus]
     try:
         _wait(
-            "a checkpoint and a rate of both ranks",
+            "a checkpoint, a rate of both ranks and a switch of stages",
             lambda: (
                 found.query("strata:checkpoint:age_seconds")
                 and len(found.query("rate(strata_steps_total[20s]) > 0")) == 2
-                and found.query("strata_stage == 2")
+                and found.query("changes(strata_stage[1h]) > 0")
                 and found.query("strata:step_duration:p95_5m")
             ),
             both,

@@ -6,7 +6,13 @@ import socket
 import pytest
 import torch
 
-from strata.distributed import World, current_world, join_world, slurm_environment
+from strata.distributed import (
+    World,
+    current_world,
+    join_world,
+    leave_world,
+    slurm_environment,
+)
 from strata.errors import WorldError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -54,6 +60,16 @@ def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(WorldError, match="a world of 2 needs MASTER_ADDR"):
         join_world(torch.device("cpu"))
+
+
+def test_one_process_meets_nobody_and_leaves_no_address_to_its_children():
+    leave_world()
+    world = join_world(torch.device("cpu"))
+    try:
+        assert world == World(rank=0, size=1, local_rank=0)
+        assert not os.environ.keys() & {"MASTER_ADDR", "MASTER_PORT"}
+    finally:
+        leave_world()
 
 
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch):
