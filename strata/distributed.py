@@ -150,6 +150,11 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def _store_of_one() -> dict[str, Any]:
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    return {"store": store, "rank": 0, "world_size": 1}
+
+
 def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
     """Form the process group: NCCL for GPUs, gloo for CPUs.
 
@@ -180,7 +185,7 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
                 # One process meets nobody: no port that another program could take.
-                **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+                **(_store_of_one() if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
