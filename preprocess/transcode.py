@@ -14,6 +14,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
+from strata.filters import SCALER, TURNS, centre_crop, filter_graph, quarter_turn
 from strata.preprocess.probe import (
     Timing,
     VideoFacts,
@@ -31,12 +32,6 @@ _LUMA_WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087)}
 _LUMA_WEIGHTS |= {9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 """Weights of red and blue by the stream's colour matrix (ITU-T H.273, table 4). What is not here is
 BT.601 or says nothing, which FFmpeg takes for BT.601."""
-
-_SCALER = "flags=bicubic+accurate_rnd+bitexact"
-"""Bicubic with its support widened when it shrinks; exact flags so that every CPU agrees."""
-
-_TRANSPOSES = {90: ("transpose=cclock",), 180: ("hflip", "vflip"), 270: ("transpose=clock",)}
-"""Filters that undo a counter-clockwise angle of the display matrix."""
 
 
 def encode_strip(planes: np.ndarray, form: NormalForm) -> bytes:
@@ -242,7 +237,7 @@ class FrameSource:
 
     def _build_graph(self, frame: VideoFrame, facts: VideoFacts) -> Graph:
         form = self._form
-        turn = round(frame.rotation / 90) * 90 % 360
+        turn = quarter_turn(frame)
         self.rotation_degrees = turn
         # Scaling comes before turning, as there is less to turn then.
         wide, high = (form.height, form.width) if turn in (90, 270) else (form.width, form.height)
@@ -253,31 +248,14 @@ class FrameSource:
         if self.resampled:
             steps.append(f"fps={self.rate.numerator}/{self.rate.denominator}")
         if form.fit == "crop":
-            steps.append(_centre_crop(frame.width, frame.height, facts.sample_aspect, wide / high))
+            steps.append(centre_crop(frame.width, frame.height, facts.sample_aspect, wide / high))
         # Equal matrices keep the scaler from converting; see matrix_to_bt601.
         self._matrix = matrix_to_bt601(int(frame.colorspace))
         colours = "in_color_matrix=bt601:out_color_matrix=bt601:out_range=pc"
-        steps.append(f"scale={wide}:{high}:{_SCALER}:{colours}")
+        steps.append(f"scale={wide}:{high}:{SCALER}:{colours}")
         steps.append("format=yuv420p")
-        steps.extend(_TRANSPOSES.get(turn, ()))
-
-        graph = Graph()
-        graph.threads = 1
-        base = frame.time_base or Fraction(1, 1000)
-        last = graph.add(
-            "buffer",
-            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}"
-            f":time_base={base.numerator}/{base.denominator}"
-            f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
-        )
-        for step in steps:
-            name, _, settings = step.partition("=")
-            following = graph.add(name, settings or None)
-            last.link_to(following)
-            last = following
-        last.link_to(graph.add("buffersink"))
-        graph.configure()
-        return graph
+        steps.extend(TURNS.get(turn, ()))
+        return filter_graph(frame, steps, frame.time_base or Fraction(1, 1000))
 
 
 def _copy_planes(frame: VideoFrame, target: np.ndarray, form: NormalForm) -> None:
@@ -289,14 +267,6 @@ def _copy_planes(frame: VideoFrame, target: np.ndarray, form: NormalForm) -> Non
         part = target[start : start + count].reshape(plane.height, plane.width)
         part[:] = rows[: plane.height, : plane.width]
         start += count
-
-
-def _centre_crop(width: int, height: int, sample_aspect: float, aspect: float) -> str:
-    """The largest centred part with a given display aspect; even sizes, as 4:2:0 needs."""
-    wanted = aspect / sample_aspect
-    if width > height * wanted:
-        return f"crop={max(round(height * wanted / 2) * 2, 2)}:{height}"
-    return f"crop={width}:{max(round(width / wanted / 2) * 2, 2)}"
 
 
 def _pull(graph: Graph) -> Iterator[VideoFrame]:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from strata.errors import FaultKind, VideoFault
+from strata.filters import SCALER, TURNS, centre_crop, filter_graph, quarter_turn
 from strata.schema import NormalForm
 
 __all__ = ["ForeignFacts", "decode_frames", "measure_video", "video_ext"]
@@ -32,11 +34,8 @@ _PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
 _MIN_DECODED_SHARE = 0.9
 """Of the frames that the header promises; below, the video is truncated, as in sharding."""
 
-_SCALER = "flags=bicubic+accurate_rnd+bitexact"
 _TO_RGB = "scale=flags=accurate_rnd+bitexact"
 """After full range and full chroma: in one step swscale loses one to two levels of brightness."""
-
-_TURNS = {90: ("transpose=cclock",), 180: ("hflip", "vflip"), 270: ("transpose=clock",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,28 +212,11 @@ class _Scaler:
 
     def _build(self, frame: VideoFrame, sample_aspect: float) -> Graph:
         form = self._form
-        turn = round(frame.rotation / 90) * 90 % 360
+        turn = quarter_turn(frame)
         wide, high = (form.height, form.width) if turn in (90, 270) else (form.width, form.height)
         steps = []
         if form.fit == "crop":
-            aspect = wide / high / sample_aspect
-            part_wide = min(frame.width, max(round(frame.height * aspect / 2) * 2, 2))
-            part_high = min(frame.height, max(round(frame.width / aspect / 2) * 2, 2))
-            steps.append(f"crop={part_wide}:{part_high}")
-        steps += [f"scale={wide}:{high}:{_SCALER}:out_range=pc", "format=yuv444p"]
-        steps += [_TO_RGB, "format=rgb24", *_TURNS.get(turn, ())]
-        graph = Graph()
-        graph.threads = 1
-        last = graph.add(
-            "buffer",
-            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1000"
-            f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
-        )
-        for step in steps:
-            name, _, settings = step.partition("=")
-            following = graph.add(name, settings or None)
-            last.link_to(following)
-            last = following
-        last.link_to(graph.add("buffersink"))
-        graph.configure()
-        return graph
+            steps.append(centre_crop(frame.width, frame.height, sample_aspect, wide / high))
+        steps += [f"scale={wide}:{high}:{SCALER}:out_range=pc", "format=yuv444p"]
+        steps += [_TO_RGB, "format=rgb24", *TURNS.get(turn, ())]
+        return filter_graph(frame, steps, Fraction(1, 1000))

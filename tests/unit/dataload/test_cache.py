@@ -1,7 +1,6 @@
 """Frames from the cache: the same batches to the bit, filled once, shared by ranks, refused."""
 
 import dataclasses
-import itertools
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from strata.dataload.cache import (
 )
 from strata.dataload.faults import SampleFaultError
 from strata.dataload.labelled import LabelledLoader, LabelledSpec, labelled_plan
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.loader import Batch, DataConfig
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
@@ -29,38 +28,14 @@ from strata.memory import available_memory
 from strata.schema import NormalForm
 from tests.gloo import run_ranks
 from tests.made import HEIGHT, WIDTH, encode_strip, make_shards
+from tests.stream import SEED, batches
 
 CPU = torch.device("cpu")
-SEED = 5
 FORM = NormalForm(width=WIDTH, height=HEIGHT)
 
 
 def config_for(folder: Path, cache: CacheChoice = "host", **changes) -> DataConfig:
     return DataConfig(shards=folder, batch_size=4, size=32, threads=2, cache=cache, **changes)
-
-
-def stream(
-    config: DataConfig,
-    *,
-    world: World | None = None,
-    epochs: tuple[int, int] = (0, 2),
-    start_step: int = 0,
-    count: int | None = None,
-) -> list[Batch]:
-    reader = ShardReader(config.shards)
-    loader = TrainLoader(
-        reader,
-        config,
-        open_plan(reader, config, SEED),
-        world=world or World(),
-        device=CPU,
-        epochs=epochs,
-        start_step=start_step,
-    )
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        loader.close()
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -122,8 +97,8 @@ def test_extreme_colours_are_clipped_as_the_decoder_does():
 
 def test_batches_are_the_same_and_nothing_is_decoded_twice(shards: Path):
     config = config_for(shards / "train")
-    plain = stream(dataclasses.replace(config, cache="none"))
-    kept = stream(config)
+    plain = batches(dataclasses.replace(config, cache="none"))
+    kept = batches(config)
     assert_same(plain, kept)
     total = int(ShardReader(config.shards).num_frames.sum())
     assert sum(b.frames_decoded for b in kept if b.epoch == 0) == total
@@ -133,15 +108,15 @@ def test_batches_are_the_same_and_nothing_is_decoded_twice(shards: Path):
 
 def test_a_stopped_stream_goes_on_with_an_empty_cache(shards: Path):
     config = config_for(shards / "train")
-    plain = stream(dataclasses.replace(config, cache="none"))
-    assert_same(plain[7:], stream(config, epochs=(1, 2), start_step=1))
+    plain = batches(dataclasses.replace(config, cache="none"))
+    assert_same(plain[7:], batches(config, epochs=(1, 2), start_step=1))
 
 
 def test_videos_of_several_segments(tmp_path: Path):
     form = dataclasses.replace(FORM, segment_frames=15)
     make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=3, form=form)
     config = config_for(tmp_path / "set")
-    assert_same(stream(dataclasses.replace(config, cache="none")), stream(config))
+    assert_same(batches(dataclasses.replace(config, cache="none")), batches(config))
 
 
 def test_a_classifiers_clips_are_the_same(shards: Path):
@@ -167,14 +142,14 @@ def test_a_classifiers_clips_are_the_same(shards: Path):
 
 
 def _fill_on_rank(world: World, folder: Path) -> tuple[list[torch.Tensor], int, int]:
-    found = stream(config_for(folder), world=world, epochs=(0, 3))
+    found = batches(config_for(folder), world=world, epochs=(0, 3))
     decoded = [sum(b.frames_decoded for b in found if b.epoch == e) for e in range(3)]
     return [b.short for b in found], decoded[0], decoded[1] + decoded[2]
 
 
 def test_ranks_of_a_node_share_what_is_decoded(shards: Path):
     folder = shards / "train"
-    plain = stream(config_for(folder, "none"), epochs=(0, 3))
+    plain = batches(config_for(folder, "none"), epochs=(0, 3))
     ranks = run_ranks(_fill_on_rank, 2, folder)
     for step, batch in enumerate(plain):
         assert torch.equal(batch.short, torch.cat([views[step] for views, *_ in ranks]))
@@ -193,9 +168,9 @@ def test_a_damaged_sample_is_named_and_replaced_as_without(shards: Path, tmp_pat
     content[start + 2 : start + 300] = bytes(298)
     path.write_bytes(bytes(content))
     with pytest.raises(SampleFaultError, match=r"1 sample failed to decode: video-0003 in shard-0"):
-        stream(config_for(folder))
-    plain = stream(config_for(folder, "none", max_faults=1))
-    kept = stream(config_for(folder, max_faults=1))
+        batches(config_for(folder))
+    plain = batches(config_for(folder, "none", max_faults=1))
+    kept = batches(config_for(folder, max_faults=1))
     assert_same(plain, kept)
     assert [f.sample for b in kept for f in b.faults] == [3]
 
@@ -212,9 +187,9 @@ def test_a_set_that_does_not_fit_is_refused_with_the_sum(
         match=r"cache host does not fit: 838 frames of 4,608 bytes are 0\.00 GB, of the 0\.00 GB "
         r"that the machine has free it may take 90%.*use data\.cache none",
     ):
-        stream(config_for(shards / "train"))
+        batches(config_for(shards / "train"))
     monkeypatch.setattr(cache_module, "available_memory", lambda: (2 * needed, "the machine"))
-    stream(config_for(shards / "train"), count=1)
+    batches(config_for(shards / "train"), count=1)
 
 
 def test_memory_comes_with_use_and_goes_with_the_cache(shards: Path):
@@ -247,14 +222,14 @@ def test_settings_that_contradict_are_named(changes, message: str):
 
 def test_a_cache_on_a_gpu_needs_one(shards: Path):
     with pytest.raises(ConfigError, match=r"data\.cache is device, but this rank has no GPU.*host"):
-        stream(config_for(shards / "train", "device"))
+        batches(config_for(shards / "train", "device"))
 
 
 def test_videos_are_not_kept(tmp_path: Path):
     form = NormalForm(width=WIDTH, height=HEIGHT, payload="mp4", codec="mjpeg", quantizer=3)
     make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=3, form=form)
     with pytest.raises(ConfigError, match=r"keeps frames of the jpeg payload.* is mp4"):
-        stream(config_for(tmp_path / "set"))
+        batches(config_for(tmp_path / "set"))
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -13,7 +13,7 @@ from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.labelled import LabelledLoader, LabelledSpec, labelled_plan
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
+from strata.dataload.loader import Batch, DataConfig, EvaluationLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import reference_view
@@ -22,10 +22,11 @@ from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.foreign import decode_frames
 from strata.preprocess.cli import main
+from tests import stream
+from tests.stream import SEED
 from tests.unit.preprocess.videos import moving_scene, write_video
 
 CPU = torch.device("cpu")
-SEED = 3
 HEIGHT, WIDTH = 48, 64
 KINDS = [
     ("mp4", {"codec": "libx264", "options": {"bf": "2", "g": "12"}}, (96, 64)),
@@ -61,21 +62,9 @@ def config_for(folder: Path) -> DataConfig:
     )
 
 
-def batches(folder: Path, *, rank: int = 0, size: int = 1, start_step: int = 0) -> list[Batch]:
-    reader, config = ShardReader(folder), config_for(folder)
-    loader = TrainLoader(
-        reader,
-        config,
-        open_plan(reader, config, SEED),
-        world=World(rank=rank, size=size),
-        device=CPU,
-        epochs=(0, 1),
-        start_step=start_step,
-    )
-    try:
-        return list(loader)
-    finally:
-        loader.close()
+def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Batch]:
+    world = World(rank=rank, size=size)
+    return stream.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
 def whole_video(reader: ShardReader, sample: int) -> np.ndarray:

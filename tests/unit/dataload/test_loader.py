@@ -1,7 +1,6 @@
 """Streams of batches: equal whatever the rank, the resume and the run; faults are named."""
 
 import dataclasses
-import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -28,39 +27,13 @@ from strata.dataload.reference import decode_strip, reference_view
 from strata.distributed import World
 from strata.errors import EXIT_LOST_PEER, ConfigError, ShardError, StallError
 from tests.made import HEIGHT, WIDTH
+from tests.stream import SEED, batches
 
 CPU = torch.device("cpu")
-SEED = 5
 
 
 def config_for(shards: Path, **changes) -> DataConfig:
     return DataConfig(shards=shards, batch_size=4, size=32, threads=1, **changes)
-
-
-def batches(
-    config: DataConfig,
-    *,
-    world: World | None = None,
-    epochs: tuple[int, int] = (0, 2),
-    start_step: int = 0,
-    count: int | None = None,
-    **options,
-) -> list[Batch]:
-    reader = ShardReader(config.shards)
-    loader = TrainLoader(
-        reader,
-        config,
-        open_plan(reader, config, SEED),
-        world=world or World(),
-        device=CPU,
-        epochs=epochs,
-        start_step=start_step,
-        **options,
-    )
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        loader.close()
 
 
 def test_batches_are_those_of_the_reference(shards: Path):

@@ -11,7 +11,7 @@ import torch
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
+from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, open_plan
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_video, reference_view
@@ -19,10 +19,11 @@ from strata.dataload.videos import choose_decoder, refuse_mixed_payloads
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.schema import NormalForm
+from tests import stream
 from tests.made import HEIGHT, WIDTH, make_shards
+from tests.stream import SEED
 
 CPU = torch.device("cpu")
-SEED = 3
 CODECS = ("vp9", "mjpeg")
 
 
@@ -54,23 +55,9 @@ def config_for(folder: Path) -> DataConfig:
     )
 
 
-def batches(
-    folder: Path, *, rank: int = 0, size: int = 1, start_step: int = 0, count: int | None = None
-) -> list[Batch]:
-    reader, config = ShardReader(folder), config_for(folder)
-    loader = TrainLoader(
-        reader,
-        config,
-        open_plan(reader, config, SEED),
-        world=World(rank=rank, size=size),
-        device=CPU,
-        epochs=(0, 1),
-        start_step=start_step,
-    )
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        loader.close()
+def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Batch]:
+    world = World(rank=rank, size=size)
+    return stream.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
 def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
