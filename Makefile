@@ -9,6 +9,8 @@ SETUP = $(VENV)/.installed
 SETUP_DEV = $(VENV)/.installed-dev
 # A path with a space breaks the first line of the scripts that pip writes, so none is run directly.
 RUN = $(BIN)/python
+# Files of tests run side by side; 0 runs them in one process, with its output (-s) and its debugger.
+TEST_WORKERS ?= 2
 
 .PHONY: help setup demo test lint types format clean
 
@@ -35,7 +37,7 @@ demo: $(SETUP)
 	@$(RUN) tools/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)") $(DEMO_ARGS)
 
 test: $(SETUP)
-	@$(RUN) -m pytest $(TEST_ARGS)
+	@$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(SETUP_DEV)
 	@$(RUN) -m ruff check .

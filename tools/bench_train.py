@@ -28,7 +28,7 @@ from strata.config import parse_config
 from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world
-from strata.errors import ConfigError
+from strata.errors import ConfigError, StrataError
 from strata.metrics import Metrics
 from strata.train.budget import memory_estimate, step_cost
 from strata.train.config import TrainConfig
@@ -213,7 +213,11 @@ def _configure(words: Sequence[str], stage: int, settings: _Settings) -> TrainCo
 
 
 def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World) -> dict[str, Any]:
-    """One stage's steps, as a record."""
+    """One stage's steps, as a record.
+
+    Raises:
+        StrataError: A signal stopped the run before all steps were taken.
+    """
     config.check_world(world)
     run, device = config.run, choose_device(config.engine, world)
     run.mkdir(parents=True, exist_ok=True)
@@ -226,7 +230,13 @@ def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew.
     before = _resident("VmRSS")
     with _watched(trainer, clock):
-        trainer.fit()
+        finished = trainer.fit()
+    if not finished and trainer.state.step < settings.warmup + settings.steps + 1:
+        metrics.close()
+        raise StrataError(
+            f"tools/bench.py train: a signal stopped stage {stage} at step {trainer.state.step} of "
+            f"{settings.warmup + settings.steps + 1}; nothing was measured, start it again"
+        )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
     steps = clock.steps()[settings.warmup :]
     metrics.close()
@@ -320,6 +330,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: A setting is wrong.
+        StrataError: A signal stopped it.
     """
     parser = argparse.ArgumentParser(
         prog="tools/bench.py train",

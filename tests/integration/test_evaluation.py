@@ -91,6 +91,16 @@ def test_splits_and_their_mean_in_one_command(
         assert ("encoder frozen" in record["protocol"]) == (name == "linear")
 
 
+def test_any_number_of_ranks_gives_the_same_report(pretrained: Path, sets: Path, tmp_path: Path):
+    pair = one_split(sets, ("--gallery", "--query"))
+    alone = evaluate("retrieval", pretrained, tmp_path / "one.json", *pair)
+    # 22 and 11 videos do not divide by 3: ranks get unequal shares.
+    out = tmp_path / "three.json"
+    three = evaluate("retrieval", pretrained, out, *pair, launcher=True, ranks=3)
+    assert [r["figures"] for r in three["results"]] == [r["figures"] for r in alone["results"]]
+    assert [r["details"] for r in three["results"]] == [r["details"] for r in alone["results"]]
+
+
 def test_it_answers_prometheus_while_it_works(pretrained: Path, sets: Path, tmp_path: Path):
     port, seen, done = free_port(), {}, threading.Event()
 

@@ -1,6 +1,8 @@
 """The benchmark of a step runs the real trainer, and its parts add up."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from strata.errors import ConfigError
+from strata.errors import ConfigError, StrataError
 from strata.tools.bench_train import PARTS, StepClock, main
 from tests.commands import ROOT, TINY, run
 
@@ -51,6 +53,29 @@ def test_the_command_on_two_ranks(shards: Path, tmp_path: Path):
         assert record["memory_bytes"] > 0
     assert "| communication, ms |" in done.stdout
     assert "| **step, ms** |" in done.stdout
+
+
+def test_a_signal_before_the_end_is_told_and_nothing_is_written(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, out = tmp_path / "tiny.yaml", tmp_path / "out.jsonl"
+    config.write_text(yaml.safe_dump(TINY))
+    start_step = StepClock.start_step
+
+    def start_and_kill(self: StepClock):
+        start_step(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepClock, "start_step", start_and_kill)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    words = ["--config", config, "--data.shards", shards / "train", "--out", out]
+    try:
+        with pytest.raises(StrataError, match=r"a signal stopped stage 2 at step 1 of 7; nothing"):
+            main([*map(str, words), "--stages", "2", "--steps", "5", "--warmup", "1"])
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+    assert not out.exists()
 
 
 def test_wrong_settings_are_named(shards: Path):
