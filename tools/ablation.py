@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
+
+import torch
 
 from strata.config import dotted, parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
@@ -23,10 +26,22 @@ from strata.tools.ablation_table import Cell, read_json, summarise, write_json, 
 from strata.tools.launch import QUIET, program
 from strata.train.config import TrainConfig
 
-__all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "main"]
+__all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "gpu_shares", "main"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
+_CHOOSE_GPUS = (
+    "--num_gpus",
+    "--num_nodes",
+    "--include",
+    "-i",
+    "--exclude",
+    "-e",
+    "--hostfile",
+    "-H",
+)
+_PORTS = 16
+"""Between the ports of runs side by side; each local rank of a run has one."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _OURS = ("run", "seed", "resume", "plan_only")
 """Settings of a pretraining that the grid decides."""
@@ -112,6 +127,9 @@ class AblateConfig:
     launcher: str = "deepspeed"
     """Starts each process: for instance `deepspeed --num_gpus 4`, `deepspeed --hostfile hosts
     --master_addr NODE`, `torchrun --standalone --nproc_per_node 4 --`, `srun python`, `python`."""
+    side_by_side: int = 1
+    """Runs at once, each with its share of the GPUs that are visible here: many small runs on one
+    node. The launcher must not choose GPUs then."""
     on_failure: Literal["go on", "stop"] = "go on"
     """What follows a run that failed. It is named in the table either way, and tried again when
     the same command is given again."""
@@ -142,8 +160,11 @@ class AblateConfig:
                 )
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {list(self.seeds)} repeat; each counts once")
-        if not shlex.split(self.launcher):
+        words = shlex.split(self.launcher)
+        if not words:
             raise ConfigError("launcher is empty; use for instance deepspeed")
+        if self.side_by_side < 1:
+            raise ConfigError(f"side_by_side is {self.side_by_side}; use 1 or more")
         _refuse(self.set, _OURS, "set")
 
     def cells(self) -> list[Cell]:
@@ -320,22 +341,76 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
+    """What each of several runs at once has in its environment: its share of the GPUs.
+
+    Args:
+        runs: How many; one has all GPUs.
+        launcher: Words that start a process.
+
+    Returns:
+        Variables for each run.
+
+    Raises:
+        ConfigError: The GPUs do not divide, or the launcher would choose others.
+    """
+    count = torch.cuda.device_count()
+    if runs == 1 or not count:
+        return [{} for _ in range(runs)]
+    chosen = {word.split("=")[0] for word in launcher} & set(_CHOOSE_GPUS)
+    if chosen:
+        raise ConfigError(
+            f"side_by_side is {runs}, but the launcher's {', '.join(sorted(chosen))} would choose "
+            "GPUs; leave it out, each run gets its share"
+        )
+    if count % runs:
+        raise ConfigError(
+            f"side_by_side is {runs}, but {count} GPUs are visible; use a divisor of {count}"
+        )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",")[:count] if given else [str(k) for k in range(count)]
+    share = count // runs
+    parts = [names[share * slot : share * (slot + 1)] for slot in range(runs)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
 class _Runner:
-    """Runs what is not whole yet, and remembers what became of it."""
+    """Runs what is not whole yet, and remembers what became of it.
+
+    Raises:
+        ConfigError: Runs side by side, but not with these GPUs or this launcher.
+    """
 
     def __init__(self, config: AblateConfig, signals: _Signals) -> None:
         self._config, self._signals = config, signals
         self._launcher = shlex.split(config.launcher)
         self._cells = config.cells()
+        self._shares = gpu_shares(config.side_by_side, self._launcher)
+        self._stopped = False
 
     def run(self) -> None:
-        """Run all, in order."""
-        for number, cell in enumerate(self._cells, start=1):
-            self._place = f"[{number}/{len(self._cells)}] {cell.row}, seed {cell.seed}"
-            whole = self._run(cell)
-            self.write()
-            if not whole and self._config.on_failure == "stop":
-                break
+        """Run all, in order; as many at once as the grid says."""
+        waiting = list(enumerate(self._cells, start=1))
+        slots = list(range(len(self._shares)))
+        running: dict[Future[bool], tuple[int, Cell]] = {}
+        with ThreadPoolExecutor(len(slots)) as pool:
+            try:
+                while waiting or running:
+                    while slots and (following := _next(waiting, running.values())):
+                        waiting.remove(following)
+                        slot, (number, cell) = slots.pop(0), following
+                        running[pool.submit(self._run, number, cell, slot)] = (slot, cell)
+                    done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        slots.append(running.pop(future)[0])
+                        whole = future.result()
+                        self.write()
+                        if not whole and self._config.on_failure == "stop":
+                            waiting.clear()
+            except BaseException:
+                # The pool waits for its threads: they stop theirs.
+                self._stopped = True
+                raise
 
     def commands(self, cell: Cell) -> dict[str, list[str]]:
         """What a run consists of, by the step's name: script and arguments."""
@@ -357,25 +432,38 @@ class _Runner:
             for words in self.commands(cell).values():
                 _say(self.shown(words))
 
-    def _run(self, cell: Cell) -> bool:
+    def _run(self, number: int, cell: Cell, slot: int) -> bool:
         """Run what a cell lacks; whether it is whole then."""
         whole = True
+        place = f"[{number}/{len(self._cells)}] {cell.row}, seed {cell.seed}"
         for step, words in self.commands(cell).items():
             if cell.is_whole(step):
                 continue
             if step != "pretraining" and not cell.is_pretrained():
-                _say(f"{self._place}: {step}: left out, its pretraining is not whole")
+                _say(f"{place}: {step}: left out, its pretraining is not whole")
                 whole = False
-            elif not self._step(cell, step, words):
+            elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
                 whole = False
                 if self._config.on_failure == "stop":
                     break
         return whole
 
-    def _step(self, cell: Cell, step: str, words: Sequence[str]) -> bool:
+    def _port(self, step: str, words: Sequence[str], slot: int) -> list[str]:
+        """Another port for metrics than that of the runs beside this one."""
+        if not slot:
+            return []
+        if step == "pretraining":
+            built = parse_config(TrainConfig, words[1:], prog=words[0], description="")
+        else:
+            settings, _ = RUNNERS[words[1]]
+            built = parse_config(settings, words[2:], prog=words[0], description="")
+        port = built.monitor.port
+        return ["--monitor.port", str(port + _PORTS * slot)] if port else []
+
+    def _step(self, place: str, cell: Cell, step: str, words: Sequence[str], slot: int) -> bool:
         """Run one process to its end; whether it succeeded."""
         log, shown = cell.log(step), self.shown(words)
-        _say(f"{self._place}: {step} (output: {log})\n   $ {shown}")
+        _say(f"{place}: {step} (output: {log})\n   $ {shown}")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with log.open("ab") as output:
@@ -387,7 +475,7 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | QUIET,
+                env=os.environ | QUIET | self._shares[slot],
                 start_new_session=True,
             )
             code = self._wait(process)
@@ -398,16 +486,29 @@ class _Runner:
                 f"{cell.row}, seed {cell.seed}: {step} was stopped by a signal and has saved; the "
                 "same command goes on"
             )
-        _say(f"   {'done' if code == 0 else f'failed with exit code {code}'} after {took:.0f} s")
+        ended = "done" if code == 0 else f"failed with exit code {code}"
+        # Beside others a line must say whose it is.
+        mine = "  " if self._config.side_by_side == 1 else f"{place}: {step}"
+        _say(f"{mine} {ended} after {took:.0f} s")
         if code:
-            _say("   " + _last_line(log))
+            _say(f"{mine} {_last_line(log)}")
         return code == 0
+
+    def _obey(self) -> None:
+        """Stop where a signal asked to, or where another run has stopped the grid.
+
+        Raises:
+            _StoppedError: One did.
+        """
+        self._signals.obey()
+        if self._stopped:
+            raise _StoppedError("stopped with the grid; the same command goes on where it was")
 
     def _wait_for_former(self, log: IO[bytes], path: Path) -> None:
         """Wait for what a killed grid left behind: it goes on, and holds the lock of its output."""
         said = False
         while True:
-            self._signals.obey()
+            self._obey()
             try:
                 return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -422,13 +523,13 @@ class _Runner:
             try:
                 return process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
-                if self._signals.received is None:
+                if self._signals.received is None and not self._stopped:
                     continue
             _say("   stopping; a training saves first")
             # The group: a launcher alone would leave its ranks behind.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-            self._signals.obey()
+            self._obey()
 
     def write(self) -> dict[str, Any]:
         """Write the tables of what is there."""
@@ -442,6 +543,14 @@ class _Runner:
         )
         self.table = write_tables(self._config.out, summary)
         return summary
+
+
+def _next(
+    waiting: Sequence[tuple[int, Cell]], running: Iterable[tuple[int, Cell]]
+) -> tuple[int, Cell] | None:
+    """The first that can start: what is untrained needs a checkpoint that may be in the making."""
+    busy = {cell.source for _, cell in running}
+    return next((each for each in waiting if each[1].source not in busy), None)
 
 
 def _script(path: str) -> str:

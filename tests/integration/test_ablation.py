@@ -83,7 +83,8 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     for pid in [process.pid, *processes_with(str(run))]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert main(written(grid)) == 0
+    # The rest two at a time, which changes nothing.
+    assert main(written(grid, side_by_side=2)) == 0
     said = capfd.readouterr().out
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] > 0 for r in log if r["kind"] == "start"] == [False, True]
@@ -194,6 +195,44 @@ def test_a_signal_lets_the_training_save(
         main(written(grid, launcher=script(tmp_path, words)))
     assert stopped.value.exit_code == 75
     assert "\nsaved\n" in log.read_text()
+
+
+def test_runs_side_by_side(grid: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Each waits until another has begun; an untrained row waits for its pretraining."""
+    meet = (
+        f"touch {tmp_path}/$$.begun; "
+        f"until [ $(ls {tmp_path}/*.begun | wc -l) -gt 1 ]; do sleep 0.02; done; sleep 0.3; exit 5"
+    )
+    rows = grid["rows"] | {"late": {"untrained": "one"}}
+    changes = {"rows": rows, "seeds": [0], "side_by_side": 3, "launcher": script(tmp_path, meet)}
+    assert main(written(grid, **changes)) == 1
+    found = {r["row"]: r for r in result(grid)["runs"]}
+    assert {found[row]["pretraining"]["exit_code"] for row in grid["rows"]} == {5}
+    assert found["late"]["status"] == "not run"
+    said = capfd.readouterr().out
+    left_out = said.index("late, seed 0: retrieval: left out, its pretraining is not whole")
+    assert left_out > said.index("one, seed 0: pretraining failed with exit code 5")
+
+
+@pytest.mark.parametrize("by", ["a signal to the grid", "a signal to one run"])
+def test_all_runs_side_by_side_save(by: str, grid: dict[str, Any], tmp_path: Path):
+    works = "trap 'echo saved; exit 75' TERM; echo working; while :; do sleep 0.05; done"
+    logs = [Path(grid["out"]) / "rows" / r / "seed-0" / "pretraining.log" for r in ("one", "same")]
+    if by == "a signal to one run":
+        other = f"until grep -q working {logs[0]}; do sleep 0.05; done; echo saved; exit 75"
+        works = f'case "$*" in *rows/same/*) {other};; esac; {works}'
+
+    def interrupt() -> None:
+        while not all(log.exists() and "working" in log.read_text() for log in logs):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if by == "a signal to the grid":
+        threading.Thread(target=interrupt).start()
+    with pytest.raises(StrataError, match="the same command goes on") as stopped:
+        main(written(grid, launcher=script(tmp_path, works), side_by_side=2))
+    assert stopped.value.exit_code == 75
+    assert all("\nsaved\n" in log.read_text() for log in logs)
 
 
 def test_a_training_that_another_signalled_ends_the_grid(grid: dict[str, Any], tmp_path: Path):

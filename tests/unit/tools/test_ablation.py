@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from strata.config import parse_config
 from strata.errors import ConfigError
-from strata.tools.ablation import AblateConfig, main, pretraining
+from strata.tools.ablation import AblateConfig, gpu_shares, main, pretraining
 from strata.tools.launch import program
 from strata.train.config import TrainConfig
 from tests.commands import ROOT
@@ -71,6 +72,7 @@ def test_table_3_has_its_four_rows(monkeypatch: pytest.MonkeyPatch):
         ({"rows": {"a": {"set": {"method.tau": 1}}}}, "row a: train/main.py: .*method.tau"),
         ({"rows": {"a": {"set": {"method.num_prototypes": 0}}}}, "row a: train/main.py"),
         ({"seeds": [1, 1]}, "each counts once"),
+        ({"side_by_side": 0}, "side_by_side is 0; use 1 or more"),
         ({"test": None}, "evaluation r has no test set"),
         ({"evaluations": {"r": {"protocol": "knn"}}}, "evaluations"),
         (
@@ -107,3 +109,21 @@ def test_launchers_run_in_this_environment():
     assert program(["deepspeed", "--master_port=1"]).count("--master_port=1") == 1
     assert program(["torchrun", "--"])[-1] == "--"
     assert program(["srun", "python"]) == ["srun", "python"]
+
+
+def shares(monkeypatch: pytest.MonkeyPatch, gpus: int, visible: str, runs: int, launcher: str):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    return [each.get("CUDA_VISIBLE_DEVICES") for each in gpu_shares(runs, launcher.split())]
+
+
+def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch):
+    assert shares(monkeypatch, 4, "", 2, "deepspeed") == ["0,1", "2,3"]
+    assert shares(monkeypatch, 4, "7,5,3,1", 4, "python") == ["7", "5", "3", "1"]
+    # One run has all, as the launcher likes; without GPUs nothing is divided.
+    assert shares(monkeypatch, 4, "", 1, "deepspeed --num_gpus 2") == [None]
+    assert shares(monkeypatch, 0, "", 2, "deepspeed --num_gpus 2") == [None, None]
+    with pytest.raises(ConfigError, match="the launcher's --num_gpus would choose GPUs; leave it"):
+        shares(monkeypatch, 4, "", 2, "deepspeed --num_gpus=2")
+    with pytest.raises(ConfigError, match="3, but 4 GPUs are visible; use a divisor of 4"):
+        shares(monkeypatch, 4, "", 3, "deepspeed")
