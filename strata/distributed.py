@@ -155,6 +155,10 @@ def _store_of_one() -> dict[str, Any]:
     return {"store": store, "rank": 0, "world_size": 1}
 
 
+_told: list[str] = []
+"""Variables that `join_world` has set, for DeepSpeed, because no launcher had."""
+
+
 def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
     """Form the process group: NCCL for GPUs, gloo for CPUs.
 
@@ -177,7 +181,9 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
         ("WORLD_SIZE", world.size),
         ("LOCAL_RANK", world.local_rank),
     ):
-        os.environ.setdefault(name, str(value))
+        if name not in os.environ:
+            os.environ[name] = str(value)
+            _told.append(name)
     if not dist.is_initialized():
         try:
             dist.init_process_group(
@@ -197,9 +203,14 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
 
 
 def leave_world() -> None:
-    """Dissolve the process group."""
+    """Dissolve the process group, and take back what `join_world` told the environment.
+
+    Else commands that this process starts later would take themselves for its ranks.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _told:
+        os.environ.pop(_told.pop(), None)
 
 
 def _size() -> int:

@@ -26,8 +26,6 @@ TINY = {
     "monitor": {"log_every": 1, "health_every": 2, "port": 0, "progress": False},
 }
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -42,12 +40,10 @@ def run(*words: str | Path, launcher: bool = False, ranks: int = 1) -> subproces
         # The installed script's first line breaks in a path with a space; the module does not.
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         command += ["--master_port", str(free_port())]
-    # As from a shell: a world that a test joined in this process is none of the command's.
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHED} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *map(str, words)],
         cwd=ROOT,
-        env=env,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -19,6 +19,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_world_is_left():
+    """A test that joins a world leaves it; else the next one would find itself in it."""
+    yield
+    from torch import distributed
+
+    assert not distributed.is_initialized()
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train` with 24 videos of 4 classes in 3 shards and `test` with 12 in one."""

@@ -32,7 +32,7 @@ SRUN = {
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch):
     for name in (*NAMES, *SRUN, "LOCAL_SIZE"):
-        # Set first, so that what join_world leaves behind is taken back at the end.
+        # Set first, so that what a failing test leaves behind is taken back at the end.
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
 
@@ -62,14 +62,21 @@ def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch):
         join_world(torch.device("cpu"))
 
 
-def test_one_process_meets_nobody_and_leaves_no_address_to_its_children():
+def test_one_process_meets_nobody_and_leaves_no_address_to_its_children(
+    monkeypatch: pytest.MonkeyPatch,
+):
     leave_world()
+    monkeypatch.setenv("LOCAL_RANK", "0")
     world = join_world(torch.device("cpu"))
     try:
         assert world == World(rank=0, size=1, local_rank=0)
         assert not os.environ.keys() & {"MASTER_ADDR", "MASTER_PORT"}
+        assert os.environ["RANK"] == "0"
     finally:
         leave_world()
+    # What was set for the world is gone with it; what the launcher set stays.
+    assert not os.environ.keys() & {"RANK", "WORLD_SIZE"}
+    assert os.environ["LOCAL_RANK"] == "0"
 
 
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch):
