@@ -14,6 +14,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +202,9 @@ class FrameCache:
         missing = np.unique(self.missing(samples)).tolist()
         faults: list[Fault] = []
         num_bytes = 0
-        for found in self._pool.map(self._fill, missing):
+        # A thread's own stream is the one that training fills: copies would wait behind its steps.
+        stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
+        for found in self._pool.map(partial(self._fill, stream=stream), missing):
             if isinstance(found, SampleFaultError):
                 faults += found.faults
             else:
@@ -218,7 +221,7 @@ class FrameCache:
             num_bytes,
         )
 
-    def _fill(self, sample: int) -> int | SampleFaultError:
+    def _fill(self, sample: int, stream: torch.cuda.Stream | None) -> int | SampleFaultError:
         """Decode a whole video; returns its coded bytes, or what is wrong with it."""
         count, start = int(self._reader.num_frames[sample]), int(self._first[sample])
         num_bytes = 0
@@ -229,9 +232,10 @@ class FrameCache:
                 num_bytes += strip.size
                 planes = decode_planes(strip, self._form)
                 place = slice(start + low, start + low + len(frames))
-                self._frames[place] = (
-                    planes if isinstance(self._frames, np.ndarray) else torch.from_numpy(planes)
-                )
+                with torch.cuda.stream(stream):
+                    self._frames[place] = (
+                        planes if isinstance(self._frames, np.ndarray) else torch.from_numpy(planes)
+                    )
         except SampleFaultError as error:
             return error
         except (OSError, SyntaxError, ValueError) as error:
