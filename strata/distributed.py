@@ -43,6 +43,8 @@ __all__ = [
 
 
 _watch: Callable[[], AbstractContextManager[None]] = nullcontext
+_told: list[str] = []
+"""Variables that `join_world` has set, for DeepSpeed, because no launcher had."""
 
 
 def watch_collectives(watch: Callable[[], AbstractContextManager[None]] | None) -> None:
@@ -153,10 +155,6 @@ def _first_host(nodes: str) -> str:
 def _store_of_one() -> dict[str, Any]:
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     return {"store": store, "rank": 0, "world_size": 1}
-
-
-_told: list[str] = []
-"""Variables that `join_world` has set, for DeepSpeed, because no launcher had."""
 
 
 def join_world(device: torch.device, timeout_s: float = 600.0) -> World:

@@ -21,11 +21,12 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_world_is_left():
-    """A test that joins a world leaves it; else the next one would find itself in it."""
+    """A test that joins a world leaves it; else the next one, and commands, would be in it."""
     yield
     from torch import distributed
 
     assert not distributed.is_initialized()
+    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 
 @pytest.fixture(scope="session")

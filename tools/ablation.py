@@ -30,16 +30,8 @@ __all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "gpu_shares", "main"
 
 _ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
-_CHOOSE_GPUS = (
-    "--num_gpus",
-    "--num_nodes",
-    "--include",
-    "-i",
-    "--exclude",
-    "-e",
-    "--hostfile",
-    "-H",
-)
+_CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hostfile -H".split())
+"""Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
 _PORTS = 16
 """Between the ports of runs side by side; each local rank of a run has one."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -129,7 +121,7 @@ class AblateConfig:
     --master_addr NODE`, `torchrun --standalone --nproc_per_node 4 --`, `srun python`, `python`."""
     side_by_side: int = 1
     """Runs at once, each with its share of the GPUs that are visible here: many small runs on one
-    node. The launcher must not choose GPUs then."""
+    node, or on one GPU. The launcher must not choose GPUs then."""
     on_failure: Literal["go on", "stop"] = "go on"
     """What follows a run that failed. It is named in the table either way, and tried again when
     the same command is given again."""
@@ -160,8 +152,7 @@ class AblateConfig:
                 )
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds {list(self.seeds)} repeat; each counts once")
-        words = shlex.split(self.launcher)
-        if not words:
+        if not shlex.split(self.launcher):
             raise ConfigError("launcher is empty; use for instance deepspeed")
         if self.side_by_side < 1:
             raise ConfigError(f"side_by_side is {self.side_by_side}; use 1 or more")
@@ -345,7 +336,7 @@ def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
     """What each of several runs at once has in its environment: its share of the GPUs.
 
     Args:
-        runs: How many; one has all GPUs.
+        runs: How many. One has all GPUs; more than there are GPUs share them.
         launcher: Words that start a process.
 
     Returns:
@@ -357,21 +348,22 @@ def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
     count = torch.cuda.device_count()
     if runs == 1 or not count:
         return [{} for _ in range(runs)]
-    chosen = {word.split("=")[0] for word in launcher} & set(_CHOOSE_GPUS)
+    chosen = _CHOOSE_GPUS.intersection(word.split("=")[0] for word in launcher)
     if chosen:
         raise ConfigError(
             f"side_by_side is {runs}, but the launcher's {', '.join(sorted(chosen))} would choose "
             "GPUs; leave it out, each run gets its share"
         )
-    if count % runs:
+    if count % runs and runs % count:
         raise ConfigError(
-            f"side_by_side is {runs}, but {count} GPUs are visible; use a divisor of {count}"
+            f"side_by_side is {runs}, but {count} GPUs are visible; use a divisor or a multiple of "
+            f"{count}"
         )
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",")[:count] if given else [str(k) for k in range(count)]
-    share = count // runs
-    parts = [names[share * slot : share * (slot + 1)] for slot in range(runs)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    firsts = [slot * count // runs for slot in range(runs)]
+    share = max(count // runs, 1)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[k : k + share])} for k in firsts]
 
 
 class _Runner:
@@ -487,11 +479,9 @@ class _Runner:
                 "same command goes on"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
-        # Beside others a line must say whose it is.
-        mine = "  " if self._config.side_by_side == 1 else f"{place}: {step}"
-        _say(f"{mine} {ended} after {took:.0f} s")
+        _say(f"{place}: {step} {ended} after {took:.0f} s")
         if code:
-            _say(f"{mine} {_last_line(log)}")
+            _say(f"   {_last_line(log)}")
         return code == 0
 
     def _obey(self) -> None:

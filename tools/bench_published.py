@@ -219,8 +219,11 @@ def main(argv: Sequence[str]) -> None:
             "strata": _Strata(task),
         }
         rounds = [{name: _rates(w, task) for name, w in ways.items()} for _ in range(args.rounds)]
-    name = torch.cuda.get_device_name() if task.on_gpu else f"{args.workers} CPU cores"
-    print(f"{name}; samples/s of batches of {args.batch}, median (range) of {args.rounds} rounds")
+    name = torch.cuda.get_device_name() if task.on_gpu else "CPU"
+    print(
+        f"{name}, {len(os.sched_getaffinity(0))} cores, {args.workers} workers; samples/s of "
+        f"batches of {args.batch}, median (range) of {args.rounds} rounds"
+    )
     print(f"{'':<12}{'published way':>26}{'Strata':>26}{'ratio':>26}")
     for part in ("data", "step", "end to end"):
         pairs = [(r["published"][part], r["strata"][part]) for r in rounds]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from strata.errors import ConfigError, StrataError
@@ -197,17 +198,28 @@ def test_a_signal_lets_the_training_save(
     assert "\nsaved\n" in log.read_text()
 
 
-def test_runs_side_by_side(grid: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_runs_side_by_side(
+    grid: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Each waits until another has begun; an untrained row waits for its pretraining."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     meet = (
-        f"touch {tmp_path}/$$.begun; "
+        f"echo GPU $CUDA_VISIBLE_DEVICES; touch {tmp_path}/$$.begun; "
         f"until [ $(ls {tmp_path}/*.begun | wc -l) -gt 1 ]; do sleep 0.02; done; sleep 0.3; exit 5"
     )
     rows = grid["rows"] | {"late": {"untrained": "one"}}
-    changes = {"rows": rows, "seeds": [0], "side_by_side": 3, "launcher": script(tmp_path, meet)}
-    assert main(written(grid, **changes)) == 1
+    changes = {"rows": rows, "seeds": [0], "side_by_side": 3, "set": {"monitor.port": 9700}}
+    assert main(written(grid, **changes, launcher=script(tmp_path, meet))) == 1
     found = {r["row"]: r for r in result(grid)["runs"]}
     assert {found[row]["pretraining"]["exit_code"] for row in grid["rows"]} == {5}
+    # Each has a GPU and a port of its own.
+    logs = [Path(found[row]["pretraining"]["log"]).read_text() for row in grid["rows"]]
+    assert "\nGPU 0\n" in logs[0]
+    assert "\nGPU 1\n" in logs[1]
+    assert ["--monitor.port 9716\n" in log for log in logs] == [False, True]
     assert found["late"]["status"] == "not run"
     said = capfd.readouterr().out
     left_out = said.index("late, seed 0: retrieval: left out, its pretraining is not whole")

@@ -120,10 +120,14 @@ def shares(monkeypatch: pytest.MonkeyPatch, gpus: int, visible: str, runs: int, 
 def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch):
     assert shares(monkeypatch, 4, "", 2, "deepspeed") == ["0,1", "2,3"]
     assert shares(monkeypatch, 4, "7,5,3,1", 4, "python") == ["7", "5", "3", "1"]
+    assert shares(monkeypatch, 1, "", 2, "python") == ["0", "0"]
+    assert shares(monkeypatch, 2, "5,6", 4, "python") == ["5", "5", "6", "6"]
     # One run has all, as the launcher likes; without GPUs nothing is divided.
     assert shares(monkeypatch, 4, "", 1, "deepspeed --num_gpus 2") == [None]
     assert shares(monkeypatch, 0, "", 2, "deepspeed --num_gpus 2") == [None, None]
     with pytest.raises(ConfigError, match="the launcher's --num_gpus would choose GPUs; leave it"):
         shares(monkeypatch, 4, "", 2, "deepspeed --num_gpus=2")
-    with pytest.raises(ConfigError, match="3, but 4 GPUs are visible; use a divisor of 4"):
+    with pytest.raises(
+        ConfigError, match="3, but 4 GPUs are visible; use a divisor or a multiple of 4"
+    ):
         shares(monkeypatch, 4, "", 3, "deepspeed")
