@@ -1,0 +1,34 @@
+"""Files appear complete or not at all."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from strata.files import open_atomic, sha256_of, write_atomic
+
+
+def test_the_hash_is_that_of_the_content(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomic(path, b"x" * 100_000)
+    assert sha256_of(path) == hashlib.sha256(b"x" * 100_000).hexdigest()
+
+
+def test_after_an_error_the_old_content_stays_and_no_temporary_file_is_left(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises(RuntimeError), open_atomic(path) as target:
+        target.write(b"new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
