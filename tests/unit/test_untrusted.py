@@ -26,7 +26,24 @@ def test_plain_names_pass(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "../x", "a\\b", "a\n", "a\x00", "ä", "A" * 256, None, 3, ["a"], "٣"],
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "/etc/passwd",
+        "../x",
+        "a\\b",
+        "a\n",
+        "a\x00",
+        "ä",
+        "A" * 256,
+        None,
+        3,
+        ["a"],
+        "٣",
+    ],
 )
 def test_other_names_are_refused_with_file_and_name(name: object):
     with pytest.raises(ShardError, match=r"manifest\.json contains the shard name"):
