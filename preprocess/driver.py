@@ -25,6 +25,7 @@ from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
 from strata.schema import NormalForm, ShardEntry, SourceRow
+from strata.video import Damaged
 
 __all__ = ["ShardBuild", "WorkerError", "drive", "record_path"]
 
@@ -189,6 +190,7 @@ class ShardBuild:
                     label=source.label,
                     num_frames=part.num_frames,
                     position=position,
+                    notes=list(part.notes) or None,
                 )
             case Rejected(kind, detail):
                 if self._writer is not None:
@@ -253,13 +255,15 @@ class _Work:
 class _Worker:
     """A worker process and what it is at."""
 
-    def __init__(self, form: NormalForm, read_back: ReadBack) -> None:
+    def __init__(self, form: NormalForm, read_back: ReadBack, damaged: Damaged) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
         self._heartbeat = RawValue(ctypes.c_double, time.monotonic())
         self.process: BaseProcess = context.Process(
-            target=serve, args=(theirs, form, read_back, self._heartbeat), daemon=True
+            target=serve,
+            args=(theirs, form, read_back, damaged, self._heartbeat),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -362,7 +366,9 @@ class _Driver:
             if work is None:
                 return
             if worker is None:
-                worker = _Worker(self._settings.form, self._settings.read_back)
+                worker = _Worker(
+                    self._settings.form, self._settings.read_back, self._settings.damaged
+                )
                 self._workers.append(worker)
             worker.give(work)
 

@@ -109,7 +109,10 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         try:
             for message in make_sample(
-                _task(source, classes, videos), settings.form, settings.read_back
+                _task(source, classes, videos),
+                settings.form,
+                settings.read_back,
+                damaged=settings.damaged,
             ):
                 if isinstance(message, Member):
                     timed.shard_bytes += -(-len(message.content) // 512) * 512 + 512

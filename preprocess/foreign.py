@@ -249,6 +249,7 @@ def _rows(
                 num_frames=sample.facts.num_frames,
                 shard=shard,
                 position=position,
+                notes=list(sample.facts.notes) or None,
             )
             position += 1
         rows.append(row)

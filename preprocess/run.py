@@ -64,6 +64,8 @@ def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
             "libjpeg_turbo": features.version_feature("libjpeg_turbo") or "none",
         },
     }
+    if settings.damaged != "reject":
+        stored["damaged"] = settings.damaged
     sources = [
         [s.name, s.label, s.num_bytes, s.path is not None, s.fault and s.fault[0]]
         for s in source_set.sources

@@ -157,13 +157,16 @@ class SampleFacts:
     source_codec: str
     source_pixel_format: str
     rotation_degrees: int
-    """Rotation that the container asked for and that was applied."""
+    """Counter-clockwise rotation that the container asked for and that was applied."""
+    mirrored: bool = False
+    """Whether left and right were exchanged before that; written only if so."""
 
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON."""
-        return json.dumps(
-            dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")
-        ).encode()
+        facts = dataclasses.asdict(self)
+        if not self.mirrored:
+            del facts["mirrored"]
+        return json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,8 @@ class SourceRow:
     reason: str | None = None
     """A `FaultKind` value, for rejected ones."""
     detail: str | None = None
+    notes: list[str] | None = None
+    """What is remarkable about a written one, like a header that promises more frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
