@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
-from strata.filters import Orientation, filter_graph, scale_steps, unsupported
+from strata.filters import UPRIGHT, Orientation, filter_graph, scale_steps, unsupported
 from strata.preprocess.probe import Timing, VideoFacts, read_facts, timing_of
 from strata.schema import NormalForm
 from strata.video import (
@@ -136,7 +136,7 @@ class FrameSource:
         """Whether there was an interlaced frame so far."""
         self.num_frames = 0
         """Frames given out so far."""
-        self.orientation = Orientation()
+        self.orientation = UPRIGHT
         """How the display matrix turns the pictures; known after the first segment."""
         self.notes: list[str] = []
         """What is remarkable about the video; known after the last segment."""
