@@ -202,15 +202,14 @@ class FrameSource:
                 self._pulse()
                 # Sticky: a stream that mixes both must not start anew at every change.
                 self.deinterlaced |= frame.interlaced_frame
-                turn = Orientation.of(frame)
                 now = (frame.width, frame.height, frame.format.name, frame.colorspace)
-                now = (*now, frame.color_range, turn, self.deinterlaced)
+                now = (*now, frame.color_range, frame.rotation, self.deinterlaced)
                 try:
                     # A stream may change its size or colours half-way.
                     if graph is None or now != shape:
                         if graph is not None:
                             yield from _drain(graph)
-                        graph, shape = self._build_graph(frame, turn, facts), now
+                        graph, shape = self._build_graph(frame, facts), now
                     graph.push(frame)
                     yield from _pull(graph)
                 except FFmpegError as error:
@@ -222,8 +221,8 @@ class FrameSource:
             turn = self.orientation
             self.notes.append(f"turned by {turn.degrees} degrees, the nearest quarter turn")
 
-    def _build_graph(self, frame: VideoFrame, turn: Orientation, facts: VideoFacts) -> Graph:
-        self.orientation = turn
+    def _build_graph(self, frame: VideoFrame, facts: VideoFacts) -> Graph:
+        turn = self.orientation = Orientation.of(frame)
         steps = []
         if self.deinterlaced:
             # One frame for each that comes in; those that are progressive pass unchanged.

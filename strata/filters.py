@@ -10,6 +10,7 @@ from av.error import FFmpegError
 from av.filter import Graph
 from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
 
 from strata.errors import FaultKind, VideoFault
 from strata.schema import NormalForm
@@ -42,6 +43,9 @@ _MAX_SHRINK = 16
 """Times that swscale shrinks a side at once: with exact rounding a filter of its has at most 170
 taps, and bicubic takes four for each pixel, of chroma for each second one."""
 
+_ANY = 5
+"""A colour matrix that swscale takes, for a picture that nobody looks at."""
+
 _MATRICES = {
     3: "3 (reserved)",
     8: "YCgCo",
@@ -55,6 +59,19 @@ _MATRICES = {
     17: "YCgCo-Ro",
 }
 """Colour matrices of ITU-T H.273, table 4, that FFmpeg's scaler does not convert."""
+
+
+def _unknown_type(cls: type[Type], value: int) -> Type:
+    """A member for side data that PyAV has no name for, like the EXIF of a camera's MJPEG.
+
+    PyAV 18.1 raises ValueError for a frame that carries any such, whatever one asks of it.
+    """
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return member
+
+
+Type._missing_ = classmethod(_unknown_type)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass(frozen=True)
@@ -78,8 +95,10 @@ class Orientation:
         The matrix is that of ISO/IEC 14496-12, 8.3.2: a point (x, y) goes to
         (a x + c y, b x + d y), with y downwards.
         """
-        # Most frames have no side data; a look-up in vain costs several microseconds.
-        side = frame.side_data.get(Type.DISPLAYMATRIX) if len(frame.side_data) else None
+        # PyAV ties a frame to its side data in a cycle, which only the garbage collector frees. So
+        # they are read from a tiny copy, and the picture itself is given back at once.
+        tiny = frame.reformat(2, 2, "rgb24", _ANY, _ANY, Interpolation.POINT)
+        side = tiny.side_data.get(Type.DISPLAYMATRIX)
         if side is None:
             return UPRIGHT
         a, b, _, c, d = np.frombuffer(side, "<i4")[:5].astype(np.float64)

@@ -181,12 +181,11 @@ class _Scaler:
         Raises:
             VideoFault: FFmpeg's scaler does not take such frames.
         """
-        turn = Orientation.of(frame)
         shape = (frame.width, frame.height, frame.format.name, frame.colorspace)
-        shape = (*shape, frame.color_range, turn)
+        shape = (*shape, frame.color_range, frame.rotation)
         try:
             if self._graph is None or shape != self._shape:
-                self._graph, self._shape = self._build(frame, turn, sample_aspect), shape
+                self._graph, self._shape = self._build(frame, sample_aspect), shape
             self._graph.push(frame)
             scaled = self._graph.pull()
         except FFmpegError as error:
@@ -195,7 +194,8 @@ class _Scaler:
             raise TypeError(f"a video graph gave {type(scaled).__name__}")
         return scaled.to_ndarray()
 
-    def _build(self, frame: VideoFrame, turn: Orientation, sample_aspect: float) -> Graph:
+    def _build(self, frame: VideoFrame, sample_aspect: float) -> Graph:
+        turn = Orientation.of(frame)
         steps = scale_steps(frame, self._form, sample_aspect, turn, "out_range=pc")
         steps += ["format=yuv444p", _TO_RGB, "format=rgb24", *turn.filters]
         return filter_graph(frame, steps, Fraction(1, 1000))
