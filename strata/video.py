@@ -24,8 +24,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from strata.cut import missing_bytes
 from strata.errors import FaultKind, VideoFault
+from strata.structure import declared_frames, missing_bytes
 
 __all__ = [
     "MAX_FRAMES",
@@ -44,7 +44,7 @@ MAX_PIXELS = 1 << 26
 """Most pixels of a picture, 8192 x 8192: at most 100 MB as 4:2:0 of 8 bits."""
 
 MAX_FRAMES = 1 << 24
-"""Most packets of a stream, 155 hours at 30 a second: their times take 128 MB."""
+"""Most packets of a stream, 155 hours at 30 a second: with FFmpeg's tables about 1.3 GB."""
 
 PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
 """MPEG-4 in AVI is none: it packs two pictures into a packet, or none."""
@@ -130,6 +130,13 @@ def open_video(where: Path | bytes, source: str) -> Iterator[tuple[InputContaine
 
 @contextmanager
 def _open(where: Path | bytes, source: str) -> Iterator[InputContainer]:
+    try:
+        declared = declared_frames(where)
+    except OSError as error:
+        raise VideoFault(FaultKind.UNREADABLE, source, reason_of(error)) from error
+    if declared > MAX_FRAMES:
+        detail = f"its header declares {declared:,} frames, at most {MAX_FRAMES:,} are read"
+        raise VideoFault(FaultKind.UNSUPPORTED, source, detail)
     # A name with a colon would be a protocol. PyAV hands over the bytes that Python was given.
     file = f"file:{os.fspath(where)}" if isinstance(where, Path) else io.BytesIO(where)
     options = {
@@ -151,11 +158,8 @@ def _why_not(where: Path | bytes, error: Exception) -> str:
     if isinstance(where, bytes):
         head = where[:64]
     else:
-        try:
-            with where.open("rb") as file:
-                head = file.read(64)
-        except OSError as cause:
-            return reason_of(cause)
+        with where.open("rb") as file:
+            head = file.read(64)
     if not head:
         return "the file is empty"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -208,6 +212,13 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def _decoders_reason(error: Exception) -> str:
+    reason = reason_of(error)
+    if isinstance(error, av.error.ArgumentError):  # What FFmpeg says to a picture that is too big.
+        reason += f" (pictures may have {MAX_PIXELS:,} pixels at most)"
+    return reason
+
+
 @dataclass(kw_only=True)
 class Packets:
     """What a pass over the packets of a stream tells, without decoding them."""
@@ -232,6 +243,8 @@ class Packets:
     """0 where the header does not say."""
     missing_share: float = 0.0
     """Share of the promised duration that the file does not have; 0 if nothing was promised."""
+    num_unread: int = 0
+    """Bytes at the file's end in which the container finds no packets, where a share is missing."""
     error: str = ""
     """Why the container does not read to its end."""
 
@@ -294,12 +307,18 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
         base = stream.time_base
     if promised_s and base and len(found.times):
         missing = 1 - float(found.times[-1] * base) / promised_s
-        # Where sound goes on after the pictures end, they are all there.
-        if missing > 1 - MIN_DECODED_SHARE and (
-            _last_second_of_all(where, source, pulse) < (1 - missing / 2) * promised_s
-        ):
-            found.missing_share = missing
+        if missing > 1 - MIN_DECODED_SHARE:
+            last_s, last_byte = _end_of_all(where, source, pulse)
+            # Where sound goes on after the pictures end, they are all there.
+            if last_s < (1 - missing / 2) * promised_s:
+                found.missing_share = missing
+                unread = _size_of(where) - last_byte
+                found.num_unread = unread if unread > missing / 2 * _size_of(where) else 0
     return found
+
+
+def _size_of(where: Path | bytes) -> int:
+    return len(where) if isinstance(where, bytes) else where.stat().st_size
 
 
 def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
@@ -307,8 +326,7 @@ def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
     entries = stream.index_entries
     if len(entries) <= num_read:
         return 0
-    num_bytes = len(where) if isinstance(where, bytes) else where.stat().st_size
-    behind = 0
+    num_bytes, behind = _size_of(where), 0
     # What is cut off stands last, but for tables of ill will: those are not read to their end.
     for number in range(len(entries) - 1, max(len(entries) - 1 - MAX_FRAMES, -1), -1):
         if entries[number].pos + entries[number].size <= num_bytes:
@@ -329,19 +347,20 @@ def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
         return (container.duration or 0) / av.time_base
 
 
-def _last_second_of_all(where: Path | bytes, source: str, pulse: Callable[[], None]) -> float:
-    """The last timestamp of any stream, in seconds."""
-    last = 0.0
-    with open_video(where, source) as (container, _):
+def _end_of_all(where: Path | bytes, source: str, pulse: Callable[[], None]) -> tuple[float, int]:
+    """The end of the last packet of any stream, in seconds and in bytes of the file."""
+    last_s, last_byte = 0.0, 0
+    with _open(where, source) as container:
         try:
             for packet in container.demux():
                 pulse()
                 if packet.pts is not None and packet.time_base:
                     end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                    last = max(last, float(end))
+                    last_s = max(last_s, float(end))
+                last_byte = max(last_byte, (packet.pos or 0) + packet.size)
         except (av.error.FFmpegError, OSError):
             pass  # Decoding meets it again and says where.
-    return last
+    return last_s, last_byte
 
 
 class Decoding:
@@ -382,10 +401,14 @@ class Decoding:
 
     @property
     def num_lost(self) -> int:
-        """Packets that became no frame, where every packet should."""
-        if self._stream.codec_context.codec.canonical_name not in PICTURE_A_PACKET:
-            return 0
-        return self._packets.num_shown - self.num_decoded - self.num_before_key
+        """Packets from the first key frame on that became no frame."""
+        return max(self._packets.num_shown - self.num_decoded - self.num_before_key, 0)
+
+    @property
+    def has_picture_a_packet(self) -> bool:
+        """Whether each packet of such a codec is one frame that is shown."""
+        name = self._stream.codec_context.codec.canonical_name
+        return name in PICTURE_A_PACKET and name not in ("vp8", "vp9")  # Those hide some.
 
     def frames(self) -> Iterator[VideoFrame]:
         """Give all frames that decode, in the order in which they are shown.
@@ -425,10 +448,10 @@ class Decoding:
         except (av.error.FFmpegError, OSError) as error:
             if packet is None or has_key:
                 self.num_failed += 1
-                self._damage(packet and packet.pts, reason_of(error))
+                self._damage(packet and packet.pts, _decoders_reason(error))
             elif not packet.is_discard:
                 self.num_before_key += 1
-                self.first_error = self.first_error or reason_of(error)
+                self.first_error = self.first_error or _decoders_reason(error)
             return []
 
     def _damage(self, time: int | None, what: str) -> None:
@@ -458,7 +481,8 @@ def check_complete(
         VideoFault: It is truncated or damaged, or nothing of it decodes.
     """
     num_decoded = decoding.num_decoded
-    if num_decoded == 0 and (reason := packets.error or decoding.first_error):
+    if num_decoded == 0 and (packets.num_shown or packets.promised_frames or packets.error):
+        reason = packets.error or decoding.first_error or "not one of its packets gives a frame"
         raise VideoFault(FaultKind.UNREADABLE, source, reason)
     notes: list[str] = []
 
@@ -476,19 +500,31 @@ def check_complete(
         # Frames that are damaged by the cut are no case of their own.
         fault(FaultKind.TRUNCATED, f"{cut}; {promise or f'{num_decoded} frames decode'}")
         return notes
+    elif packets.num_unread:
+        fault(FaultKind.DAMAGED, f"{packets.num_unread:,} bytes at the end do not read; {promise}")
     elif cut or promise:
         notes.append("; ".join(filter(None, (cut, promise))))
-    if decoding.first_damaged is not None:
-        expected = max(packets.num_shown, num_decoded)
+    expected = max(packets.num_shown, num_decoded)
+    is_lossy = num_decoded + decoding.num_before_key < MIN_DECODED_SHARE * expected
+    if decoding.first_damaged is None and is_lossy and promise:
+        fault(
+            FaultKind.DAMAGED,
+            f"{decoding.num_lost:,} of {expected:,} packets give no frame, without an error",
+        )
+    elif decoding.first_damaged is not None:
         if not decoding.num_failed and decoding.first_damaged >= expected - 1:
             notes.append("the last frame is incomplete")
         else:
-            count = max(decoding.num_failed + decoding.num_patched, decoding.num_lost)
+            count = decoding.num_failed + decoding.num_patched
+            if decoding.has_picture_a_packet:
+                count = max(count, decoding.num_lost)
             fault(
                 FaultKind.DAMAGED,
                 f"{count:,} of {expected:,} frames damaged, first at frame "
                 f"{decoding.first_damaged}: {decoding.first_error}",
             )
+    elif decoding.num_lost and decoding.has_picture_a_packet:
+        notes.append(f"{decoding.num_lost:,} of {expected:,} packets give no frame")
     if decoding.num_before_key:
         notes.append(f"{decoding.num_before_key:,} packets before the first key frame left out")
     return notes

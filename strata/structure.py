@@ -1,10 +1,15 @@
-"""Whether a file has the length that its own structure says: AVI, Matroska and ASF."""
+"""What a container's structure says that FFmpeg does not tell: its length, its declared frames.
+
+Only heads of boxes, chunks and elements are read, so it costs next to nothing.
+"""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["missing_bytes"]
+__all__ = ["declared_frames", "missing_bytes"]
 
 _SLACK = 16
 """Bytes by which a complete file may miss its stated length: writers that count their own header
@@ -13,6 +18,59 @@ are common."""
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
+
+_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+_MAX_BOXES = 1 << 20
+
+
+@contextmanager
+def _opened(where: Path | bytes) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size."""
+    with io.BytesIO(where) if isinstance(where, bytes) else where.open("rb") as file:
+        yield file, file.seek(0, io.SEEK_END)
+
+
+def declared_frames(where: Path | bytes) -> int:
+    """How many frames an mp4 or mov declares, in its tables or in its largest fragment.
+
+    FFmpeg makes room for them before it reads one, and a few bytes can declare a thousand million.
+
+    Args:
+        where: The file, or its content.
+
+    Returns:
+        The largest number of any picture track; 0 for other formats.
+    """
+    with _opened(where) as (file, size):
+        file.seek(4)
+        if file.read(4) not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
+            return 0
+        most, is_video = 0, False
+        ends, place = [size], 0
+        for _ in range(_MAX_BOXES):
+            while len(ends) > 1 and place >= ends[-1]:
+                ends.pop()
+            if place + 8 > ends[-1]:
+                break
+            file.seek(place)
+            head = file.read(28)
+            length, kind, start = int.from_bytes(head[:4], "big"), head[4:8], 8
+            if length == 1:
+                length, start = int.from_bytes(head[8:16], "big"), 16
+            end = ends[-1] if length < start else place + length
+            body = head[start:]
+            if kind == b"hdlr" and body[4:8] != b"dhlr":  # QuickTime has one for data handlers.
+                is_video = body[8:12] == b"vide"
+            elif kind in (b"stsz", b"stz2") and is_video:
+                most = max(most, int.from_bytes(body[8:12], "big"))
+            elif kind == b"trun":
+                most = max(most, int.from_bytes(body[4:8], "big"))
+            if kind in _PARENTS:
+                ends.append(min(end, ends[-1]))
+                place += start
+            else:
+                place = end
+    return most
 
 
 def missing_bytes(where: Path | bytes) -> int:
@@ -24,9 +82,7 @@ def missing_bytes(where: Path | bytes) -> int:
     Returns:
         0 if it lacks none, or where the format does not tell.
     """
-    file = io.BytesIO(where) if isinstance(where, bytes) else where.open("rb")
-    with file:
-        size = file.seek(0, io.SEEK_END)
+    with _opened(where) as (file, size):
         file.seek(0)
         head = file.read(16)
         end = 0
