@@ -15,14 +15,17 @@ import yaml
 
 from strata.errors import ConfigError, ShardError
 from strata.exporter import export_process
+from strata.limits import usable_cpus
 from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
-from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
+from strata.preprocess.kinetics import Kinetics, find_kinetics
+from strata.preprocess.listing import path_of, some_of
+from strata.preprocess.official import find_hmdb51, find_ucf101
 from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
-from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
+from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates
 from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
 
 __all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
@@ -35,8 +38,8 @@ class ShardCommand:
     """What `tools/shard.py` was asked to do."""
 
     dataset: Dataset
-    videos: Path
-    """Folder of the videos."""
+    videos: tuple[Path, ...]
+    """Folders of the videos."""
     out: Path
     """Gets one folder for each set."""
     splits: Path | None = None
@@ -101,7 +104,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     form, settings = NormalForm(), ShardSettings()
     add = parser.add_argument
     add("--config", type=Path, help="YAML of these options, split: 1; those given here win")
-    add("--videos", type=Path, required=True, help="folder of the videos")
+    add(
+        "--videos",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="DIR",
+        help="folders of the videos",
+    )
     add("--out", type=Path, required=True, help="gets one folder for each set")
     add("--width", type=int, default=form.width, help="pixels, a multiple of 16")
     add("--height", type=int, default=form.height, help="pixels, a multiple of 16")
@@ -158,6 +169,7 @@ def _with_config(parser: argparse.ArgumentParser, dataset: str, given: Sequence[
     """
     finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, action="append", default=[])
+    finder.add_argument("--videos", nargs="+", action="extend")
     found, _ = finder.parse_known_args(given)
     options = {action.dest: action for action in parser._actions if action.option_strings}
     words: list[str] = []
@@ -177,14 +189,18 @@ def _with_config(parser: argparse.ArgumentParser, dataset: str, given: Sequence[
             if action is None or key in ("help", "config", "local_rank"):
                 raise ConfigError(f"{path}: {key!r} is no option of {parser.prog}; see its --help")
             name = next(o for o in action.option_strings if o.startswith("--"))
-            is_switch = action.nargs == 0
-            if is_switch != isinstance(value, bool) or not isinstance(
-                value, bool | int | float | str
+            is_switch, takes_several = action.nargs == 0, action.nargs == "+"
+            values = value if takes_several and isinstance(value, list) else [value]
+            if not values or not all(
+                is_switch == isinstance(v, bool) and isinstance(v, bool | int | float | str)
+                for v in values
             ):
                 kind = "true or false" if is_switch else "one number or word"
+                kind += " or a list of them" if takes_several else ""
                 raise ConfigError(f"{path}: {key} is {value!r}; use {kind}")
-            if value is not False:
-                words.append(name if is_switch else f"{name}={value}")
+            if value is False or (key == "videos" and found.videos):
+                continue
+            words += [name if is_switch else f"{name}={v}" for v in values]
     return [*words, *given]
 
 
@@ -258,7 +274,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         raise AssertionError(args.dataset)
     return ShardCommand(
         dataset=args.dataset,
-        videos=args.videos,
+        videos=tuple(args.videos),
         out=args.out,
         splits=getattr(args, "splits", None),
         split=getattr(args, "split", "1"),
@@ -280,7 +296,7 @@ def _share_of_cpus(environment: Mapping[str, str]) -> int:
     beside = environment.get("LOCAL_WORLD_SIZE", "1")
     if not beside.isdigit() or int(beside) < 2:
         return 0
-    return max(len(os.sched_getaffinity(0)) // int(beside), 1)
+    return max(usable_cpus() // int(beside), 1)
 
 
 def find_sets(command: ShardCommand) -> list[SourceSet]:
@@ -333,11 +349,12 @@ def run_command(command: ShardCommand) -> list[Manifest]:
         if command.strict and absent:
             raise ConfigError(
                 f"{source_set.dataset} {source_set.split}: {len(absent):,} of "
-                f"{len(source_set.sources):,} listed videos are not in {command.videos}, first "
-                f"{absent[0]}; get them or leave out --strict"
+                f"{len(source_set.sources):,} listed videos are not in "
+                f"{' and '.join(map(str, command.videos))}, first {absent[0]}; get them or leave "
+                "out --strict"
             )
     if command.dry_run:
-        print(estimate_table(sets, command.videos, command.settings))
+        print(estimate_table(sets, command.settings))
         return []
     manifests = []
     with _exported(command) as metrics:
@@ -349,10 +366,9 @@ def run_command(command: ShardCommand) -> list[Manifest]:
                 )
                 continue
             start_s = time.monotonic()
-            folder = command.out / source_set.split
+            folder = command.out / path_of(source_set.split)
             shard_slice(
                 source_set,
-                command.videos,
                 folder,
                 command.settings,
                 log=command.log,

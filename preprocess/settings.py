@@ -1,10 +1,10 @@
 """How to shard: what decides the bytes, and what only decides the way there."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from strata.errors import ConfigError
+from strata.limits import usable_cpus
 from strata.schema import NormalForm
 
 __all__ = ["ReadBack", "ShardSettings"]
@@ -27,7 +27,7 @@ class ShardSettings:
     """`sampled`: every restart marker is counted, every 8th frame and the last decoded back and
     compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded whole."""
     workers: int = 0
-    """Processes; 0 for one on each CPU that this process may use."""
+    """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0
     """Seconds without a packet, a frame or a segment after which a video counts as hung; one that
     is merely long or slow does not."""
@@ -58,4 +58,4 @@ class ShardSettings:
     @property
     def num_workers(self) -> int:
         """Processes to start."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or usable_cpus()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from strata.errors import ShardError
+from strata.files import encode_text
 
 __all__ = [
     "FACTS_EXT",
@@ -161,9 +162,11 @@ class SampleFacts:
 
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON."""
-        return json.dumps(
-            dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")
-        ).encode()
+        return encode_text(
+            json.dumps(
+                dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def test_every_config_is_of_its_dataset(path: Path) -> None:
     assert command.dataset == path.stem
     # The documented sets are in the default form, so that they can be told to be by one word.
     assert command.settings.form == parse(path.stem).settings.form
-    assert command.videos == Path("v")
+    assert command.videos == (Path("v"),)
 
 
 def test_there_is_one_for_each_dataset() -> None:
