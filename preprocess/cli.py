@@ -20,7 +20,7 @@ from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.kinetics import Kinetics, find_kinetics
-from strata.preprocess.listing import path_of, some_of
+from strata.preprocess.listing import path_of, read_lines, some_of
 from strata.preprocess.official import find_hmdb51, find_ucf101
 from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
@@ -445,6 +445,13 @@ def _index(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="holds *.tar with mp4 and cls or json members")
     add("--classes", type=Path, help="class names, one a line; default: as found in the samples")
+    add(
+        "--index-out",
+        "--index_out",
+        type=Path,
+        metavar="DIR",
+        help="gets index and manifest, with links to the tars; default: beside the tars",
+    )
     add("--width", type=int, default=form.width, help="that the loader scales to, pixels")
     add("--height", type=int, default=form.height, help="that the loader scales to, pixels")
     add("--fit", choices=("stretch", "crop"), default=form.fit, help="for other aspect ratios")
@@ -460,18 +467,17 @@ def _index(argv: Sequence[str]) -> None:
             fit=args.fit,
             min_frames=args.min_frames,
         )
-        classes = args.classes.read_text(encoding="utf-8").splitlines() if args.classes else ()
     except ShardError as error:
         raise ConfigError(str(error)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --classes {args.classes}: {error}") from error
-    names = [line.strip() for line in classes if line.strip()]
+    names = read_lines(args.classes, "--classes") if args.classes else []
     try:
-        manifest, told = index_folder(args.folder, form, names, args.workers)
+        manifest, told = index_folder(args.folder, form, names, args.workers, args.index_out)
     except OSError as error:
-        raise ShardError(f"{args.folder}: {error}; mend that and run the command again") from error
+        raise ShardError(
+            f"{args.folder}: {error}; correct that and run the command again"
+        ) from error
     print(told, flush=True)
-    _check_rejects(manifest, args.folder, args.max_rejects)
+    _check_rejects(manifest, args.index_out or args.folder, args.max_rejects)
 
 
 def closing_table(

@@ -47,7 +47,7 @@ _SPLIT_NAMES = {
 _REPLACEMENT = re.compile(r"(^|[^a-z])replacements?([^a-z]|$)", re.IGNORECASE)
 """The folder of clips that stand for corrupt ones, `replacement_for_corrupted_k400` and so on."""
 
-_LOOKED_FOR = "as <id>_<start>_<end> or <id>, with any ending of a video, at any depth"
+_LOOKED_FOR = "as <id>_<start>_<end> or <id>, with any extension of a video, at any depth"
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def find_kinetics(
     """Read the official csv files of a Kinetics set and find its clips.
 
     A file is looked for by its name, `<id>_<start:06d>_<end:06d>`, `<id>_<start>_<end>` or `<id>`,
-    with any ending of a video, wherever it is below `videos`. Where several files have one name,
+    with any extension of a video, wherever it is below `videos`. Where several files have one name,
     one in a folder `replacement` goes before the others, then folders of classes and splits decide;
     of equal files the first is taken, and files that differ are a conflict.
 
@@ -224,7 +224,7 @@ class _KineticsFinder:
         self._classes = classes
         self._plain_labels = {plain(name): label for label, name in enumerate(classes)}
         self.stems: defaultdict[str, list[FoundFile]] = defaultdict(list)
-        """Videos by their name without ending; the identifiers of YouTube heed case."""
+        """Videos by their name without extension; the identifiers of YouTube heed case."""
         for file in sorted(listing.files, key=lambda f: f.name):
             if is_video_name(file.name):
                 self.stems[stem_of(file.name)].append(file)

@@ -181,8 +181,9 @@ def are_same_bytes(files: Sequence[FoundFile]) -> bool:
         ConfigError: One cannot be read.
     """
     try:
-        if len({f.path.stat().st_size for f in files}) > 1:
-            return False
+        sizes = {f.path.stat().st_size for f in files}
+        if len(sizes) > 1 or sizes == {0}:
+            return len(sizes) == 1
         return len({sha256_of(f.path) for f in files}) == 1
     except OSError as error:
         raise _unreadable(Path(error.filename or files[0].path), error) from error
@@ -252,7 +253,11 @@ def _walk(root: Path, listing: Listing, seen: dict[tuple[int, int], str]) -> Non
                 links.append(path)
             elif entry.is_dir(follow_symlinks=False):
                 todo.append(path)
-            elif entry.is_file(follow_symlinks=False) or (mode is not None and stat.S_ISREG(mode)):
+            elif (
+                entry.is_file(follow_symlinks=False)
+                or (mode is not None and stat.S_ISREG(mode))
+                or is_video_name(entry.name)  # Rejected by name, with the reason, like any other.
+            ):
                 found.append(FoundFile(_relative(path, root), path))
             else:
                 listing.special.append(_relative(path, root))

@@ -1,9 +1,9 @@
 """Which file on the disk is the video that an official list names.
 
-People re-encode, rename and rearrange: so a listed `<class>/<name>.avi` is found under any ending
-of a video, in any case, with other characters for what is neither letter nor digit, and at any
-depth below a folder of its class or below no class's folder. The file that fits best is taken, and
-what is not spelled as listed is counted and told.
+People re-encode, rename and rearrange. So a listed `<class>/<name>.avi` is found under any
+extension of a video, in any case, with other characters for what is neither letter nor digit, and
+at any depth below a folder of its class or below no class's folder. The file that fits best is
+taken, and what is not spelled as listed is counted and told.
 """
 
 import re
@@ -43,7 +43,7 @@ def _folded(name: str) -> str:
 
 
 def stem_of(name: str) -> str:
-    """The last part of a path without the endings of videos: `a.avi.mp4` gives `a`."""
+    """The last part of a path without the extensions of videos: `a.avi.mp4` gives `a`."""
     stem = PurePosixPath(name).name
     while PurePosixPath(stem).suffix.lower() in VIDEO_SUFFIXES:
         stem = PurePosixPath(stem).stem
@@ -54,7 +54,7 @@ def stem_of(name: str) -> str:
 class _Match:
     file: FoundFile
     fit: tuple[int, ...]
-    """Lower is better: spelling, folder of the class, ending, depth."""
+    """Lower is better: spelling, folder of the class, extension, depth."""
 
 
 class Finder:
@@ -92,12 +92,12 @@ class Finder:
             spelling = 0 if stems[0] == stems[1] else 2 - (_folded(stems[0]) == _folded(stems[1]))
             folder = 2 if home is None else int(home != class_name)
             suffixes = PurePosixPath(file.name).suffix, PurePosixPath(file_name).suffix
-            ending = (
+            extension = (
                 0
                 if suffixes[0] == suffixes[1]
                 else 1 + (suffixes[0].lower() != suffixes[1].lower())
             )
-            fit = (spelling, folder, ending, len(file.folders))
+            fit = (spelling, folder, extension, len(file.folders))
             found.append(_Match(file, fit))
         return sorted(found, key=lambda m: m.fit)
 
@@ -163,13 +163,13 @@ class Finder:
 
     def _differences(self, name: str) -> list[str]:
         match, _ = self._found[name]
-        spelling, folder, ending, depth = match.fit
+        spelling, folder, extension, depth = match.fit
         found = []
         if spelling:
             found.append(_SPELLINGS[spelling])
-        if ending:
+        if extension:
             found.append(
-                "with another ending" if ending == 2 else "with the ending in another case"
+                "with another extension" if extension == 2 else "with the extension in another case"
             )
         if folder == 1:
             found.append("in a class folder of another spelling")

@@ -21,7 +21,7 @@ from strata.preprocess.sources import SourceSet, make_set
 
 __all__ = ["find_hmdb51", "find_ucf101"]
 
-_LOOKED_FOR = "in any case, with any ending of a video, at any depth"
+_LOOKED_FOR = "in any case, with any extension of a video, at any depth"
 
 _Entry = tuple[str, int]
 """A listed video, `<class>/<file>`, and its label."""
