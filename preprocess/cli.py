@@ -20,7 +20,7 @@ from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.kinetics import Kinetics, find_kinetics
-from strata.preprocess.listing import path_of, read_lines, some_of
+from strata.preprocess.listing import name_of, path_of, read_lines, some_of
 from strata.preprocess.official import find_hmdb51, find_ucf101
 from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
@@ -398,7 +398,7 @@ def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
     return export_process(
         command.monitor,
         role="preprocess",
-        run=out.name,
+        run=some_of([name_of(out.name)]),
         rank=command.settings.slice_index,
         local_rank=int(local) if local.isdigit() else 0,
         places={"shards": next(p for p in (out, *out.parents) if p.exists())},

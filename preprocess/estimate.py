@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from strata.errors import VideoFault
 from strata.preprocess.driver import task_of
+from strata.preprocess.listing import some_of
 from strata.preprocess.run import plan_shards
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import SourceSet
@@ -82,11 +83,12 @@ def _classes(sets: Sequence[SourceSet]) -> list[str]:
     classes = sets[0].classes
     if not classes:
         return []
-    width = max(len("class"), *map(len, classes))
+    names = [some_of([name]) for name in classes]
+    width = max(len("class"), *map(len, names))
     lines = ["  ".join([f"{'class':<{width}}", *(f"{s.split:>15}" for s in sets)])]
     listed = [Counter(s.label for s in each.sources) for each in sets]
     present = [Counter(s.label for s in each.present) for each in sets]
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         if any(count[label] for count in listed):
             cells = [f"{p[label]:,} / {c[label]:,}" for p, c in zip(present, listed, strict=True)]
             lines.append("  ".join([f"{name:<{width}}", *(f"{cell:>15}" for cell in cells)]))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from strata.errors import ShardError
 from strata.preprocess.listing import some_of
@@ -65,7 +65,7 @@ def read_label(path: Path, sample: TarSample) -> Label | None:
     if "json" in members:
         where, content = _content(path, members["json"], "json")
         try:
-            told: Any = decode_json(content.removeprefix(b"\xef\xbb\xbf"), Any, where, ShardError)
+            told = decode_json(content.removeprefix(b"\xef\xbb\xbf"), object, where, ShardError)
         except ShardError as error:
             raise ShardError(f"{error}; write the tar again without it, or correct it") from error
         if isinstance(told, dict):

@@ -134,7 +134,9 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
     return Source(name=name, path=found.path, file=found.name, label=label, num_bytes=num_bytes)
 
 
-_SPLIT_WORDS = ("train training val valid validate validation test testing eval holdout").split()
+_SPLIT_WORDS: tuple[str, ...] = tuple(
+    "train training val valid validate validation test testing eval holdout".split()
+)
 """Names of folders that divide a set, in the order in which the sets are made."""
 _FILLER_WORDS = frozenset("set data split video videos clip clips".split())
 

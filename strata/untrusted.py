@@ -81,9 +81,10 @@ def decode_json(
     if len(data) > max_bytes:
         raise error(f"{where} has {len(data)} bytes; at most {max_bytes} are allowed")
     try:
-        if ("\\udc" if isinstance(data, str) else b"\\udc") in data:
+        if "\\udc" in data if isinstance(data, str) else b"\\udc" in data:
             # Bytes of a name that is not UTF-8, see `encode_text`; msgspec's parser refuses them.
-            return msgspec.convert(json.loads(data, parse_constant=_refuse_constant), type=kind)
+            content = json.loads(data, parse_constant=_refuse_constant)
+            return msgspec.convert(content, type=kind, str_keys=True)
         return msgspec.json.decode(data, type=kind)
     except RecursionError as cause:
         raise error(f"{where} is not valid: its values are nested too deeply") from cause

@@ -222,3 +222,48 @@ def test_kinetics_class_file(tmp_path: Path) -> None:
     (val,) = find_kinetics(*args)
     assert val.classes == ("training dog", "air drumming", "training dog, big", "unused")
     assert [s.label for s in val.present] == [0]
+
+
+@pytest.mark.parametrize(
+    "other", ["train/training dog/ccccccccccc_000000_000010.mp4", "val/ccccccccccc_0_10.webm"]
+)
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        "replacement/replacement_for_corrupted_k400/ccccccccccc_000000_000010.mp4",
+        "replacement/ccccccccccc.mp4",
+        "k400/Replacements/training_dog/ccccccccccc_000000_000010.mkv",
+    ],
+)
+def test_kinetics_replacements_are_preferred(tmp_path: Path, other: str, replacement: str) -> None:
+    (val,) = kinetics(tmp_path, [other, replacement])
+    assert not faults(val)
+    assert [s.file for s in val.present] == [replacement]
+    told = "1 clips are taken from a replacement folder instead of another: "
+    assert f"{told}{replacement}, not {other}" in val.notes
+
+
+def test_kinetics_clip_in_two_folders(tmp_path: Path) -> None:
+    name = "training dog/ccccccccccc_000000_000010.mp4"
+    put(tmp_path / "more" / name, b"same")
+    put(tmp_path / "videos" / name, b"same")
+    put(tmp_path / "val.csv", (HEAD + LINES).encode())
+    folders = [tmp_path / "videos", tmp_path / "more"]
+    (val,) = find_kinetics("kinetics400", folders, tmp_path / "val.csv", "val")
+    assert not faults(val)
+    assert len(val.present) == 1
+    assert any(f"the first is taken: {name}" in n for n in val.notes)
+    put(tmp_path / "more" / name, b"other")
+    (val,) = find_kinetics("kinetics400", folders, tmp_path / "val.csv", "val")
+    assert set(faults(val).values()) == {FaultKind.CONFLICT}
+
+
+def test_kinetics_hidden_lists_are_none(tmp_path: Path) -> None:
+    put(tmp_path / "lists" / "._val.csv", b"\0\5\x16\7")
+    (val,) = kinetics(tmp_path, ["ccccccccccc.mp4"])
+    assert len(val.present) == 1
+
+
+def test_kinetics_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"looked for air drumming.* as <id>_<start>_<end> or"):
+        kinetics(tmp_path, ["other.mp4"])
