@@ -270,11 +270,9 @@ class _KineticsFinder:
 
     def _source(self, clip: _Clip, name: str, split: str) -> Source:
         label = NO_LABEL if clip.label is None else self._labels[clip.label]
-        stems = [s for s in clip.stems if s in self.stems]
-        if not stems:
+        files = [f for stem in clip.stems for f in self.stems.get(stem, ())]
+        if not files:
             return Source(name=name, path=None, label=label)
-        files = list(self.stems[stems[0]])
-        files += [f for s in stems[1:] for f in self.stems[s] if self._is_replacement(f)]
         fitting = [f for f in files if label == NO_LABEL or self._folder_label(f) in (label, None)]
         if not fitting:
             source = source_at(name, files[0], label)
@@ -285,8 +283,10 @@ class _KineticsFinder:
             other = next(f for f in fitting if f not in replacements)
             self._replaced.append(f"{replacements[0].name}, not {other.name}")
             fitting = replacements
-        # Fewer is surer: first by the class's folder, then by the split's.
+        # Fewer is surer: by the name, then by the class's folder, then by the split's.
+        best = min(clip.stems.index(stem_of(f.name)) for f in fitting)
         for surer in (
+            [f for f in fitting if stem_of(f.name) == clip.stems[best]],
             [f for f in fitting if self._folder_label(f) == label],
             [f for f in fitting if self._folder_split(f) == split],
         ):

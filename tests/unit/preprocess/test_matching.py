@@ -81,7 +81,11 @@ def test_ucf101_as_people_have_it(tmp_path: Path, files: list[str], told: str) -
     [
         {"train": b"\xef\xbb\xbf" + TRAIN.replace(b"\r\n", b"\n\n")},
         {"train": TRAIN.replace(b"/", b"\\")},
-        {"train": TRAIN.replace(b"Hand", b"./UCF-101/Hand").replace(b"YoYo/", b"/data/YoYo/")},
+        {
+            "train": TRAIN.replace(b"Handstand", b"./UCF-101/Handstand").replace(
+                b"YoYo/", b"/data/YoYo/"
+            )
+        },
         {"train": TRAIN.replace(b" 1\r", b"\t1 \r")},
         {"train": TRAIN.replace(b"HandstandPushups/", b"HandStandPushups/")},
         {"classes": b"2\tYoYo\n1  HandstandPushups\n"},
@@ -140,8 +144,8 @@ def test_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
         found(tmp_path, "videos/some/clip.mp4", "videos/some/notes.txt")
     assert str(error.value) == (
         f"none of the 3 listed videos is in {tmp_path / 'videos'}: looked for {LISTED[0]}, "
-        f"{LISTED[1]}, ... in any case, with any extension of a video, at any depth; found 1 videos "
-        "(some/clip.mp4) and 1 other files; --videos is the folder that holds the class folders"
+        f"{LISTED[1]}, ... in any case, with any extension of a video, at any depth; found 1 "
+        "videos (some/clip.mp4) and 1 other files; --videos is the folder that holds the class folders"
     )
 
 
