@@ -25,6 +25,7 @@ from strata.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
     SAMPLES_NAME,
+    SHARD_SUFFIX,
     FrameTable,
     Manifest,
     SourceRow,
@@ -77,9 +78,19 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     if manifest.form.payload == "foreign":  # A tar of rejected samples alone is no shard.
         known |= {row.source.partition("/")[0] for row in manifest.rows}
     for path in sorted(folder.iterdir()):
-        if path.name not in known and not is_ignored(path.name):
+        if path.name not in known and not is_ignored(path.name) and not _is_empty(path, manifest):
             faults.append(f"{path.name}: the manifest does not know it; remove it")
     return faults
+
+
+def _is_empty(path: Path, manifest: Manifest) -> bool:
+    """Whether a file is a tar of others without a sample, which the manifest does not name."""
+    if manifest.form.payload != "foreign" or path.suffix.lower() != SHARD_SUFFIX:
+        return False
+    try:
+        return not read_tar(path).samples
+    except ShardError:
+        return False
 
 
 def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:

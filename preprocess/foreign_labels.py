@@ -19,6 +19,7 @@ MOST_CLASSES = 100_000
 
 _MOST_BYTES = {"cls": 1 << 12, "json": 1 << 24}
 _INTEGER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+_UTF8_MARK = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 60
 
 
@@ -58,14 +59,14 @@ def read_label(path: Path, sample: TarSample) -> Label | None:
     if "cls" in members:
         where, content = _content(path, members["cls"], "cls")
         try:
-            text = content.decode("utf-8-sig").strip()
+            text = content.removeprefix(_UTF8_MARK).decode().strip()
         except UnicodeDecodeError:
             _refuse(where, repr(content), "is not UTF-8 text")
         plain = _label(text, where)
     if "json" in members:
         where, content = _content(path, members["json"], "json")
         try:
-            told = decode_json(content.removeprefix(b"\xef\xbb\xbf"), object, where, ShardError)
+            told = decode_json(content.removeprefix(_UTF8_MARK), object, where, ShardError)
         except ShardError as error:
             raise ShardError(f"{error}; write the tar again without it, or correct it") from error
         if isinstance(told, dict):

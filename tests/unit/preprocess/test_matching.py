@@ -145,7 +145,8 @@ def test_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"none of the 3 listed videos is in {tmp_path / 'videos'}: looked for {LISTED[0]}, "
         f"{LISTED[1]}, ... in any case, with any extension of a video, at any depth; found 1 "
-        "videos (some/clip.mp4) and 1 other files; --videos is the folder that holds the class folders"
+        "videos (some/clip.mp4) and 1 other files; --videos is the folder that holds the class "
+        "folders"
     )
 
 
