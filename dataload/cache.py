@@ -28,7 +28,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.videos import CodedWindows
 from strata.distributed import barrier, gather_objects
 from strata.errors import ConfigError, WorldError
-from strata.memory import available_memory
+from strata.limits import available_memory
 from strata.schema import NormalForm
 
 __all__ = ["CacheChoice", "FrameCache", "cache_bytes", "decode_planes", "to_rgb"]

@@ -31,6 +31,7 @@ from strata.dataload.storage import DownloadConfig
 from strata.dataload.videos import CodedWindows, choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.limits import usable_cpus
 from strata.schema import Payload
 
 __all__ = [
@@ -217,8 +218,7 @@ class _GraphMaker:
         self.size = config.size
         self.colour_maps = config.views.per_frame or config.views.gray > 0
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        cores = len(os.sched_getaffinity(0))
-        self.threads = config.threads or max(1, cores // local_ranks)
+        self.threads = config.threads or max(1, usable_cpus() // local_ranks)
 
     def build(
         self, *, batch_size: int, strip_frames: int, views: Sequence[ViewSlice], photometric: bool

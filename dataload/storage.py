@@ -155,6 +155,11 @@ class LocalFolder:
         for entry in entries:
             path = self.fetch(entry)
             if not path.is_file():
+                if path.is_symlink():
+                    raise ShardError(
+                        f"shard {path} is a link to {os.readlink(path)}, which is not there; bring "
+                        "the tar back, or index it where it is now"
+                    )
                 raise ShardError(f"shard {path} is missing; run the same tools/shard.py again")
             size = path.stat().st_size
             if size != entry.num_bytes:

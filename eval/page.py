@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from strata.files import encode_text
+
 __all__ = [
     "ClassResult",
     "Cue",
@@ -487,5 +489,5 @@ def render(page: Page) -> str:
 def write_page(page: Page, path: Path) -> None:
     """Write the page, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(render(page), encoding="utf-8")
+    temporary.write_bytes(encode_text(render(page)))
     temporary.replace(path)

@@ -1,12 +1,9 @@
 """Read a finished shard folder anew and name every fault in it."""
 
-import hashlib
 import io
 import json
-import os
 import random
-import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,15 +13,19 @@ import numpy as np
 from PIL import Image
 
 from strata.errors import ShardError, VideoFault
+from strata.files import sha256_of
 from strata.foreign import measure_video, video_ext
+from strata.limits import usable_cpus
+from strata.preprocess.listing import is_ignored
 from strata.preprocess.manifest import digest_of, manifest_json, rows_json
-from strata.preprocess.shards import INDEX_VERSION
+from strata.preprocess.tars import Member, index_text, read_tar
 from strata.schema import (
     FACTS_EXT,
     FRAMES_EXT,
     INDEX_SUFFIX,
     MANIFEST_NAME,
     SAMPLES_NAME,
+    SHARD_SUFFIX,
     FrameTable,
     Manifest,
     SourceRow,
@@ -33,63 +34,7 @@ from strata.schema import (
 )
 from strata.strip import parse_strip
 
-__all__ = ["check_folder", "hash_file_of", "index_of", "samples_of"]
-
-
-def hash_file_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _key_of(name: str) -> tuple[str, str]:
-    """Key and extension of a member: they part at the first dot of the last part of its path."""
-    head, name = os.path.split(name)
-    stem, _, ext = name.partition(".")
-    return os.path.join(head, stem), ext
-
-
-def index_of(tar_path: Path, keys: Container[str] | None = None) -> tuple[bytes, int]:
-    """The index that belongs to a tar, as DALI's wds2idx makes it, and the samples in it.
-
-    Args:
-        tar_path: The tar.
-        keys: The samples to list; without, all.
-
-    Raises:
-        OSError: The tar is not readable.
-        tarfile.TarError: It is no tar.
-    """
-    lines: list[str] = []
-    last = None
-    with tarfile.open(tar_path) as tar:
-        for info in tar:
-            if not info.isfile():
-                continue
-            key, ext = _key_of(info.name)
-            if keys is not None and key not in keys:
-                last = key
-                continue
-            member = f"{ext} {info.offset_data} {info.size} {info.name}"
-            if key == last:
-                lines[-1] += " " + member
-            else:
-                lines.append(member)
-            last = key
-    head = f"{INDEX_VERSION} {len(lines)}\n"
-    return (head + "".join(line + "\n" for line in lines)).encode(), len(lines)
-
-
-def samples_of(index: bytes) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Keys of the samples in an index, with offset and size of each member by extension."""
-    samples = []
-    for line in index.decode().splitlines()[1:]:
-        words = line.split(" ")
-        members = {
-            words[k]: (int(words[k + 1]), int(words[k + 2])) for k in range(0, len(words), 4)
-        }
-        samples.append((_key_of(words[3])[0], members))
-    return samples
+__all__ = ["check_folder"]
 
 
 def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int = 0) -> list[str]:
@@ -124,7 +69,7 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     def check(shard: int) -> list[str]:
         return list(_check_shard(folder, manifest, shard, rows[shard], chosen[shard]))
 
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
         for found in pool.map(check, range(len(rows))):
             faults.extend(found)
     known = {MANIFEST_NAME, SAMPLES_NAME}
@@ -133,9 +78,19 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     if manifest.form.payload == "foreign":  # A tar of rejected samples alone is no shard.
         known |= {row.source.partition("/")[0] for row in manifest.rows}
     for path in sorted(folder.iterdir()):
-        if path.name not in known:
+        if path.name not in known and not is_ignored(path.name) and not _is_empty(path, manifest):
             faults.append(f"{path.name}: the manifest does not know it; remove it")
     return faults
+
+
+def _is_empty(path: Path, manifest: Manifest) -> bool:
+    """Whether a file is a tar of others without a sample, which the manifest does not name."""
+    if manifest.form.payload != "foreign" or path.suffix.lower() != SHARD_SUFFIX:
+        return False
+    try:
+        return not read_tar(path).samples
+    except ShardError:
+        return False
 
 
 def _check_manifest(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -161,18 +116,21 @@ def _check_shard(
     size = path.stat().st_size
     if size != entry.num_bytes:
         yield f"{entry.name}: {size} bytes, the manifest says {entry.num_bytes}"
-    if hash_file_of(path) != entry.sha256:
+    if sha256_of(path) != entry.sha256:
         yield f"{entry.name}: its SHA-256 is not what the manifest says"
     try:
-        # Of foreign shards, those of others that cannot be used are not in the index.
-        keys = {row.key for row in rows} if manifest.form.payload == "foreign" else None
-        index, num_samples = index_of(path, keys)
-    except (OSError, tarfile.TarError, UnicodeError) as error:
-        yield f"{entry.name}: not readable as a tar ({error})"
+        is_foreign = manifest.form.payload == "foreign"
+        samples = read_tar(path, dotted_keys=is_foreign).samples
+    except ShardError as error:
+        yield f"{entry.name}: {error}"
         return
+    if is_foreign:  # Samples that cannot be used are not in the index.
+        keys = {row.key for row in rows}
+        samples = [s for s in samples if s.key in keys]
+    num_samples = len(samples)
     if not index_path.is_file():
         yield f"{index_path.name}: missing"
-    elif index_path.read_bytes() != index:
+    elif index_path.read_bytes() != index_text(samples):
         yield f"{index_path.name}: not the index of {entry.name}"
     positions = [row.position for row in rows]
     if not num_samples == entry.num_samples == len(rows) or positions != list(range(len(rows))):
@@ -183,15 +141,15 @@ def _check_shard(
         return
     # The tar's own structure is sound, so the members can be found by it and not by the index.
     with path.open("rb") as file:
-        for position, (row, (key, members)) in enumerate(zip(rows, samples_of(index), strict=True)):
-            if key != row.key:
-                yield f"{entry.name}: sample {position} is {key}, expected key {row.key}"
+        for position, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+            members = sample.members
+            if sample.key != row.key:
+                yield f"{entry.name}: sample {position} is {sample.key}, expected key {row.key}"
                 continue
 
-            def content(ext: str, members: dict[str, tuple[int, int]] = members) -> bytes:
-                offset, size = members[ext]
-                file.seek(offset)
-                return file.read(size)
+            def content(ext: str, members: dict[str, Member] = members) -> bytes:
+                file.seek(members[ext].offset)
+                return file.read(members[ext].size)
 
             try:
                 if manifest.form.payload == "foreign":

@@ -15,14 +15,17 @@ import yaml
 
 from strata.errors import ConfigError, ShardError
 from strata.exporter import export_process
+from strata.limits import usable_cpus
 from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
-from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
+from strata.preprocess.kinetics import Kinetics, find_kinetics
+from strata.preprocess.listing import name_of, path_of, read_lines, some_of
+from strata.preprocess.official import find_hmdb51, find_ucf101
 from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
-from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
+from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates
 from strata.schema import MANIFEST_NAME, NO_LABEL, SAMPLES_NAME, Manifest, NormalForm
 from strata.video import Damaged
 
@@ -39,8 +42,8 @@ class ShardCommand:
     """What `tools/shard.py` was asked to do."""
 
     dataset: Dataset
-    videos: Path
-    """Folder of the videos."""
+    videos: tuple[Path, ...]
+    """Folders of the videos."""
     out: Path
     """Gets one folder for each set."""
     splits: Path | None = None
@@ -105,7 +108,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     form, settings = NormalForm(), ShardSettings()
     add = parser.add_argument
     add("--config", type=Path, help="YAML of these options, split: 1; those given here win")
-    add("--videos", type=Path, required=True, help="folder of the videos")
+    add(
+        "--videos",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="DIR",
+        help="folders of the videos",
+    )
     add("--out", type=Path, required=True, help="gets one folder for each set")
     add("--width", type=int, default=form.width, help="pixels, a multiple of 16")
     add("--height", type=int, default=form.height, help="pixels, a multiple of 16")
@@ -168,6 +179,7 @@ def _with_config(parser: argparse.ArgumentParser, dataset: str, given: Sequence[
     """
     finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path, action="append", default=[])
+    finder.add_argument("--videos", nargs="+", action="extend")
     found, _ = finder.parse_known_args(given)
     options = {action.dest: action for action in parser._actions if action.option_strings}
     words: list[str] = []
@@ -187,14 +199,18 @@ def _with_config(parser: argparse.ArgumentParser, dataset: str, given: Sequence[
             if action is None or key in ("help", "config", "local_rank"):
                 raise ConfigError(f"{path}: {key!r} is no option of {parser.prog}; see its --help")
             name = next(o for o in action.option_strings if o.startswith("--"))
-            is_switch = action.nargs == 0
-            if is_switch != isinstance(value, bool) or not isinstance(
-                value, bool | int | float | str
+            is_switch, takes_several = action.nargs == 0, action.nargs == "+"
+            values = value if takes_several and isinstance(value, list) else [value]
+            if not values or not all(
+                is_switch == isinstance(v, bool) and isinstance(v, bool | int | float | str)
+                for v in values
             ):
                 kind = "true or false" if is_switch else "one number or word"
+                kind += " or a list of them" if takes_several else ""
                 raise ConfigError(f"{path}: {key} is {value!r}; use {kind}")
-            if value is not False:
-                words.append(name if is_switch else f"{name}={value}")
+            if value is False or (key == "videos" and found.videos):
+                continue
+            words += [name if is_switch else f"{name}={v}" for v in values]
     return [*words, *given]
 
 
@@ -269,7 +285,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         raise AssertionError(args.dataset)
     return ShardCommand(
         dataset=args.dataset,
-        videos=args.videos,
+        videos=tuple(args.videos),
         out=args.out,
         splits=getattr(args, "splits", None),
         split=getattr(args, "split", "1"),
@@ -291,7 +307,7 @@ def _share_of_cpus(environment: Mapping[str, str]) -> int:
     beside = environment.get("LOCAL_WORLD_SIZE", "1")
     if not beside.isdigit() or int(beside) < 2:
         return 0
-    return max(len(os.sched_getaffinity(0)) // int(beside), 1)
+    return max(usable_cpus() // int(beside), 1)
 
 
 def find_sets(command: ShardCommand) -> list[SourceSet]:
@@ -344,11 +360,12 @@ def run_command(command: ShardCommand) -> list[Manifest]:
         if command.strict and absent:
             raise ConfigError(
                 f"{source_set.dataset} {source_set.split}: {len(absent):,} of "
-                f"{len(source_set.sources):,} listed videos are not in {command.videos}, first "
-                f"{absent[0]}; get them or leave out --strict"
+                f"{len(source_set.sources):,} listed videos are not in "
+                f"{' and '.join(map(str, command.videos))}, first {absent[0]}; get them or leave "
+                "out --strict"
             )
     if command.dry_run:
-        print(estimate_table(sets, command.videos, command.settings))
+        print(estimate_table(sets, command.settings))
         return []
     manifests = []
     with _exported(command) as metrics:
@@ -360,10 +377,9 @@ def run_command(command: ShardCommand) -> list[Manifest]:
                 )
                 continue
             start_s = time.monotonic()
-            folder = command.out / source_set.split
+            folder = command.out / path_of(source_set.split)
             shard_slice(
                 source_set,
-                command.videos,
                 folder,
                 command.settings,
                 log=command.log,
@@ -393,7 +409,7 @@ def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
     return export_process(
         command.monitor,
         role="preprocess",
-        run=out.name,
+        run=some_of([name_of(out.name)]),
         rank=command.settings.slice_index,
         local_rank=int(local) if local.isdigit() else 0,
         places={"shards": next(p for p in (out, *out.parents) if p.exists())},
@@ -440,6 +456,13 @@ def _index(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="holds *.tar with mp4 and cls or json members")
     add("--classes", type=Path, help="class names, one a line; default: as found in the samples")
+    add(
+        "--index-out",
+        "--index_out",
+        type=Path,
+        metavar="DIR",
+        help="gets index and manifest, with links to the tars; default: beside the tars",
+    )
     add("--width", type=int, default=form.width, help="that the loader scales to, pixels")
     add("--height", type=int, default=form.height, help="that the loader scales to, pixels")
     add("--fit", choices=("stretch", "crop"), default=form.fit, help="for other aspect ratios")
@@ -455,18 +478,17 @@ def _index(argv: Sequence[str]) -> None:
             fit=args.fit,
             min_frames=args.min_frames,
         )
-        classes = args.classes.read_text(encoding="utf-8").splitlines() if args.classes else ()
     except ShardError as error:
         raise ConfigError(str(error)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read --classes {args.classes}: {error}") from error
-    names = [line.strip() for line in classes if line.strip()]
+    names = read_lines(args.classes, "--classes") if args.classes else []
     try:
-        manifest, told = index_folder(args.folder, form, names, args.workers)
+        manifest, told = index_folder(args.folder, form, names, args.workers, args.index_out)
     except OSError as error:
-        raise ShardError(f"{args.folder}: {error}; mend that and run the command again") from error
+        raise ShardError(
+            f"{args.folder}: {error}; correct that and run the command again"
+        ) from error
     print(told, flush=True)
-    _check_rejects(manifest, args.folder, args.max_rejects)
+    _check_rejects(manifest, args.index_out or args.folder, args.max_rejects)
 
 
 def closing_table(
@@ -497,7 +519,9 @@ def closing_table(
     noted = [r for r in rows if r.notes]
     if noted:
         add("written with a note", len(noted))
-        lines.extend(f"    {r.source}: {'; '.join(r.notes or ())}" for r in noted[:_SHOWN_NOTES])
+        lines.extend(
+            f"    {some_of([r.source])}: {'; '.join(r.notes or ())}" for r in noted[:_SHOWN_NOTES]
+        )
         if len(noted) > _SHOWN_NOTES:
             lines.append(f"    ... the others in {folder / SAMPLES_NAME}")
     add("frames", num_frames)

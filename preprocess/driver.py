@@ -1,6 +1,5 @@
 """The driver's loop: tasks to workers, what they make to shards, faults to their videos."""
 
-import ctypes
 import dataclasses
 import multiprocessing
 import resource
@@ -13,21 +12,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
-from strata.errors import FaultKind
+from strata.errors import ConfigError, FaultKind
 from strata.preprocess.manifest import canonical_json
-from strata.preprocess.parts import Rejected, Sent, WorkerFailure, receive
+from strata.preprocess.parts import Heartbeat, Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
-from strata.schema import NormalForm, ShardEntry, SourceRow
+from strata.schema import NO_LABEL, NormalForm, ShardEntry, SourceRow
 from strata.video import Damaged
 
-__all__ = ["ShardBuild", "WorkerError", "drive", "record_path"]
+__all__ = ["ShardBuild", "WorkerError", "drive", "record_path", "task_of"]
 
 _SEALERS = 2
 """Threads that hash and sync finished shards; hashing is faster than any disk."""
@@ -69,6 +67,20 @@ class _Waiting:
             self.num_parts -= 1
 
 
+def task_of(source: Source, classes: Sequence[str]) -> Task:
+    """What a worker has to do for a source that is on the disk."""
+    if source.path is None:
+        raise AssertionError(f"{source.name} is not on disk")
+    return Task(
+        path=source.path,
+        name=source.name,
+        file_name=source.file or source.name,
+        key=sample_key(source.name),
+        label=source.label,
+        class_name=classes[source.label] if source.label != NO_LABEL else None,
+    )
+
+
 class ShardBuild:
     """One shard under way: takes messages in any order, writes samples in the plan's order.
 
@@ -78,7 +90,6 @@ class ShardBuild:
         index: Its number.
         sources: Its videos in the plan's order.
         classes: Class names by label.
-        videos: The folder that the sources are in.
         plan_digest: Of the plan, for the record.
         slice_name: For the temporary name.
     """
@@ -90,7 +101,6 @@ class ShardBuild:
         index: int,
         sources: Sequence[Source],
         classes: Sequence[str],
-        videos: Path,
         *,
         plan_digest: str,
         slice_name: str,
@@ -102,7 +112,6 @@ class ShardBuild:
         self._progress_folder = progress_folder
         self._sources = sources
         self._classes = classes
-        self._videos = videos
         self._next = 0
         self._waiting: dict[int, list[Message]] = {}
         self._rows: list[SourceRow] = []
@@ -128,21 +137,8 @@ class ShardBuild:
         for place, source in enumerate(self._sources):
             if source.fault is not None:
                 yield place, Rejected(*source.fault)
-            elif source.path is None:
-                raise AssertionError(f"{source.name} is not on disk")
             else:
-                label = source.label
-                yield (
-                    place,
-                    Task(
-                        path=source.path,
-                        name=source.name,
-                        file_name=source.path.relative_to(self._videos).as_posix(),
-                        key=sample_key(source.name),
-                        label=label,
-                        class_name=self._classes[label] if label >= 0 else None,
-                    ),
-                )
+                yield place, task_of(source, self._classes)
 
     def forget(self, place: int, waiting: _Waiting) -> None:
         """Drop what a worker sent for a place before it died."""
@@ -259,7 +255,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self._heartbeat = RawValue(ctypes.c_double, time.monotonic())
+        self._heartbeat = Heartbeat()
         self.process: BaseProcess = context.Process(
             target=serve,
             args=(theirs, form, read_back, damaged, self._heartbeat),
@@ -366,11 +362,20 @@ class _Driver:
             if work is None:
                 return
             if worker is None:
-                worker = _Worker(
-                    self._settings.form, self._settings.read_back, self._settings.damaged
-                )
+                worker = self._start_worker()
                 self._workers.append(worker)
             worker.give(work)
+
+    def _start_worker(self) -> _Worker:
+        try:
+            settings = self._settings
+            return _Worker(settings.form, settings.read_back, settings.damaged)
+        except OSError as error:
+            raise ConfigError(
+                f"worker process {len(self._workers) + 1} cannot be started "
+                f"({error.strerror or error}); use fewer --workers, or raise the limits of memory, "
+                "processes (ulimit -u) and open files (ulimit -n)"
+            ) from error
 
     def _next_work(self) -> _Work | None:
         # What is done again goes out in any case: the others may wait for just this one.

@@ -4,14 +4,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from strata.errors import VideoFault
+from strata.preprocess.driver import task_of
+from strata.preprocess.listing import some_of
 from strata.preprocess.run import plan_shards
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.sources import Source, SourceSet, sample_key
-from strata.preprocess.worker import Done, Member, Task, make_sample
-from strata.schema import NO_LABEL
+from strata.preprocess.sources import SourceSet
+from strata.preprocess.worker import Done, Member, make_sample
 
 __all__ = ["estimate_table"]
 
@@ -32,7 +32,7 @@ class _Timed:
     cpu_s: float = 0.0
 
 
-def estimate_table(sets: Sequence[SourceSet], videos: Path, settings: ShardSettings) -> str:
+def estimate_table(sets: Sequence[SourceSet], settings: ShardSettings) -> str:
     """What a run would do, in lines for a person; nothing is written.
 
     A few videos are transcoded and verified here, in one process, in the order in which the run
@@ -40,14 +40,13 @@ def estimate_table(sets: Sequence[SourceSet], videos: Path, settings: ShardSetti
 
     Args:
         sets: What would be sharded.
-        videos: The folder that the sources are in.
         settings: How.
     """
     lines: list[str] = []
     for source_set in sets:
         lines += _counts(source_set)
     lines += _classes(sets)
-    timed = _time_sample(sets, videos, settings)
+    timed = _time_sample(sets, settings)
     total_bytes = sum(s.num_bytes for each in sets for s in each.present if s.fault is None)
     lines.append(
         f"timed: {timed.videos} videos, {timed.frames:,} frames in {timed.seconds:.2f} s of one "
@@ -84,18 +83,19 @@ def _classes(sets: Sequence[SourceSet]) -> list[str]:
     classes = sets[0].classes
     if not classes:
         return []
-    width = max(len("class"), *map(len, classes))
+    names = [some_of([name]) for name in classes]
+    width = max(len("class"), *map(len, names))
     lines = ["  ".join([f"{'class':<{width}}", *(f"{s.split:>15}" for s in sets)])]
     listed = [Counter(s.label for s in each.sources) for each in sets]
     present = [Counter(s.label for s in each.present) for each in sets]
-    for label, name in enumerate(classes):
+    for label, name in enumerate(names):
         if any(count[label] for count in listed):
             cells = [f"{p[label]:,} / {c[label]:,}" for p, c in zip(present, listed, strict=True)]
             lines.append("  ".join([f"{name:<{width}}", *(f"{cell:>15}" for cell in cells)]))
     return lines
 
 
-def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSettings) -> _Timed:
+def _time_sample(sets: Sequence[SourceSet], settings: ShardSettings) -> _Timed:
     timed = _Timed()
     chosen = [
         (source, each.classes)
@@ -109,7 +109,7 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         try:
             for message in make_sample(
-                _task(source, classes, videos),
+                task_of(source, classes),
                 settings.form,
                 settings.read_back,
                 damaged=settings.damaged,
@@ -127,19 +127,6 @@ def _time_sample(sets: Sequence[SourceSet], videos: Path, settings: ShardSetting
         if timed.seconds > _SAMPLE_SECONDS:
             break
     return timed
-
-
-def _task(source: Source, classes: Sequence[str], videos: Path) -> Task:
-    if source.path is None:
-        raise AssertionError(f"{source.name} is not on disk")
-    return Task(
-        path=source.path,
-        name=source.name,
-        file_name=source.path.relative_to(videos).as_posix(),
-        key=sample_key(source.name),
-        label=source.label,
-        class_name=classes[source.label] if source.label != NO_LABEL else None,
-    )
 
 
 def _duration(seconds: float) -> str:

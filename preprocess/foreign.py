@@ -1,8 +1,6 @@
-"""Index and manifest for shards that somebody else wrote, without encoding anything anew."""
+"""Index and manifest for shards that somebody else wrote, without encoding anything again."""
 
-import json
 import os
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,24 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from strata.errors import FaultKind, ShardError, VideoFault
+from strata.files import sha256_of, write_atomic
 from strata.foreign import ForeignFacts, decode_frames, measure_video, video_ext
-from strata.preprocess.check import hash_file_of, index_of, samples_of
+from strata.limits import usable_cpus
+from strata.preprocess.foreign_labels import Label, number_classes, read_label
+from strata.preprocess.listing import is_ignored, name_of, some_of
 from strata.preprocess.manifest import build_manifest, write_manifest
-from strata.preprocess.shards import replace_file
+from strata.preprocess.tars import Member, TarSample, index_text, read_tar
 from strata.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
     NO_LABEL,
+    SHARD_SUFFIX,
     Manifest,
     NormalForm,
     ShardEntry,
     SourceRow,
 )
+from strata.untrusted import checked_name
 
 __all__ = ["index_folder"]
 
@@ -39,19 +41,30 @@ _CLIP_FRAMES = 32
 class _Foreign:
     """A sample of a foreign shard."""
 
-    key: str
-    label: str | None
-    """As it is written: a number or a name."""
-    class_name: str | None
-    facts: ForeignFacts | None
-    video_bytes: int
-    fault: VideoFault | None
+    sample: TarSample
+    label: Label | None
+    facts: ForeignFacts | None = None
+    fault: VideoFault | None = None
+
+    @property
+    def key(self) -> str:
+        return self.sample.key
+
+    @property
+    def video(self) -> Member | None:
+        """The member that is the video."""
+        ext = video_ext(self.sample.members)
+        return self.sample.members[ext] if ext else None
 
 
 def index_folder(
-    folder: Path, form: NormalForm, classes: Sequence[str] = (), workers: int = 0
+    folder: Path,
+    form: NormalForm,
+    classes: Sequence[str] = (),
+    workers: int = 0,
+    out: Path | None = None,
 ) -> tuple[Manifest, str]:
-    """Write an index beside every tar of a folder, and a manifest over them.
+    """Write an index for every tar of a folder, and a manifest over them.
 
     Every video is decoded once, in full: so its number of frames is known to the one, and what
     does not decode is rejected, named, and left out of the index.
@@ -62,171 +75,136 @@ def index_folder(
         form: What the loader is to make of the videos; its payload is `foreign`.
         classes: Class names by number; without, they are found in the samples.
         workers: Threads; 0 for one on each CPU.
+        out: Where index and manifest go, with a link to each tar, if not beside the tars.
 
     Returns:
         The manifest; and what was found and what it costs to read it, in lines for a person.
 
     Raises:
-        ShardError: There are no tars, one cannot be read, the folder has a manifest already, or
-            labels contradict each other or `classes`.
+        ShardError: There are no tars, one cannot be read, the folder has a manifest already or
+            cannot be written, or labels contradict each other or `classes`.
     """
-    if not folder.is_dir():
-        raise ShardError(f"shard folder {folder} does not exist; mend the path")
-    if (folder / MANIFEST_NAME).exists():
-        raise ShardError(f"{folder} has a {MANIFEST_NAME} already; remove it to index again")
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise ShardError(f"{folder} holds no *.tar; give the folder of the shards")
-    found: list[list[_Foreign]] = []
+    tars = _tars(folder)
+    out = _writable(folder, out or folder)
+    # All that a person must correct is found before hours of decoding.
+    contents = [read_tar(path) for path in tars]
+    found = [
+        [_Foreign(sample=s, label=read_label(path, s)) for s in content.samples]
+        for path, content in zip(tars, contents, strict=True)
+    ]
+    names, numbers = number_classes([s.label for samples in found for s in samples], classes)
     start_s = time.perf_counter()
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "foreign") as pool:
-        for path in tars:
-            samples = _members(path)
-            found.append(list(pool.map(partial(_measure, path, form), samples)))
+    with ThreadPoolExecutor(workers or usable_cpus(), "foreign") as pool:
+        found = [
+            list(pool.map(partial(_measure, path, form), samples))
+            for path, samples in zip(tars, found, strict=True)
+        ]
     seconds = time.perf_counter() - start_s
     every = [s for samples in found for s in samples]
     good = [s for s in every if s.facts is not None]
     if not good:
         detail = f", first {every[0].fault}" if every else ""
         raise ShardError(f"{folder}: no sample has a video that can be used{detail}")
-    names, numbers = _classes(folder, every, classes)
     rows, entries = [], []
     for path, samples in zip(tars, found, strict=True):
         rows += _rows(path.name, samples, numbers, len(entries))
-        kept = [s for s in samples if s.facts is not None]
+        kept = [s.sample for s in samples if s.facts is not None]
         if not kept:
             continue
-        index, _ = index_of(path, {s.key for s in kept})
-        replace_file(path.with_suffix(INDEX_SUFFIX), index)
+        if out != folder:
+            _link(out / path.name, path.resolve())
+        write_atomic((out / path.name).with_suffix(INDEX_SUFFIX), index_text(kept))
         entries.append(
             ShardEntry(
                 name=path.name,
                 num_samples=len(kept),
-                num_frames=sum(s.facts.num_frames for s in kept if s.facts),
+                num_frames=sum(s.facts.num_frames for s in samples if s.facts),
                 num_bytes=path.stat().st_size,
-                sha256=hash_file_of(path),
+                sha256=sha256_of(path),
             )
         )
     sizes = Counter((s.facts.width, s.facts.height) for s in good if s.facts)
     manifest = build_manifest(
         dataset="foreign",
-        split=folder.name,
+        split=name_of(folder.resolve().name),
         form=replace(form, payload="foreign"),
         classes=names,
         shards=entries,
         settings={"sizes": {f"{w}x{h}": count for (w, h), count in sorted(sizes.items())}},
         rows=rows,
     )
-    write_manifest(manifest, folder)
-    return manifest, _report(folder, every, manifest, sizes, _cost(tars, found, form), seconds)
+    write_manifest(manifest, out)
+    ignored = [
+        f"{path.name}/{name}"
+        for path, content in zip(tars, contents, strict=True)
+        for name in content.ignored
+    ]
+    empty = [path.name for path, samples in zip(tars, found, strict=True) if not samples]
+    return manifest, _report(
+        out, every, manifest, sizes, _cost(tars, found, form), seconds, ignored, empty
+    )
 
 
-def _members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Keys of a tar's samples with the place of each member.
+def _tars(folder: Path) -> list[Path]:
+    """The tars of a folder, with names that a manifest may have."""
+    if not folder.is_dir():
+        raise ShardError(f"shard folder {folder} does not exist; correct the path")
+    files = sorted(p for p in folder.iterdir() if not is_ignored(p.name))
+    tars = [p for p in files if p.suffix.lower() == SHARD_SUFFIX]
+    if not tars:
+        message = f"{folder} holds no *{SHARD_SUFFIX}; give the folder of the shards"
+        compressed = [p.name for p in files if SHARD_SUFFIX in p.suffixes or p.suffix == ".tgz"]
+        if compressed:
+            message += f", decompressed (found {some_of(compressed)})"
+        below = sorted({p.parent.name for p in folder.glob(f"*/*{SHARD_SUFFIX}")})
+        if below:
+            message += f": one of its folders {some_of(below)}"
+        raise ShardError(message)
+    for path in tars:
+        checked_name(path.name, "shard", folder, ShardError)
+    stems = Counter(p.stem for p in tars)
+    if len(stems) < len(tars):
+        raise ShardError(f"{folder}: two shards are called {max(stems, key=lambda s: stems[s])}")
+    return tars
 
-    Raises:
-        ShardError: It is no tar, or one key comes twice.
-    """
-    try:
-        index, _ = index_of(path)
-    except (tarfile.TarError, OSError, UnicodeError) as error:
-        raise ShardError(f"{path} is not readable as a tar ({error}); copy it again") from error
-    try:
-        samples = samples_of(index)
-    except (ValueError, IndexError) as error:
-        raise ShardError(f"{path}: a member's name has a space; write the tar again") from error
-    twice = [key for key, count in Counter(key for key, _ in samples).items() if count > 1]
-    if twice:
+
+def _writable(folder: Path, out: Path) -> Path:
+    """Where index and manifest go, seen to be a place for them."""
+    if out != folder:
+        out.mkdir(parents=True, exist_ok=True)
+        if out.resolve() == folder.resolve():
+            out = folder
+    if (out / MANIFEST_NAME).exists():
+        raise ShardError(f"{out} has a {MANIFEST_NAME} already; remove it to index again")
+    if not os.access(out, os.W_OK | os.X_OK, effective_ids=True):
         raise ShardError(
-            f"{path}: the members of {twice[0]} do not stand together, or two samples have this "
-            "name; write the tar again"
+            f"{out} cannot be written; give a folder for index and manifest with --index-out"
         )
-    return samples
+    return out
 
 
-def _measure(
-    path: Path, form: NormalForm, sample: tuple[str, dict[str, tuple[int, int]]]
-) -> _Foreign:
-    key, members = sample
+def _link(link: Path, tar: Path) -> None:
+    """Make a shard known in another folder; readers follow links."""
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        raise ShardError(f"{link} exists and is no link; give another --index-out")
+    link.symlink_to(tar)
 
-    def content(ext: str) -> bytes:
-        offset, size = members[ext]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
 
-    told = {ext.lower(): content(ext) for ext in members if ext.lower() in ("cls", "json")}
-    label, class_name = _label(told)
-    source, ext = f"{path.name}/{key}", video_ext(members)
-    facts, fault = None, None
+def _measure(path: Path, form: NormalForm, foreign: _Foreign) -> _Foreign:
+    source = f"{path.name}/{foreign.key}"
     try:
-        if ext is None:
-            exts = ", ".join(sorted(members))
+        if foreign.video is None:
+            exts = ", ".join(sorted(foreign.sample.members))
             raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, f"the members are {exts}")
-        facts = measure_video(content(ext), source)
+        facts = measure_video(foreign.video.read(path), source)
         if facts.num_frames < form.min_frames:
             detail = f"{facts.num_frames} frames, {form.min_frames} asked for"
             raise VideoFault(FaultKind.TOO_SHORT, source, detail)
     except VideoFault as error:
-        facts, fault = None, error
-    return _Foreign(
-        key=key,
-        label=label,
-        class_name=class_name,
-        facts=facts,
-        video_bytes=members[ext][1] if ext else 0,
-        fault=fault,
-    )
-
-
-def _label(members: dict[str, bytes]) -> tuple[str | None, str | None]:
-    """The label as it is written, and the name of its class if that is told beside it."""
-    facts: Any = {}
-    if "json" in members:
-        try:
-            facts = json.loads(members["json"])
-        except ValueError:
-            facts = {}
-    if not isinstance(facts, dict):
-        facts = {}
-    name = facts.get("class_name")
-    text = members.get("cls", b"").decode("utf-8", "replace")
-    for value in (text, facts.get("label"), facts.get("cls")):
-        if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip(), name if isinstance(name, str) else None
-    return None, None
-
-
-def _classes(
-    folder: Path, samples: Sequence[_Foreign], given: Sequence[str]
-) -> tuple[list[str], dict[str, int]]:
-    """Class names by number, and the number of each label as it is written.
-
-    Raises:
-        ShardError: Numbers and names are mixed, or a label is none of the classes given.
-    """
-    labels = sorted({s.label for s in samples if s.label is not None} - {str(NO_LABEL)})
-    numeric = [label for label in labels if label.isdecimal()]
-    if numeric and len(numeric) != len(labels):
-        other = next(label for label in labels if not label.isdecimal())
-        raise ShardError(
-            f"{folder}: labels are numbers ({numeric[0]}) and names ({other}); write one kind"
-        )
-    if not numeric:
-        names = list(given) or labels
-        numbers = {name: k for k, name in enumerate(names)}
-    else:
-        told = {int(s.label): s.class_name for s in samples if s.label in numeric and s.class_name}
-        count = max(map(int, numeric)) + 1
-        names = list(given) or [told.get(k) or str(k) for k in range(count)]
-        numbers = {label: int(label) for label in numeric if int(label) < len(names)}
-    unknown = [label for label in labels if label not in numbers]
-    if unknown:
-        raise ShardError(
-            f"{folder}: label {unknown[0]} is none of the {len(names)} classes given; mend "
-            "--classes"
-        )
-    return names, numbers
+        return replace(foreign, fault=error)
+    return replace(foreign, facts=facts)
 
 
 def _rows(
@@ -237,7 +215,7 @@ def _rows(
         row = SourceRow(
             source=f"{tar}/{sample.key}",
             status="rejected",
-            label=numbers.get(sample.label or "", NO_LABEL),
+            label=numbers[sample.label.text] if sample.label else NO_LABEL,
         )
         if sample.fault is not None:
             row = replace(row, reason=sample.fault.kind.value, detail=sample.fault.detail)
@@ -263,11 +241,7 @@ def _cost(
     good = [(p, s) for p, samples in zip(tars, found, strict=True) for s in samples if s.facts]
     times, counts = [], []
     for path, sample in good[:: max(len(good) // _TIMED_SAMPLES, 1)][:_TIMED_SAMPLES]:
-        members = dict(_members(path))[sample.key]
-        offset, size = members[video_ext(members) or ""]
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+        content = sample.video.read(path) if sample.video else b""
         total = sample.facts.num_frames if sample.facts else 0
         first = max((total - _CLIP_FRAMES) // 2, 0)
         frames = np.arange(first, min(first + _CLIP_FRAMES, total))
@@ -285,10 +259,12 @@ def _report(
     sizes: Counter[tuple[int, int]],
     cost: tuple[float, float],
     seconds: float,
+    ignored: Sequence[str],
+    empty: Sequence[str],
 ) -> str:
     written = manifest.written
     frames = sum(row.num_frames for row in written)
-    per_frame = sum(s.video_bytes for s in samples if s.facts) / frames
+    per_frame = sum(s.video.size for s in samples if s.facts and s.video) / frames
     labelled = sum(row.label != NO_LABEL for row in written)
     faults = [s.fault for s in samples if s.fault]
     lines = [
@@ -301,6 +277,12 @@ def _report(
     lines += [f"    {fault}" for fault in faults[:10]]
     if len(faults) > 10:
         lines.append("    ...")
+    for what, names in (
+        ("members are hidden, of an operating system, or without an extension: ignored", ignored),
+        ("tars hold no sample", empty),
+    ):
+        if names:
+            lines.append(f"  note: {len(names):,} {what}: {some_of(names)}")
     lines.append(
         f"  cost: a training sample takes {cost[0]:.1f} ms of one core to decode and scale, as "
         f"{cost[1]:.0f} frames are decoded for {_CLIP_FRAMES}; it is paid in every epoch. Unpacked "

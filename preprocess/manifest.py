@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from strata.files import encode_text
 from strata.preprocess.shards import replace_file, sync_folder
 from strata.schema import (
     MANIFEST_NAME,
@@ -30,7 +31,8 @@ __all__ = [
 
 def canonical_json(value: Any) -> bytes:
     """The one UTF-8 spelling of a value, for hashing and for files that are compared."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return encode_text(text)
 
 
 def _row_json(row: SourceRow) -> bytes:
@@ -89,7 +91,7 @@ def rows_json(manifest: Manifest) -> bytes:
 def manifest_json(manifest: Manifest) -> bytes:
     """The content of `manifest.json`."""
     head = {**_head(manifest), "digest": manifest.digest}
-    return (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode()
+    return encode_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

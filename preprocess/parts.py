@@ -5,16 +5,21 @@ sends its descriptor. The driver has the kernel copy it behind what the shard ho
 driver feeds many workers, and nothing is left over however a process ends.
 """
 
+import ctypes
+import mmap
 import os
+import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from typing import Any
 
 from strata.errors import FaultKind
 from strata.preprocess.shards import BLOCK, tar_header
 
-__all__ = ["Part", "PartPacker", "Rejected", "Sent", "WorkerFailure", "receive"]
+__all__ = ["Heartbeat", "Part", "PartPacker", "Rejected", "Sent", "WorkerFailure", "receive"]
 
 _MOST_BUFFERS = 512
 """To one `writev`; Linux takes 1024."""
@@ -66,6 +71,44 @@ class Sent:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+class Heartbeat:
+    """When a worker last got on, by `time.monotonic`: it writes, the driver reads.
+
+    It lives in memory without a file, so that neither /dev/shm nor a temporary folder is needed,
+    which may be read-only, full or missing.
+    """
+
+    def __init__(self) -> None:
+        descriptor = os.memfd_create("strata-heartbeat")
+        os.ftruncate(descriptor, ctypes.sizeof(ctypes.c_double))
+        self._attach(descriptor)
+        self.value = time.monotonic()
+
+    def _attach(self, descriptor: int) -> None:
+        # The mapping keeps a descriptor of its own.
+        self._memory = mmap.mmap(descriptor, ctypes.sizeof(ctypes.c_double))
+        self._descriptor = descriptor
+        self._value = ctypes.c_double.from_buffer(self._memory)
+        weakref.finalize(self, os.close, descriptor)
+
+    @property
+    def value(self) -> float:
+        """Seconds."""
+        return self._value.value
+
+    @value.setter
+    def value(self, seconds: float) -> None:
+        self._value.value = seconds
+
+    def __getstate__(self) -> object:
+        """Hand the memory to a process that is being started."""
+        return reduction.DupFd(self._descriptor)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the memory in the new process."""
+        self._attach(state.detach())
 
 
 class PartPacker:

@@ -122,7 +122,7 @@ class JsonLog(Progress):
 
     def _tell(self, **fields: Any) -> None:
         line = {"time_s": round(time.time(), 3), "set": self._name, **fields}
-        print(json.dumps(line, ensure_ascii=False), file=self._file or sys.stderr, flush=True)
+        print(json.dumps(line), file=self._file or sys.stderr, flush=True)
 
 
 class _Exported(Progress):

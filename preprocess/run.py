@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
 from strata.metrics import Metrics
 from strata.preprocess.driver import ShardBuild, drive, record_path
+from strata.preprocess.listing import is_ignored
 from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
 from strata.preprocess.progress import LogKind, open_progress
 from strata.preprocess.settings import ShardSettings
@@ -83,7 +85,6 @@ def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
 
 def shard_set(
     source_set: SourceSet,
-    videos: Path,
     folder: Path,
     settings: ShardSettings,
     *,
@@ -93,7 +94,6 @@ def shard_set(
 
     Args:
         source_set: What to shard.
-        videos: The folder that the sources are in.
         folder: Where the shards go. May hold an earlier, unfinished run of the same command.
         settings: How. The slice must be the whole.
         log: What to write on stderr as it goes.
@@ -106,14 +106,13 @@ def shard_set(
     """
     if settings.slice_count != 1:
         raise AssertionError("a slice alone has no manifest")
-    if not shard_slice(source_set, videos, folder, settings, log=log):
+    if not shard_slice(source_set, folder, settings, log=log):
         return read_manifest(folder)
     return merge_set(folder)
 
 
 def shard_slice(
     source_set: SourceSet,
-    videos: Path,
     folder: Path,
     settings: ShardSettings,
     *,
@@ -127,7 +126,6 @@ def shard_slice(
 
     Args:
         source_set: What to shard, the same for all slices.
-        videos: The folder that the sources are in.
         folder: Where the shards go.
         settings: How.
         log: What to write on stderr as it goes.
@@ -162,7 +160,6 @@ def shard_slice(
                     index,
                     plan[index],
                     source_set.classes,
-                    videos,
                     plan_digest=identity["plan"],
                     slice_name=slice_name,
                 )
@@ -253,9 +250,13 @@ def _plan_json(
 
 
 def _cannot_write(folder: Path, error: OSError) -> ShardError:
+    # An error that names a file elsewhere is not the fault of --out.
+    named = error.filename if isinstance(error.filename, str | bytes) else None
+    place = Path(os.fsdecode(named)) if named else folder
+    where = folder if place.is_relative_to(folder) or folder.is_relative_to(place) else place
     return ShardError(
-        f"cannot write to {folder}: {error.strerror or error}; mend that and run the same "
-        "command again, it goes on where it stopped"
+        f"cannot write to {where}: {error.strerror or error}; correct that and run the same "
+        "command again, it continues where it stopped"
     )
 
 
@@ -283,7 +284,9 @@ def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
         ours = {_PROGRESS_FOLDER}
         if folder.exists() and not folder.is_dir():
             raise ShardError(f"{folder} is a file; choose another --out")
-        foreign = folder.is_dir() and any(p.name not in ours for p in folder.iterdir())
+        foreign = folder.is_dir() and any(
+            p.name not in ours and not is_ignored(p.name) for p in folder.iterdir()
+        )
         # Another slice may have begun between the two looks.
         if foreign and not plan_path.exists():
             raise ShardError(

@@ -1,10 +1,10 @@
 """How to shard: what decides the bytes, and what only decides the way there."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from strata.errors import ConfigError
+from strata.limits import usable_cpus
 from strata.schema import NormalForm
 from strata.video import Damaged
 
@@ -30,7 +30,7 @@ class ShardSettings:
     damaged: Damaged = "reject"
     """Videos with damaged or missing frames: `reject` them, or `keep` what decodes, with a note."""
     workers: int = 0
-    """Processes; 0 for one on each CPU that this process may use."""
+    """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0
     """Seconds without a packet, a frame or a segment after which a video counts as hung; one that
     is merely long or slow does not."""
@@ -61,4 +61,4 @@ class ShardSettings:
     @property
     def num_workers(self) -> int:
         """Processes to start."""
-        return self.workers or len(os.sched_getaffinity(0))
+        return self.workers or usable_cpus()

@@ -1,5 +1,6 @@
 """The exception family: what a user can cause, each with what, where and what to do."""
 
+import io
 import os
 import sys
 import traceback
@@ -145,8 +146,12 @@ def exit_with_one_line() -> Iterator[None]:
     """Turn a `StrataError` into one line on stderr and its exit status, at a process's boundary.
 
     Every other exception keeps its traceback: it is a fault of the program. In a distributed run
-    the line bears the rank, since several ranks may report.
+    the line bears the rank, since several ranks may report. Characters of names that the terminal's
+    encoding does not have are written with backslashes, so that printing them is no error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except StrataError as error:

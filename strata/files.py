@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["open_atomic", "sha256_of", "sync_path", "write_atomic"]
+__all__ = ["encode_text", "open_atomic", "sha256_of", "sync_path", "write_atomic"]
+
+
+def encode_text(text: str) -> bytes:
+    r"""Text or JSON as UTF-8; a byte of a name that is not UTF-8 as JSON writes it, `\udce9`.
+
+    In Python such a byte is a lone surrogate (`surrogateescape`), which UTF-8 cannot hold. Python's
+    `json` and `strata.untrusted.decode_json` read the escape back as that surrogate.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def sha256_of(path: Path) -> str:
@@ -66,6 +75,6 @@ def write_atomic(path: Path, content: bytes | str, *, sync: bool = True) -> None
     Raises:
         OSError: The file cannot be written.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = encode_text(content) if isinstance(content, str) else content
     with open_atomic(path, sync=sync) as target:
         target.write(data)

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from strata.errors import ShardError
+from strata.files import encode_text
 
 __all__ = [
     "FACTS_EXT",
@@ -166,7 +167,9 @@ class SampleFacts:
         facts = dataclasses.asdict(self)
         if not self.mirrored:
             del facts["mirrored"]
-        return json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        return encode_text(
+            json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        )
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ A name from outside passes `checked_name` before it touches a path, a page or a 
 from outside passes `decode_json`, which checks types and ranges before any code sees a value.
 """
 
+import json
 import re
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -21,6 +22,10 @@ _SHOWN_CHARACTERS = 80
 
 Digest = msgspec.Meta(pattern="^[0-9a-f]{64}$")
 """Annotation of a field that holds a SHA-256 in hexadecimal: `Annotated[str, Digest]`."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def checked_name(
@@ -76,8 +81,12 @@ def decode_json(
     if len(data) > max_bytes:
         raise error(f"{where} has {len(data)} bytes; at most {max_bytes} are allowed")
     try:
+        if "\\udc" in data if isinstance(data, str) else b"\\udc" in data:
+            # Bytes of a name that is not UTF-8, see `encode_text`; msgspec's parser refuses them.
+            content = json.loads(data, parse_constant=_refuse_constant)
+            return msgspec.convert(content, type=kind, str_keys=True)
         return msgspec.json.decode(data, type=kind)
     except RecursionError as cause:
         raise error(f"{where} is not valid: its values are nested too deeply") from cause
-    except (msgspec.MsgspecError, UnicodeDecodeError) as cause:
+    except (msgspec.MsgspecError, ValueError) as cause:
         raise error(f"{where} is not valid: {cause}") from cause

@@ -36,8 +36,10 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.videos import CodedWindows, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.limits import usable_cpus
+from strata.preprocess.listing import VIDEO_SUFFIXES
 from strata.preprocess.run import ShardSettings, shard_set
-from strata.preprocess.sources import VIDEO_SUFFIXES, Source, SourceSet
+from strata.preprocess.sources import Source, SourceSet
 from strata.schema import NormalForm
 from strata.tools.bench_dali_peer import DaliPeer
 from strata.tools.bench_peers import DECODERS, TorchPeer
@@ -404,7 +406,7 @@ def _shard(videos: Path, chosen: Sequence[Path], folder: Path, workers: int) -> 
         settings = ShardSettings(
             form=form, workers=workers, samples_per_shard=max(1, len(chosen) // (4 * workers))
         )
-        shard_set(source_set, videos, made[name], settings)
+        shard_set(source_set, made[name], settings)
     return made
 
 
@@ -496,7 +498,7 @@ def main(argv: Sequence[str]) -> None:
         ConfigError: An option is out of its range, or there are no videos.
     """
     args = _parse(argv)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or usable_cpus()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with ExitStack() as stack:

@@ -20,10 +20,12 @@ import numpy as np
 from PIL import Image
 
 from strata.errors import ConfigError
+from strata.limits import usable_cpus
+from strata.preprocess.listing import VIDEO_SUFFIXES
 from strata.preprocess.mp4 import encode_mp4, to_stored_range
 from strata.preprocess.run import shard_set
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.sources import VIDEO_SUFFIXES, Source, SourceSet
+from strata.preprocess.sources import Source, SourceSet
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.worker import keep_freed_memory
 from strata.schema import FrameTable, NormalForm
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if not found:
         raise ConfigError(f"no videos in {args.videos}; mend --videos")
     chosen = found[:: max(len(found) // args.limit, 1)][: args.limit]
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or usable_cpus()
     print(f"{len(chosen)} videos, {workers} processes, load {os.getloadavg()[0]:.1f} at the start")
     if args.choices:
         bench_choices(chosen)
@@ -137,7 +139,7 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
             def run(folder: Path = folder) -> None:
                 nonlocal num_frames
                 start_s, children_s = time.thread_time(), _cpu_seconds(resource.RUSAGE_CHILDREN)
-                manifest = shard_set(source_set, videos, folder / "shards", settings)
+                manifest = shard_set(source_set, folder / "shards", settings)
                 num_frames = sum(s.num_frames for s in manifest.shards)
                 worker_s = _cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
                 driver_s.append((time.thread_time() - start_s, worker_s))
@@ -146,7 +148,7 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
             times["bare loop"].append(_time(lambda: _floor(paths, workers)))
             all_folder = folder / "all"
             times["strata, all"].append(
-                _time(lambda f=all_folder: shard_set(source_set, videos, f, reading_all))
+                _time(lambda f=all_folder: shard_set(source_set, f, reading_all))
             )
             if "ffmpeg" in times:
                 times["ffmpeg"].append(_time(lambda f=folder: _ffmpeg(paths, workers, f)))

@@ -25,6 +25,7 @@ from strata.config import parse_config
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
+from strata.limits import usable_cpus
 from strata.tools.published_way import (
     FrameFiles,
     PublishedModel,
@@ -207,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=256, help="samples a step")
     parser.add_argument("--size", type=int, default=112, help="pixels of a view")
     parser.add_argument("--width", type=int, default=64, help="channels of the stem")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=usable_cpus())
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")

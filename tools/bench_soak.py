@@ -68,11 +68,10 @@ def small_shards(folder: Path) -> Path:
     videos = folder / "videos"
     drawn = VideoSettings(videos_per_class=4, classes=8, frames=40, width=64, height=48)
     make_videos(videos, drawn, workers=0, progress=False)
-    (source_set,) = find_folder(videos)
+    (source_set,) = find_folder([videos])
     form = NormalForm(width=64, height=48)
     shard_set(
         source_set,
-        videos,
         folder / "shards",
         ShardSettings(form=form, workers=1, samples_per_shard=8),
     )

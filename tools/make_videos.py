@@ -6,7 +6,6 @@ no camera took these pictures.
 
 import argparse
 import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from strata.errors import ConfigError, exit_with_one_line
+from strata.limits import usable_cpus
 from strata.tools.generated_scenes import SCENE_CLASSES, draw_video
 
 __all__ = ["VideoSettings", "encode_video", "main", "make_videos"]
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     say("--height", type=int, default=defaults.height, help="pixels, even")
     say("--fps", type=int, default=defaults.fps, help="frames per second")
     say("--seed", type=int, default=defaults.seed, help="the same seed draws the same videos")
-    say("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: none")
+    say("--workers", type=int, default=usable_cpus(), help="processes; 0: none")
     given = vars(parser.parse_args(argv))
     out, workers = given.pop("out"), given.pop("workers")
     settings = VideoSettings(**given)

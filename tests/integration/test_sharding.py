@@ -365,7 +365,7 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 1
-    assert lines[0].endswith("no where does not exist; mend --videos")
+    assert lines[0].endswith("no where does not exist; correct --videos")
 
 
 @needs_real_data

@@ -250,7 +250,7 @@ def test_little_memory_for_waiting_members(tmp_path: Path, monkeypatch: pytest.M
         write_video(folder / f"{k}.avi", moving_scene(12, 96, 64, seed=k))
     argv = ["folder", "--videos", str(folder), "--workers", "2", "--log", "none"]
     argv += [*SMALL, "--samples-per-shard", "10"]
-    (source_set,) = find_folder(folder)
+    (source_set,) = find_folder([folder])
     seed = next(
         k
         for k in range(1000)

@@ -1,4 +1,4 @@
-"""Which files are opened, which stream is taken, and what counts as damaged, truncated or healthy."""
+"""Which files are opened, which stream is taken, what counts as damaged, truncated or healthy."""
 
 import io
 import os

@@ -24,7 +24,7 @@ from strata.dataload.loader import Batch, DataConfig
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.memory import available_memory
+from strata.limits import available_memory
 from strata.schema import NormalForm
 from tests.gloo import run_ranks
 from tests.made import HEIGHT, WIDTH, encode_strip, make_shards

@@ -22,7 +22,7 @@ def test_every_config_is_of_its_dataset(path: Path) -> None:
     assert command.dataset == path.stem
     # The documented sets are in the default form, so that they can be told to be by one word.
     assert command.settings.form == parse(path.stem).settings.form
-    assert command.videos == Path("v")
+    assert command.videos == (Path("v"),)
 
 
 def test_there_is_one_for_each_dataset() -> None:
@@ -61,3 +61,16 @@ def test_bad_config_is_named(tmp_path: Path, content: str | None, message: str) 
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         parse("ucf101", "--config", str(path))
+
+
+def test_several_folders_of_videos(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("videos: [c, d]\nout: o\n")
+    for argv, found in (
+        (["--videos", "a", "b", "--out", "o"], "ab"),
+        (["--videos", "a", "--out", "o", "--videos", "b"], "ab"),
+        (["--config", str(path)], "cd"),
+        (["--config", str(path), "--videos", "a"], "a"),
+        (["--config", str(path), "--videos=a", "--videos=b"], "ab"),
+    ):
+        assert parse_command(["folder", *argv]).videos == tuple(map(Path, found))

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError, FaultKind
-from strata.preprocess import official
-from strata.preprocess.official import find_hmdb51, find_kinetics, find_ucf101
+from strata.preprocess import kinetics as kinetics_module
+from strata.preprocess.kinetics import find_kinetics
+from strata.preprocess.official import find_hmdb51, find_ucf101
 from strata.preprocess.sources import SourceSet
 from tests.unit.preprocess.test_sources import make_ucf, put
 
@@ -24,7 +25,8 @@ def make_hmdb(root: Path, *, flat: bool = False) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("flat", [False, True], ids=["class-folders", "flat"])
 def test_hmdb_lists(tmp_path: Path, flat: bool) -> None:
-    train, test = find_hmdb51(*make_hmdb(tmp_path, flat=flat), "1")
+    videos, splits = make_hmdb(tmp_path, flat=flat)
+    train, test = find_hmdb51([videos], splits, "1")
     assert (train.split, test.split) == ("train01", "test01")
     assert train.classes == ("dive", "wave")
     assert [(s.name, s.label) for s in train.present] == [
@@ -49,31 +51,31 @@ def test_hmdb_contradictions(tmp_path: Path, content: bytes, message: str) -> No
     videos, splits = make_hmdb(tmp_path)
     put(splits / "wave_test_split1.txt", content)
     with pytest.raises(ConfigError, match=message):
-        find_hmdb51(videos, splits, "1")
+        find_hmdb51([videos], splits, "1")
 
 
 def test_hmdb_missing_lists_and_videos(tmp_path: Path) -> None:
     videos, splits = make_hmdb(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot read the list .*dive_test_split2.txt"):
-        find_hmdb51(videos, splits, "2")
+        find_hmdb51([videos], splits, "2")
     with pytest.raises(ConfigError, match=r"holds no <class>_test_split1.txt"):
-        find_hmdb51(videos, videos, "1")
+        find_hmdb51([videos], videos, "1")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="none of the 4 listed videos is in"):
-        find_hmdb51(tmp_path / "empty", splits, "1")
+        find_hmdb51([tmp_path / "empty"], splits, "1")
 
 
 def test_same_file_name_in_two_classes(tmp_path: Path) -> None:
     videos, splits = make_hmdb(tmp_path)
     put(splits / "dive_test_split1.txt", b"a_wave.avi 1\n[c] #1_dive.avi 1\n")
     put(videos / "dive" / "a_wave.avi", b"another")
-    train, test = find_hmdb51(videos, splits, "1")
+    train, test = find_hmdb51([videos], splits, "1")
     assert not faults(train)
     assert train.present[1].path != test.present[0].path
     # Without class folders there is one file for two lines: nobody can say whose it is.
     for path in list(videos.rglob("*.avi")):
         path.rename(videos / path.name)
-    train, test = find_hmdb51(videos, splits, "1")
+    train, test = find_hmdb51([videos], splits, "1")
     assert faults(train) == {"dive/a_wave.avi": FaultKind.CONFLICT}
     assert faults(test) == {"wave/a_wave.avi": FaultKind.CONFLICT}
 
@@ -82,7 +84,7 @@ def test_ucf_video_in_train_and_test(tmp_path: Path) -> None:
     videos, splits = make_ucf(tmp_path)
     put(splits / "testlist01.txt", b"YoYo/v_YoYo_g02_c01.avi\r\n")
     with pytest.raises(ConfigError, match=r"v_YoYo_g02_c01.avi in both train01 and test01"):
-        find_ucf101(videos, splits, "1")
+        find_ucf101([videos], splits, "1")
 
 
 HEAD = "label,youtube_id,time_start,time_end,split,is_cc\n"
@@ -95,7 +97,7 @@ LINES = (
 
 @pytest.fixture(autouse=True)
 def three_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(official.KINETICS_CLASSES, "kinetics400", 3)
+    monkeypatch.setitem(kinetics_module.KINETICS_CLASSES, "kinetics400", 3)
 
 
 def kinetics(
@@ -104,7 +106,7 @@ def kinetics(
     for file in files:
         put(root / "videos" / file, file.encode())
     put(root / "lists" / "val.csv", (HEAD + lines).encode())
-    return tuple(find_kinetics("kinetics400", root / "videos", root / "lists", split))
+    return tuple(find_kinetics("kinetics400", [root / "videos"], root / "lists", split))
 
 
 @pytest.mark.parametrize(
@@ -203,16 +205,16 @@ def test_kinetics_not_a_csv_of_theirs(tmp_path: Path) -> None:
     put(tmp_path / "videos" / "a.mp4", b"a")
     put(tmp_path / "val.csv", b"id,class\n")
     with pytest.raises(ConfigError, match="no column time_end and time_start and youtube_id"):
-        find_kinetics("kinetics400", tmp_path / "videos", tmp_path / "val.csv", "all")
+        find_kinetics("kinetics400", [tmp_path / "videos"], tmp_path / "val.csv", "all")
     with pytest.raises(ConfigError, match="holds no csv"):
-        find_kinetics("kinetics400", tmp_path / "videos", tmp_path / "videos", "all")
+        find_kinetics("kinetics400", [tmp_path / "videos"], tmp_path / "videos", "all")
 
 
 def test_kinetics_class_file(tmp_path: Path) -> None:
     put(tmp_path / "videos" / "ccccccccccc.mp4", b"c")
     put(tmp_path / "val.csv", (HEAD + LINES).encode())
     classes = tmp_path / "classes.txt"
-    args = ("kinetics400", tmp_path / "videos", tmp_path / "val.csv", "val", classes)
+    args = ("kinetics400", [tmp_path / "videos"], tmp_path / "val.csv", "val", classes)
     put(classes, b"training dog\nair drumming\n")
     with pytest.raises(ConfigError, match=r"1 labels are not in .*: training dog, big"):
         find_kinetics(*args)
@@ -220,3 +222,48 @@ def test_kinetics_class_file(tmp_path: Path) -> None:
     (val,) = find_kinetics(*args)
     assert val.classes == ("training dog", "air drumming", "training dog, big", "unused")
     assert [s.label for s in val.present] == [0]
+
+
+@pytest.mark.parametrize(
+    "other", ["train/training dog/ccccccccccc_000000_000010.mp4", "val/ccccccccccc_0_10.webm"]
+)
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        "replacement/replacement_for_corrupted_k400/ccccccccccc_000000_000010.mp4",
+        "replacement/ccccccccccc.mp4",
+        "k400/Replacements/training_dog/ccccccccccc_000000_000010.mkv",
+    ],
+)
+def test_kinetics_replacements_are_preferred(tmp_path: Path, other: str, replacement: str) -> None:
+    (val,) = kinetics(tmp_path, [other, replacement])
+    assert not faults(val)
+    assert [s.file for s in val.present] == [replacement]
+    told = "1 clips are taken from a replacement folder instead of another: "
+    assert f"{told}{replacement}, not {other}" in val.notes
+
+
+def test_kinetics_clip_in_two_folders(tmp_path: Path) -> None:
+    name = "training dog/ccccccccccc_000000_000010.mp4"
+    put(tmp_path / "more" / name, b"same")
+    put(tmp_path / "videos" / name, b"same")
+    put(tmp_path / "val.csv", (HEAD + LINES).encode())
+    folders = [tmp_path / "videos", tmp_path / "more"]
+    (val,) = find_kinetics("kinetics400", folders, tmp_path / "val.csv", "val")
+    assert not faults(val)
+    assert len(val.present) == 1
+    assert any(f"the first is taken: {name}" in n for n in val.notes)
+    put(tmp_path / "more" / name, b"other")
+    (val,) = find_kinetics("kinetics400", folders, tmp_path / "val.csv", "val")
+    assert set(faults(val).values()) == {FaultKind.CONFLICT}
+
+
+def test_kinetics_hidden_lists_are_none(tmp_path: Path) -> None:
+    put(tmp_path / "lists" / "._val.csv", b"\0\5\x16\7")
+    (val,) = kinetics(tmp_path, ["ccccccccccc.mp4"])
+    assert len(val.present) == 1
+
+
+def test_kinetics_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"looked for air drumming.* as <id>_<start>_<end> or"):
+        kinetics(tmp_path, ["other.mp4"])
