@@ -394,7 +394,8 @@ class Decoding:
         self.num_patched = 0
         """Frames that the decoder had to make up in part."""
         self.num_before_key = 0
-        """Packets before the first key frame that did not decode: nobody can show them."""
+        """Packets before the first key frame: a capture that begins there cannot be shown."""
+        self._has_begun = False
         self.first_damaged: int | None = None
         """Number of a frame, in the order in which they are shown."""
         self.first_error = ""
@@ -416,27 +417,28 @@ class Decoding:
         Raises:
             VideoFault: There is no memory for a picture.
         """
-        has_key = False
         try:
             for packet in self._container.demux(self._stream):
                 self._pulse()
-                has_key |= packet.is_keyframe
+                if packet.is_keyframe or self.num_decoded:
+                    self._has_begun = True
                 # An empty packet on the way is a dropped frame; to a decoder it would be the end.
                 if packet.size:
-                    yield from self._decode(packet, has_key)
+                    self.num_before_key += not self._has_begun and not packet.is_discard
+                    yield from self._decode(packet)
         except (av.error.FFmpegError, OSError) as error:
             self._packets.error = self._packets.error or reason_of(error)
-        yield from self._decode(None, has_key)
+        yield from self._decode(None)
 
-    def _decode(self, packet: Packet | None, has_key: bool) -> Iterator[VideoFrame]:
-        for frame in self._send(packet, has_key):
+    def _decode(self, packet: Packet | None) -> Iterator[VideoFrame]:
+        for frame in self._send(packet):
             self.num_decoded += 1
             if frame.is_corrupt and frame.pts not in self._packets.marked:
                 self.num_patched += 1
                 self._damage(frame.pts, "the decoder had to make up parts of it")
             yield frame
 
-    def _send(self, packet: Packet | None, has_key: bool) -> list[VideoFrame]:
+    def _send(self, packet: Packet | None) -> list[VideoFrame]:
         try:
             return self._stream.codec_context.decode(packet)
         except av.error.MemoryError as error:
@@ -446,12 +448,10 @@ class Decoding:
         except av.error.EOFError:
             return []
         except (av.error.FFmpegError, OSError) as error:
-            if packet is None or has_key:
+            if self._has_begun:
                 self.num_failed += 1
                 self._damage(packet and packet.pts, _decoders_reason(error))
-            elif not packet.is_discard:
-                self.num_before_key += 1
-                self.first_error = self.first_error or _decoders_reason(error)
+            self.first_error = self.first_error or _decoders_reason(error)
             return []
 
     def _damage(self, time: int | None, what: str) -> None:
@@ -492,11 +492,12 @@ def check_complete(
         notes.append(f"{kind.value}: {detail}")
 
     promise = _broken_promise(packets, num_decoded)
-    cut = _cut(packets, where, looks_short=bool(promise))
+    looks_short = bool(promise) or decoding.first_damaged is not None
+    cut, is_much = _cut(packets, where, looks_short)
     if packets.error:
         of = packets.promised_frames or "an unknown number of"
         fault(FaultKind.TRUNCATED, f"{num_decoded} of {of} frames decode, then: {packets.error}")
-    elif cut and (promise or decoding.num_failed):
+    elif cut and (promise or is_much or decoding.num_failed):
         # Frames that are damaged by the cut are no case of their own.
         fault(FaultKind.TRUNCATED, f"{cut}; {promise or f'{num_decoded} frames decode'}")
         return notes
@@ -540,12 +541,19 @@ def _broken_promise(packets: Packets, num_decoded: int) -> str:
     return ""
 
 
-def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> str:
-    """What shows that the file's end is missing, if anything does."""
+def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> tuple[str, bool]:
+    """What shows that the file's end is missing, if anything does; and whether it is much.
+
+    Many headers state a wrong length. So it counts where something else is wrong, too, or where
+    much is missing of a file that promises no number of frames.
+    """
     if packets.num_lacking:
-        return f"the file ends before its last {packets.num_lacking:,} frames"
+        return f"the file ends before its last {packets.num_lacking:,} frames", False
+    if looks_short or not packets.promised_frames:
+        count = missing_bytes(where)
+        is_much = count > (1 - MIN_DECODED_SHARE) * (count + _size_of(where))
+        if count and (is_much or looks_short):
+            return f"the file ends {count:,} bytes before its structure does", is_much
     if packets.ends_inside:
-        return "the file ends inside a packet"
-    if looks_short and (count := missing_bytes(where)):
-        return f"the file ends {count:,} bytes before its structure does"
-    return ""
+        return "the file ends inside a packet", False
+    return "", False

@@ -402,7 +402,7 @@ def test_odd_files_are_typed(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "train")
     reasons = {r.source: r.reason for r in manifest.rows if r.status == "rejected"}
     assert reasons == {
-        "corrupted.mp4": "truncated",
+        "corrupted.mp4": "damaged",
         "empty.mp4": "unreadable",
         "text.mp4": "unreadable",
         "truncated_no_moov.mp4": "unreadable",
