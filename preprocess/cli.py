@@ -391,6 +391,8 @@ def run_command(command: ShardCommand) -> list[Manifest]:
                 print(
                     f"{source_set.dataset} {source_set.split}: slice {part} is in {folder} after "
                     f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {folder}",
+                    *(f"  note: {note}" for note in source_set.notes),
+                    sep="\n",
                     flush=True,
                 )
                 continue

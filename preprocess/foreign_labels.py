@@ -70,7 +70,8 @@ def read_label(path: Path, sample: TarSample) -> Label | None:
         except ShardError as error:
             raise ShardError(f"{error}; write the tar again without it, or correct it") from error
         if isinstance(told, dict):
-            value = told.get("label", told.get("cls"))
+            value = told.get("label")
+            value = told.get("cls") if value is None else value
             class_name = told.get("class_name")
             facts = _label(value, where)
         elif plain is None:
@@ -99,7 +100,7 @@ def _content(path: Path, member: Member, kind: str) -> tuple[str, bytes]:
 
 def _label(value: object, where: str) -> Label | None:
     """A value as a label; integers in disguise, like 3.0 and "3", are integers."""
-    if value is None or value == "":
+    if value is None:
         return None
     if isinstance(value, bool | list | dict):
         _refuse(where, repr(value), f"is a {type(value).__name__}")
@@ -108,6 +109,8 @@ def _label(value: object, where: str) -> Label | None:
             _refuse(where, repr(value), "is not a whole number")
         value = int(value)
     text = str(value).strip()
+    if not text:
+        return None
     match = _INTEGER.fullmatch(text)
     if match is None and re.fullmatch(r"[+-]?[0-9]+(\.0*)?", text) is None:
         if not text.isprintable():

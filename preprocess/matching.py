@@ -200,10 +200,13 @@ def check_any_present(sets: Sequence[SourceSet], listing: Listing, looked_for: s
         return
     listed = [s.name for each in sets for s in each.sources]
     videos = [f.name for f in listing.files if is_video_name(f.name)]
-    found = f"{len(videos):,} videos" + (f" ({some_of(videos)})" if videos else "")
-    others = len(listing.files) - len(videos)
+    others = [f.name for f in listing.files if not is_video_name(f.name)]
+    found = " and ".join(
+        f"{len(names):,} {what}" + (f" ({some_of(names)})" if names else "")
+        for what, names in (("videos", videos), ("other files", others))
+    )
     raise ConfigError(
         f"none of the {len(listed):,} listed videos is in {listing.places}: looked for "
-        f"{some_of(listed, 2)} {looked_for}; found {found} and {others:,} other files; --videos is "
-        "the folder that holds the class folders"
+        f"{some_of(listed, 2)} {looked_for}; found {found}; --videos is the folder that holds "
+        "the class folders"
     )

@@ -31,6 +31,15 @@ def _numbers(split: str) -> tuple[str, ...]:
     return ("1", "2", "3") if split == "all" else (split,)
 
 
+def _refuse_parent(splits: Path, pattern: str) -> None:
+    """See that lists are in a folder itself, not one below, as where an archive was unpacked."""
+    below = sorted({str(p.parent) for p in splits.glob(f"*/{pattern}")})
+    if below and not any(splits.glob(pattern)):
+        raise ConfigError(
+            f"{splits} holds no {pattern}, they are in {some_of(below)}: give that as --splits"
+        )
+
+
 def _ucf101_classes(path: Path) -> list[str]:
     """The classes in the order of their numbers, whatever the order of the lines."""
     labels: dict[str, int] = {}
@@ -83,8 +92,9 @@ def find_ucf101(videos: Sequence[Path], splits: Path, split: str) -> list[Source
             none of its videos is on disk.
     """
     require_folder(splits, "--splits")
-    listing = list_files(videos)
     index_path = splits / "classInd.txt"
+    _refuse_parent(splits, index_path.name)
+    listing = list_files(videos)
     classes = _ucf101_classes(index_path)
     lists = {
         f"{part}0{number}": _ucf101_entries(
@@ -117,6 +127,7 @@ def find_hmdb51(videos: Sequence[Path], splits: Path, split: str) -> list[Source
             itself, or none of its videos is on disk.
     """
     require_folder(splits, "--splits")
+    _refuse_parent(splits, "*_test_split[123].txt")
     suffix = re.compile(r"(.+)_test_split[123]\.txt")
     found = [name_of(p.name) for p in splits.iterdir()]
     matches = (suffix.fullmatch(name) for name in found if not is_ignored(name))

@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from strata.dataload import loader
+from strata.dataload.reader import ShardReader
 from strata.limits import usable_cpus
 from strata.preprocess.settings import ShardSettings
 from tests.unit.dataload.test_cache import write
@@ -96,3 +99,15 @@ def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strata.preprocess.settings.usable_cpus", lambda: 3)
     assert ShardSettings().num_workers == 3
     assert ShardSettings(workers=5).num_workers == 5
+
+
+def test_loader_threads_by_default(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "usable_cpus", lambda: 6)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = loader.DataConfig(shards=shards / "train")
+    reader = ShardReader(shards / "train")
+    for ranks, threads in (("1", 6), ("4", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert loader._GraphMaker(reader, config, torch.device("cpu")).threads == threads
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")

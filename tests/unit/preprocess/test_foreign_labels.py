@@ -33,6 +33,8 @@ def as_json(value: object) -> bytes:
         ({"cls": b"riding a bike\n"}, "riding a bike"),
         ({"cls": "跑".encode()}, "跑"),
         ({"cls": b""}, None),
+        ({"cls": b" \n"}, None),
+        ({"json": b'{"label": null, "cls": 3}'}, "3"),
         ({"cls": b"-1"}, None),
         ({"json": as_json(3)}, "3"),
         ({"json": as_json(3.0)}, "3"),

@@ -145,9 +145,21 @@ def test_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"none of the 3 listed videos is in {tmp_path / 'videos'}: looked for {LISTED[0]}, "
         f"{LISTED[1]}, ... in any case, with any extension of a video, at any depth; found 1 "
-        "videos (some/clip.mp4) and 1 other files; --videos is the folder that holds the class "
-        "folders"
+        "videos (some/clip.mp4) and 1 other files (some/notes.txt); --videos is the folder that "
+        "holds the class folders"
     )
+
+
+def test_lists_one_folder_below_are_named(tmp_path: Path) -> None:
+    splits = lists(tmp_path)
+    put(tmp_path / "hmdb" / "inside" / "wave_test_split1.txt", b"a.avi 1\n")
+    put(tmp_path / "videos" / LISTED[0], b"1")
+    for find, folder, inside in (
+        (find_ucf101, tmp_path, splits),
+        (find_hmdb51, tmp_path / "hmdb", tmp_path / "hmdb" / "inside"),
+    ):
+        with pytest.raises(ConfigError, match=f"they are in {inside}: give that as --splits"):
+            find([tmp_path / "videos"], folder, "1")
 
 
 def test_hmdb51_names_with_special_characters(tmp_path: Path) -> None:
