@@ -1,8 +1,8 @@
 """Index and manifest for shards that somebody else wrote, without encoding anything anew."""
 
+import hashlib
 import json
 import os
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,22 +15,28 @@ from typing import Any
 import numpy as np
 
 from strata.errors import FaultKind, ShardError, VideoFault
+from strata.files import sha256_of, write_atomic
 from strata.foreign import ForeignFacts, decode_frames, measure_video, video_ext
-from strata.preprocess.check import hash_file_of, index_of, samples_of
-from strata.preprocess.manifest import build_manifest, write_manifest
-from strata.preprocess.shards import replace_file
+from strata.index import SampleMembers, parse_index
+from strata.manifest import build_manifest, write_manifest
+from strata.preprocess.check import index_of
 from strata.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
+    MAX_CLASSES,
     NO_LABEL,
     Manifest,
     NormalForm,
     ShardEntry,
     SourceRow,
+    checksum,
 )
+from strata.untrusted import checked_name, checked_text
 
 __all__ = ["index_folder"]
 
+_LABEL_EXTS = ("cls", "json")
+_MAX_LABEL_BYTES = 1 << 20
 _TIMED_SAMPLES = 8
 _CLIP_FRAMES = 32
 
@@ -45,6 +51,8 @@ class _Foreign:
     class_name: str | None
     facts: ForeignFacts | None
     video_bytes: int
+    checksum: int | None
+    """Of the video's bytes."""
     fault: VideoFault | None
 
 
@@ -77,6 +85,8 @@ def index_folder(
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ShardError(f"{folder} holds no *.tar; give the folder of the shards")
+    for path in tars:
+        checked_name(path.name, "shard", folder, ShardError)
     found: list[list[_Foreign]] = []
     start_s = time.perf_counter()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), "foreign") as pool:
@@ -97,14 +107,15 @@ def index_folder(
         if not kept:
             continue
         index, _ = index_of(path, {s.key for s in kept})
-        replace_file(path.with_suffix(INDEX_SUFFIX), index)
+        write_atomic(path.with_suffix(INDEX_SUFFIX), index)
         entries.append(
             ShardEntry(
                 name=path.name,
                 num_samples=len(kept),
                 num_frames=sum(s.facts.num_frames for s in kept if s.facts),
                 num_bytes=path.stat().st_size,
-                sha256=hash_file_of(path),
+                sha256=sha256_of(path),
+                index_sha256=hashlib.sha256(index).hexdigest(),
             )
         )
     sizes = Counter((s.facts.width, s.facts.height) for s in good if s.facts)
@@ -121,20 +132,14 @@ def index_folder(
     return manifest, _report(folder, every, manifest, sizes, _cost(tars, found, form), seconds)
 
 
-def _members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+def _members(path: Path) -> list[SampleMembers]:
     """Keys of a tar's samples with the place of each member.
 
     Raises:
         ShardError: It is no tar, or one key comes twice.
     """
-    try:
-        index, _ = index_of(path)
-    except (tarfile.TarError, OSError, UnicodeError) as error:
-        raise ShardError(f"{path} is not readable as a tar ({error}); copy it again") from error
-    try:
-        samples = samples_of(index)
-    except (ValueError, IndexError) as error:
-        raise ShardError(f"{path}: a member's name has a space; write the tar again") from error
+    index, _ = index_of(path)
+    samples = parse_index(index, path, path.stat().st_size)
     twice = [key for key, count in Counter(key for key, _ in samples).items() if count > 1]
     if twice:
         raise ShardError(
@@ -144,9 +149,7 @@ def _members(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
     return samples
 
 
-def _measure(
-    path: Path, form: NormalForm, sample: tuple[str, dict[str, tuple[int, int]]]
-) -> _Foreign:
+def _measure(path: Path, form: NormalForm, sample: SampleMembers) -> _Foreign:
     key, members = sample
 
     def content(ext: str) -> bytes:
@@ -155,15 +158,20 @@ def _measure(
             file.seek(offset)
             return file.read(size)
 
-    told = {ext.lower(): content(ext) for ext in members if ext.lower() in ("cls", "json")}
-    label, class_name = _label(told)
     source, ext = f"{path.name}/{key}", video_ext(members)
-    facts, fault = None, None
+    label, class_name, facts, fault, video_checksum = None, None, None, None, None
     try:
+        told = {e.lower(): e for e in members if e.lower() in _LABEL_EXTS}
+        large = [e for e in told.values() if members[e][1] > _MAX_LABEL_BYTES]
+        if large:
+            detail = f"member {large[0]} has more than {_MAX_LABEL_BYTES} bytes"
+            raise VideoFault(FaultKind.UNREADABLE, source, detail)
+        label, class_name = _label({lower: content(e) for lower, e in told.items()}, source)
         if ext is None:
             exts = ", ".join(sorted(members))
             raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, f"the members are {exts}")
-        facts = measure_video(content(ext), source)
+        video = content(ext)
+        facts, video_checksum = measure_video(video, source), checksum(video)
         if facts.num_frames < form.min_frames:
             detail = f"{facts.num_frames} frames, {form.min_frames} asked for"
             raise VideoFault(FaultKind.TOO_SHORT, source, detail)
@@ -175,18 +183,25 @@ def _measure(
         class_name=class_name,
         facts=facts,
         video_bytes=members[ext][1] if ext else 0,
+        checksum=video_checksum,
         fault=fault,
     )
 
 
-def _label(members: dict[str, bytes]) -> tuple[str | None, str | None]:
-    """The label as it is written, and the name of its class if that is told beside it."""
+def _label(members: dict[str, bytes], source: str) -> tuple[str | None, str | None]:
+    """The label as it is written, and the name of its class if that is told beside it.
+
+    Raises:
+        VideoFault: The JSON member is not valid.
+    """
     facts: Any = {}
     if "json" in members:
         try:
+            # Not msgspec: others write NaN, which is none of JSON, in fields that are not used.
             facts = json.loads(members["json"])
-        except ValueError:
-            facts = {}
+        except (ValueError, RecursionError) as error:
+            detail = f"the json member is not valid: {error}"
+            raise VideoFault(FaultKind.UNREADABLE, source, detail) from error
     if not isinstance(facts, dict):
         facts = {}
     name = facts.get("class_name")
@@ -216,6 +231,13 @@ def _classes(
         names = list(given) or labels
         numbers = {name: k for k, name in enumerate(names)}
     else:
+        # Compared by length first, as Python refuses to read numbers of thousands of digits.
+        largest = max(numeric, key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
+        if len(largest.lstrip("0")) > 9 or int(largest) >= MAX_CLASSES:
+            raise ShardError(
+                f"{folder}: label {largest[:20]} is too large; number the classes from 0 to "
+                f"{MAX_CLASSES - 1} at most"
+            )
         told = {int(s.label): s.class_name for s in samples if s.label in numeric and s.class_name}
         count = max(map(int, numeric)) + 1
         names = list(given) or [told.get(k) or str(k) for k in range(count)]
@@ -226,6 +248,10 @@ def _classes(
             f"{folder}: label {unknown[0]} is none of the {len(names)} classes given; mend "
             "--classes"
         )
+    if len(names) > MAX_CLASSES:
+        raise ShardError(f"{folder}: {len(names)} classes; at most {MAX_CLASSES} are possible")
+    for name in names:
+        checked_text(name, "class", folder, ShardError)
     return names, numbers
 
 
@@ -249,6 +275,7 @@ def _rows(
                 num_frames=sample.facts.num_frames,
                 shard=shard,
                 position=position,
+                checksum=sample.checksum,
             )
             position += 1
         rows.append(row)

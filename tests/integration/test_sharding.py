@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError, ShardError
+from strata.manifest import read_manifest
 from strata.preprocess.cli import closing_table, main, parse_command, run_command
 from strata.preprocess.driver import WorkerError
-from strata.schema import FrameTable, NormalForm, read_manifest
+from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip
 from tests.unit.preprocess.videos import moving_scene, write_video
 

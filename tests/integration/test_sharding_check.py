@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from strata.errors import ShardError
+from strata.manifest import digest_of, read_manifest, write_manifest
 from strata.preprocess.check import check_folder
 from strata.preprocess.check_cli import main as verify
 from strata.preprocess.cli import main
-from strata.preprocess.manifest import digest_of, write_manifest
-from strata.schema import NormalForm, read_manifest
+from strata.schema import NormalForm
 from tests.integration.test_sharding import shard, shards, videos
 from tests.unit.preprocess.videos import moving_scene, write_video
 
