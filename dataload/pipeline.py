@@ -11,8 +11,10 @@ colours become rows of an image that a filter of one column mixes, and the Gauss
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -250,7 +252,10 @@ class ClipPipeline:
             # Several ranks on a node would pin their threads to the same cores.
             set_affinity=False,
         )
-        pipe.build()
+        try:
+            pipe.build()
+        finally:
+            _remove_generated_files()
         return pipe
 
     def run(
@@ -372,6 +377,16 @@ def find_undecodable(
 
 def _rows(view: ViewParameters, rows: slice) -> ViewParameters:
     return ViewParameters(**{name: values[rows] for name, values in vars(view).items()})
+
+
+def _remove_generated_files() -> None:
+    """Remove the files that DALI writes to compile a graph with conditions.
+
+    It removes them when the interpreter ends, which a signal prevents; nobody reads them again.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            Path(module.__file__).unlink(missing_ok=True)
 
 
 def _reason(error: RuntimeError) -> str:

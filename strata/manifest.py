@@ -170,7 +170,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise
         # The normal form checks itself and does not know its file.
         raise ShardError(f"{path}: {error}") from error
-    if _digest_of_files(content, rows_content) != head.digest:
+    raw = msgspec.json.decode(content)
+    missing = {f.name for f in dataclasses.fields(NormalForm)} - raw["form"].keys()
+    if missing:
+        raise ShardError(f"{path}: the form has no {', '.join(sorted(missing))}; shard again")
+    if _digest_of_files(raw, rows_content) != head.digest:
         raise ShardError(
             f"{path} or {SAMPLES_NAME} is damaged: the digest is not that of their content; copy "
             "the folder again, or run the same tools/shard.py again"
@@ -184,10 +188,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _digest_of_files(content: bytes, rows_content: bytes) -> str:
-    """The digest that the files' bytes have; no row is spelled again for it."""
-    head = msgspec.json.decode(content)
-    del head["digest"]
+def _digest_of_files(raw: dict[str, Any], rows_content: bytes) -> str:
+    """The digest that the files' bytes have; no row is encoded again for it."""
+    head = {name: value for name, value in raw.items() if name != "digest"}
     digest = hashlib.sha256(canonical_json(head))
     if rows_content:
         digest.update(b"\n" + rows_content.removesuffix(b"\n"))

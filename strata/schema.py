@@ -149,8 +149,8 @@ class NormalForm:
                 f"normal form: quantizer is {self.quantizer}; "
                 f"{self.codec} has {finest} to {coarsest}"
             )
-        if self.gop < 1:
-            raise ShardError(f"normal form: gop is {self.gop}; use 1 or more")
+        if not 1 <= self.gop <= MAX_FRAMES:
+            raise ShardError(f"normal form: gop is {self.gop}; use 1 to {MAX_FRAMES}")
         most = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 1 << 20
         if not 0 <= self.segment_frames <= most:
             raise ShardError(

@@ -348,7 +348,10 @@ def test_too_many_rejects_fail_after_the_work(videos: Path, tmp_path: Path) -> N
     ("argv", "message"),
     [
         (["folder", "--videos", "nowhere", "--out", "o"], "folder nowhere does not exist"),
-        (["folder", "--videos", ".", "--out", "o", "--width", "171"], "use a positive multiple"),
+        (
+            ["folder", "--videos", ".", "--out", "o", "--width", "171"],
+            "use a multiple of 16",
+        ),
         (["folder", "--videos", ".", "--out", "o", "--blur", "1"], "unrecognized arguments"),
         (["folder", "--videos", ".", "--out", "o", "--workers", "-1"], "workers is -1"),
         (["vimeo"], "invalid choice: 'vimeo'"),
