@@ -241,6 +241,10 @@ class _ShardPass:
                 self.faults.append(f"{key}: {error}")
             except VideoFault as fault:
                 self.faults.append(f"{key}: {fault.detail}")
+            if self.manifest.form.payload != "foreign":
+                # After a fault the rest of the sample is hashed too, and the next one begins where
+                # it should.
+                self._skip_to(max(offset + size for offset, size in members.values()))
         while self._read(_CHUNK_BYTES):
             pass
         self.sha256 = self._digest.hexdigest()
@@ -254,6 +258,10 @@ class _ShardPass:
             parts.append(part)
         return b"".join(parts)
 
+    def _skip_to(self, place: int) -> None:
+        while place > self._place and self._read(min(place - self._place, _CHUNK_BYTES)):
+            pass
+
     def _content(self, key: str, ext: str, place: tuple[int, int]) -> bytes:
         """The next member.
 
@@ -261,8 +269,8 @@ class _ShardPass:
             ShardError: It is cut off, or its header in the tar is another.
         """
         offset, size = place
-        while offset - self._place > 2 * BLOCK:  # Samples that the index leaves out.
-            self._read(min(offset - self._place - 2 * BLOCK, _CHUNK_BYTES))
+        if self.manifest.form.payload == "foreign":  # Samples that the index leaves out.
+            self._skip_to(offset - BLOCK)
         before = self._read(max(offset - self._place, 0))
         if self._place > offset:
             raise ShardError(f"member {ext} lies within the one before it")
