@@ -37,6 +37,7 @@ __all__ = ["index_folder"]
 
 _LABEL_EXTS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
+_MAX_LABEL_LENGTH = 255
 _TIMED_SAMPLES = 8
 _CLIP_FRAMES = 32
 
@@ -192,7 +193,7 @@ def _label(members: dict[str, bytes], source: str) -> tuple[str | None, str | No
     """The label as it is written, and the name of its class if that is told beside it.
 
     Raises:
-        VideoFault: The JSON member is not valid.
+        VideoFault: The JSON member is not valid, or the label is too long or too large.
     """
     facts: Any = {}
     if "json" in members:
@@ -208,7 +209,13 @@ def _label(members: dict[str, bytes], source: str) -> tuple[str | None, str | No
     text = members.get("cls", b"").decode("utf-8", "replace")
     for value in (text, facts.get("label"), facts.get("cls")):
         if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip(), name if isinstance(name, str) else None
+            label = str(value).strip()
+            is_number = label.isdecimal()
+            if len(label) > _MAX_LABEL_LENGTH or (is_number and int(label) >= MAX_CLASSES):
+                detail = f"the label {label[:20]} is too {'large' if is_number else 'long'}; use "
+                detail += f"numbers below {MAX_CLASSES} or names"
+                raise VideoFault(FaultKind.UNREADABLE, source, detail)
+            return label, name if isinstance(name, str) else None
     return None, None
 
 
@@ -231,13 +238,6 @@ def _classes(
         names = list(given) or labels
         numbers = {name: k for k, name in enumerate(names)}
     else:
-        # Compared by length first, as Python refuses to read numbers of thousands of digits.
-        largest = max(numeric, key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
-        if len(largest.lstrip("0")) > 9 or int(largest) >= MAX_CLASSES:
-            raise ShardError(
-                f"{folder}: label {largest[:20]} is too large; number the classes from 0 to "
-                f"{MAX_CLASSES - 1} at most"
-            )
         told = {int(s.label): s.class_name for s in samples if s.label in numeric and s.class_name}
         count = max(map(int, numeric)) + 1
         names = list(given) or [told.get(k) or str(k) for k in range(count)]
