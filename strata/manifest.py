@@ -170,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise
         # The normal form checks itself and does not know its file.
         raise ShardError(f"{path}: {error}") from error
-    raw = msgspec.json.decode(content)
+    raw = decode_json(content, dict[str, Any], path, ShardError)
     missing = {f.name for f in dataclasses.fields(NormalForm)} - raw["form"].keys()
     if missing:
         raise ShardError(f"{path}: the form has no {', '.join(sorted(missing))}; shard again")
