@@ -175,7 +175,7 @@ def test_jpeg_header(folder: Path, old: Path, is_old: bool, edits: Any):
     """Edits of the same length; with the checksums right for them where there are any."""
     where = old if is_old else folder
     path, start, _ = place_of(where, 1, "000.jpg")
-    table_path, table_start, table_size = place_of(where, 1, "frames.i32")
+    _, table_start, table_size = place_of(where, 1, "frames.i32")
     with kept(path):
         content = bytearray(path.read_bytes())
         table = np.frombuffer(bytes(content[table_start:][:table_size]), "<i4").copy()
@@ -231,7 +231,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_foreign_tars(
     foreign: Path, tmp_path_factory: pytest.TempPathFactory, edits: Any, head: int
 ):
-    """Their beginning, which is a header of the tar, or any part; then indexed, read and checked."""
+    """The beginning, which is a header of the taror any part; indexed, read, checked."""
     folder = tmp_path_factory.mktemp("edited")
     content = (foreign / "a.tar").read_bytes()
     (folder / "a.tar").write_bytes(edited(content[:head], edits) + content[head:])
