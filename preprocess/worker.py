@@ -27,9 +27,12 @@ from strata.preprocess.verify import verify_strip
 from strata.schema import (
     FACTS_EXT,
     FRAMES_EXT,
+    Checksums,
     FrameTable,
     NormalForm,
     SampleFacts,
+    checksum,
+    segment_checksums,
     segment_ext,
 )
 from strata.video import Damaged, no_pulse
@@ -144,20 +147,16 @@ def make_sample(
     frames = FrameSource(task.path, task.name, form, damaged=damaged, pulse=pulse)
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
+    checksums: list[np.ndarray] = []
+    heads: list[int] = []
     for number, planes in enumerate(frames.segments()):
         content, places = make_segment(planes, form, frames.rate, task.name, read_back)
         offsets.append(places[0])
         lengths.append(places[1])
+        of_frames, of_head = segment_checksums(content, *places, form.payload)
+        checksums.append(of_frames)
+        heads.append(of_head)
         yield Member(segment_ext(number, form.payload), content)
-    table = FrameTable(
-        label=task.label,
-        height=form.height,
-        width=form.width,
-        frames_per_segment=form.frames_per_segment,
-        offsets=np.concatenate(offsets),
-        lengths=np.concatenate(lengths),
-    )
-    yield Member(FRAMES_EXT, table.to_bytes())
     source = frames.facts
     if source is None:
         raise AssertionError("frames without facts")
@@ -178,8 +177,22 @@ def make_sample(
         source_pixel_format=source.pixel_format,
         rotation_degrees=frames.rotation_degrees,
         mirrored=frames.orientation.mirrored,
+    ).to_json()
+    table = FrameTable(
+        label=task.label,
+        height=form.height,
+        width=form.width,
+        frames_per_segment=form.frames_per_segment,
+        offsets=np.concatenate(offsets),
+        lengths=np.concatenate(lengths),
+        checksums=Checksums(
+            frames=np.concatenate(checksums),
+            heads=np.array(heads, np.uint32),
+            facts=checksum(facts),
+        ),
     )
-    yield Member(FACTS_EXT, facts.to_json())
+    yield Member(FRAMES_EXT, table.to_bytes())
+    yield Member(FACTS_EXT, facts)
     yield Done(frames.num_frames, tuple(frames.notes))
 
 
