@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
+from strata.decoding import Damaged
 from strata.errors import FaultKind
 from strata.preprocess.manifest import canonical_json
 from strata.preprocess.parts import Rejected, Sent, WorkerFailure, receive
@@ -25,7 +26,6 @@ from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
 from strata.schema import NormalForm, ShardEntry, SourceRow
-from strata.video import Damaged
 
 __all__ = ["ShardBuild", "WorkerError", "drive", "record_path"]
 

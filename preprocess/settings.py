@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strata.decoding import Damaged
 from strata.errors import ConfigError
 from strata.schema import NormalForm
-from strata.video import Damaged
 
 __all__ = ["ReadBack", "ShardSettings"]
 
