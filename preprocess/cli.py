@@ -13,6 +13,7 @@ from typing import Literal, NoReturn, get_args
 
 import yaml
 
+from strata.decoding import Damaged
 from strata.errors import ConfigError, ShardError
 from strata.exporter import export_process
 from strata.limits import usable_cpus
@@ -27,7 +28,6 @@ from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates
 from strata.schema import MANIFEST_NAME, NO_LABEL, SAMPLES_NAME, Manifest, NormalForm
-from strata.video import Damaged
 
 __all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
 

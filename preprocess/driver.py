@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from strata.decoding import Damaged
 from strata.errors import ConfigError, FaultKind
 from strata.files import write_atomic
 from strata.manifest import canonical_json
@@ -24,7 +25,6 @@ from strata.preprocess.shards import ShardWriter, shard_name
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
 from strata.schema import NO_LABEL, NormalForm, ShardEntry, SourceRow
-from strata.video import Damaged
 
 __all__ = ["ShardBuild", "ShardRecord", "WorkerError", "drive", "record_path", "task_of"]
 

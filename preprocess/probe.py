@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from av.video.stream import VideoStream
 
+from strata.decoding import Packets
 from strata.errors import FaultKind, VideoFault
-from strata.video import Packets
 
 __all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
 

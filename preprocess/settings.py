@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strata.decoding import Damaged
 from strata.errors import ConfigError
 from strata.limits import usable_cpus
 from strata.schema import NormalForm
-from strata.video import Damaged
 
 __all__ = ["ReadBack", "ShardSettings"]
 

@@ -13,18 +13,12 @@ from av.filter import Graph
 from av.video.frame import VideoFrame
 from PIL import Image
 
+from strata.decoding import Damaged, Decoding, check_complete, read_packets
 from strata.errors import FaultKind, VideoFault
 from strata.filters import UPRIGHT, Orientation, filter_graph, scale_steps, unsupported
 from strata.preprocess.probe import Timing, VideoFacts, read_facts, timing_of
 from strata.schema import NormalForm
-from strata.video import (
-    Damaged,
-    Decoding,
-    check_complete,
-    no_pulse,
-    open_video,
-    read_packets,
-)
+from strata.video import no_pulse, open_video
 
 __all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
 

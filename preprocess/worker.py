@@ -17,6 +17,7 @@ import av.logging
 import numpy as np
 from av.error import FFmpegError
 
+from strata.decoding import Damaged
 from strata.errors import FaultKind, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.preprocess.parts import PartPacker, Rejected, WorkerFailure
@@ -35,7 +36,7 @@ from strata.schema import (
     segment_checksums,
     segment_ext,
 )
-from strata.video import Damaged, no_pulse
+from strata.video import no_pulse
 
 __all__ = [
     "Done",

@@ -14,17 +14,11 @@ from av.error import FFmpegError
 from av.filter import Graph
 from av.video.frame import VideoFrame
 
+from strata.decoding import PICTURE_A_PACKET, Decoding, check_complete, read_packets
 from strata.errors import FaultKind, VideoFault
 from strata.filters import Orientation, filter_graph, scale_steps, unsupported
 from strata.schema import NormalForm
-from strata.video import (
-    PICTURE_A_PACKET,
-    Decoding,
-    check_complete,
-    open_video,
-    read_packets,
-    reason_of,
-)
+from strata.video import open_video, reason_of
 
 __all__ = ["ForeignFacts", "decode_frames", "measure_video", "video_ext"]
 

@@ -17,12 +17,13 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
+from strata.decoding import Damaged
 from strata.errors import FaultKind, VideoFault
 from strata.foreign import ForeignFacts, decode_frames, measure_video
 from strata.preprocess.transcode import FrameSource
 from strata.schema import NormalForm
 from strata.structure import declared_frames, missing_bytes
-from strata.video import MAX_FRAMES, Damaged, open_video
+from strata.video import MAX_FRAMES, open_video
 from tests.unit.preprocess.test_transcode import FORM, fault_of, psnr, transcode
 from tests.unit.preprocess.videos import moving_scene, write_video
 

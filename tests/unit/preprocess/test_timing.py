@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from strata.decoding import Packets, read_packets
 from strata.preprocess.probe import Timing, VideoFacts, timing_of
 from strata.preprocess.transcode import FrameSource
-from strata.video import Packets, read_packets
 from tests.unit.preprocess.test_transcode import FORM
 from tests.unit.preprocess.videos import moving_scene, write_video
 
