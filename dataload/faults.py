@@ -6,28 +6,23 @@ fails too, and so on, from the end of the epoch to its beginning), with the wind
 drawn for the place's own sample. So the pictures of a batch depend on the set and the position
 alone: the same on any number of ranks, after any resume, and whenever the fault was found.
 
-What counts as a fault is an error of the decoder. libjpeg decodes some damage without one; only
-hashes (`data.check: hash`) find all of it, at the start.
+A fault is a checksum that differs, a table or header that is not the manifest's, or an error of the
+decoder. Data sets of schema 1 have no checksums, and libjpeg decodes some damage without an error:
+there only hashes (`data.check: hash`) find all of it, at the start.
 """
 
-import io
 import threading
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-import av
 import numpy as np
-from av.error import FFmpegError
-from PIL import Image
 
 from strata.errors import ShardError
 from strata.logs import get_logger
 
-__all__ = ["Fault", "FaultLog", "SampleFaultError", "find_undecodable", "replace_faulty"]
+__all__ = ["Fault", "FaultLog", "SampleFaultError", "replace_faulty"]
 
 logger = get_logger(__name__)
-
-_JPEG_START = b"\xff\xd8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,24 +132,3 @@ def replace_faulty(
             sample = int(order[place])
         chosen[row] = sample
     return chosen
-
-
-def find_undecodable(coded: Sequence[np.ndarray]) -> list[tuple[int, str]]:
-    """Which of a failed batch's JPEGs or videos are at fault, found by decoding each alone.
-
-    Returns:
-        Places in the batch with what the decoder said of them.
-    """
-    faults = []
-    for place, content in enumerate(coded):
-        try:
-            if content[:2].tobytes() == _JPEG_START:
-                with Image.open(io.BytesIO(content.tobytes())) as picture:
-                    picture.load()
-            else:
-                with av.open(io.BytesIO(content.tobytes()), "r") as container:
-                    for _ in container.decode(video=0):
-                        pass
-        except (OSError, SyntaxError, ValueError, FFmpegError) as error:
-            faults.append((place, str(error)))
-    return faults

@@ -20,10 +20,9 @@ from strata.dataload.faults import (
     Fault,
     FaultLog,
     SampleFaultError,
-    find_undecodable,
     replace_faulty,
 )
-from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice, find_undecodable
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
@@ -257,11 +256,11 @@ class _GraphMaker:
         except RuntimeError as error:
             if pipeline.spec.coded == "frames" or isinstance(windows.coded, Tensor):
                 raise  # They were decoded before, and faults of samples found then.
-            places = find_undecodable(windows.coded)
-            if not places:
+            found = find_undecodable(pipeline.spec, windows.coded, views, windows.places)
+            if not found:
                 raise
             raise SampleFaultError(
-                [self.reader.fault(samples[place], why) for place, why in places]
+                [self.reader.fault(samples[place], why) for place, why in found]
             ) from error
 
 

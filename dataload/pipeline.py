@@ -10,8 +10,11 @@ those spend most of a sample's time (docs/log.md), its `filter` does not: so on 
 colours become rows of an image that a filter of one column mixes, and the Gaussian is two filters.
 """
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +35,7 @@ __all__ = [
     "ViewSlice",
     "blur_taps",
     "blur_window",
+    "find_undecodable",
     "video_decoder_fault",
 ]
 
@@ -215,7 +219,7 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
         pipe.feed_input("coded", [video])
         pipe.run()
     except RuntimeError as error:
-        return str(error).strip().splitlines()[-1]
+        return _reason(error)
     return None
 
 
@@ -248,7 +252,10 @@ class ClipPipeline:
             # Several ranks on a node would pin their threads to the same cores.
             set_affinity=False,
         )
-        pipe.build()
+        try:
+            pipe.build()
+        finally:
+            _remove_generated_files()
         return pipe
 
     def run(
@@ -332,3 +339,56 @@ class ClipPipeline:
     def close(self) -> None:
         """Free the graph's buffers and threads."""
         self._pipe = None
+
+
+def find_undecodable(
+    spec: GraphSpec,
+    coded: Sequence[np.ndarray],
+    views: Sequence[ViewParameters],
+    places: Sequence[np.ndarray] = (),
+) -> list[tuple[int, str]]:
+    """Which samples of a failed batch are at fault, found by running the graph on each alone.
+
+    Args:
+        spec: The batch's graph.
+        coded: As in `ClipPipeline.run`, like the next two.
+        views: The parameters.
+        places: The frames of videos.
+
+    Returns:
+        Places in the batch with what the decoder said of them.
+    """
+    faults = []
+    alone: ClipPipeline | None = None
+    for place in range(len(coded)):
+        one = slice(place, place + 1)
+        if alone is None:
+            alone = ClipPipeline(dataclasses.replace(spec, batch_size=1))
+        try:
+            alone.run(coded[one], [_rows(view, one) for view in views], places[one])
+        except RuntimeError as error:
+            faults.append((place, _reason(error)))
+            alone.close()  # A graph cannot be used after an error.
+            alone = None
+    if alone is not None:
+        alone.close()
+    return faults
+
+
+def _rows(view: ViewParameters, rows: slice) -> ViewParameters:
+    return ViewParameters(**{name: values[rows] for name, values in vars(view).items()})
+
+
+def _remove_generated_files() -> None:
+    """Remove the files that DALI writes to compile a graph with conditions.
+
+    It removes them when the interpreter ends, which a signal prevents; nobody reads them again.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file") and module.__file__:
+            Path(module.__file__).unlink(missing_ok=True)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI says of the cause, in one line, without its stack."""
+    return str(error).partition("Stacktrace")[0].strip()

@@ -6,6 +6,9 @@ once instead of one after the other, without threads. The shards are not mapped 
 that shrinks or a server that goes away would end the process with a signal instead of an error, a
 mapping keeps its descriptor open for each of some thousand shards, and pages would come one fault
 at a time.
+
+Whatever is read of a sample is compared with its checksum, in data sets that have them: the frame
+table here, the header and the frames where they are joined, a foreign video as a unit.
 """
 
 import errno
@@ -29,13 +32,15 @@ from strata.dataload.storage import (
     sha256,
 )
 from strata.errors import ShardError
+from strata.index import Place, read_index
+from strata.manifest import read_manifest
 from strata.schema import (
     FRAMES_EXT,
     INDEX_SUFFIX,
     FrameTable,
     Manifest,
     ShardEntry,
-    read_manifest,
+    checksum,
     segment_ext,
 )
 from strata.strip import assemble_strip
@@ -46,32 +51,6 @@ _OPEN_SHARDS = 256
 """Descriptors kept; a pool of 16,384 samples is in 130 shards of 128."""
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
-
-Place = tuple[int, int]
-"""Offset in the shard and size, in bytes."""
-
-
-def _read_index(path: Path, num_samples: int) -> list[dict[str, Place]]:
-    """Offsets and sizes in bytes by extension, for each sample; the form of DALI's wds2idx."""
-    try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        version, count = header.split()
-        samples = []
-        for line in lines:
-            words = line.split(" ")
-            samples.append(
-                {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
-            )
-    except (OSError, ValueError, IndexError) as error:
-        raise ShardError(
-            f"index {path} is missing or damaged ({error}); run the same tools/shard.py again"
-        ) from error
-    if version != "v1.2" or int(count) != len(samples) or len(samples) != num_samples:
-        raise ShardError(
-            f"index {path} lists {len(samples)} samples, the manifest says {num_samples}; "
-            "run the same tools/shard.py again"
-        )
-    return samples
 
 
 class _OpenShards:
@@ -175,23 +154,18 @@ class ShardReader:
         self._place.check(entries, self.manifest.digest)
         self._files = _OpenShards(self._place, entries, _OPEN_SHARDS)
         self._indices: dict[int, list[dict[str, Place]]] = {}
+        self._first = np.concatenate([[0], np.cumsum([s.num_samples for s in entries])]).astype(
+            np.int64
+        )
+        self._rows = self.manifest.written
+        self.keys = tuple(row.key or "" for row in self._rows)
+        self.labels = np.array([row.label for row in self._rows], np.int64)
+        self.num_frames = np.array([row.num_frames for row in self._rows], np.int64)
         if isinstance(self._place, LocalFolder):
             for number, entry in enumerate(entries):
                 if check == "hash":
                     _check_hash(self._place.fetch(entry), entry.sha256)
                 self._index(number)
-        self._first = np.concatenate([[0], np.cumsum([s.num_samples for s in entries])]).astype(
-            np.int64
-        )
-        rows = self.manifest.written
-        if len(rows) != self.num_samples:
-            raise ShardError(
-                f"{self.location}: the manifest lists {len(rows)} written samples, its shards hold "
-                f"{self.num_samples}; run the same tools/shard.py again"
-            )
-        self.keys = tuple(row.key or "" for row in rows)
-        self.labels = np.array([row.label for row in rows], np.int64)
-        self.num_frames = np.array([row.num_frames for row in rows], np.int64)
 
     @property
     def location(self) -> str:
@@ -217,7 +191,8 @@ class ShardReader:
         if shard not in self._indices:
             entry = self.manifest.shards[shard]
             path = self._place.fetch(entry).with_suffix(INDEX_SUFFIX)
-            self._indices[shard] = _read_index(path, entry.num_samples)
+            keys = self.keys[self._first[shard] : self._first[shard + 1]]
+            self._indices[shard] = read_index(path, entry, keys)
         return self._indices[shard]
 
     def _shard_of(self, sample: int) -> int:
@@ -238,7 +213,7 @@ class ShardReader:
         )
 
     def member(self, sample: int, ext: str) -> bytes:
-        """One member of a sample, whole.
+        """One complete member of a sample.
 
         Raises:
             SampleFaultError: The sample has no such member.
@@ -248,6 +223,35 @@ class ShardReader:
         if ext not in members:
             raise SampleFaultError([self.fault(sample, f"no member {ext}")])
         return self._files.read(shard, members[ext])
+
+    def table(self, sample: int) -> FrameTable:
+        """A sample's frame table, held against the manifest.
+
+        Raises:
+            SampleFaultError: The sample has none, or it is damaged.
+            ShardError: The shard cannot be read.
+        """
+        content = self.member(sample, FRAMES_EXT)
+        try:
+            table = FrameTable.from_bytes(content)
+            table.check(self.manifest.form, self._rows[sample])
+        except ShardError as error:
+            raise SampleFaultError([self.fault(sample, str(error))]) from error
+        return table
+
+    def foreign_video(self, sample: int, ext: str) -> bytes:
+        """The video of a foreign sample.
+
+        Raises:
+            SampleFaultError: The sample has none, or its checksum differs.
+            ShardError: The shard cannot be read.
+        """
+        content = self.member(sample, ext)
+        expected = self._rows[sample].checksum
+        if expected is not None and checksum(content) != expected:
+            reason = "the video is damaged, its checksum differs"
+            raise SampleFaultError([self.fault(sample, reason)])
+        return content
 
     def fetch_ahead(self, samples: np.ndarray) -> None:
         """Say which samples come soon, the next one first; a URL's shards are downloaded."""
@@ -270,7 +274,7 @@ class ShardReader:
             N times uint8 `[n]`: a JPEG of T frames below each other.
 
         Raises:
-            SampleFaultError: Tables and segments of samples disagree; it names all of them.
+            SampleFaultError: Samples are damaged; it names all of them.
             ShardError: A shard cannot be read, or the set's payload is not jpeg.
         """
         if self.manifest.form.payload != "jpeg":
@@ -289,10 +293,14 @@ class ShardReader:
                 self._files.advise(shard, members[FRAMES_EXT])
         for sample, (shard, members), wanted in zip(chosen.tolist(), places, frames, strict=True):
             try:
-                cut = self._cut(shard, members, wanted)
+                table = self.table(sample)
+                cut = _Cut.of(shard, members, table, np.asarray(wanted, np.int64))
                 for place in cut.places:
                     self._files.advise(shard, place)
                 cuts.append(cut)
+            except SampleFaultError as error:
+                faults += error.faults
+                cuts.append(None)
             except _SampleError as error:
                 faults.append(self.fault(sample, str(error)))
                 cuts.append(None)
@@ -311,16 +319,6 @@ class ShardReader:
     def strip(self, sample: int, frames: np.ndarray) -> np.ndarray:
         """The chosen frames of one sample, see `strips`."""
         return self.strips([sample], [frames])[0]
-
-    def _cut(self, shard: int, members: dict[str, Place], frames: np.ndarray) -> "_Cut":
-        if FRAMES_EXT not in members:
-            raise _SampleError(f"no member {FRAMES_EXT}")
-        content = self._files.read(shard, members[FRAMES_EXT])
-        try:
-            table = FrameTable.from_bytes(content)
-        except ShardError as error:
-            raise _SampleError(str(error)) from error
-        return _Cut.of(shard, members, table, np.asarray(frames, np.int64))
 
     def close(self) -> None:
         """Close the shards."""
@@ -373,13 +371,12 @@ class _Cut:
                 places.append((start, header))
                 continue
             inside = frames[frames // table.frames_per_segment == home]
-            first = int(table.offsets[inside].min())
-            last = int((table.offsets[inside] + table.lengths[inside]).max())
+            starts = table.offsets[inside].astype(np.int64)
+            first, last = int(starts.min()), int((starts + table.lengths[inside]).max())
             if not 0 <= first <= last <= size:
                 raise _SampleError("the frame table points outside its segment")
             places.append((start + first, last - first))
-            segment = slice(home * table.frames_per_segment, (home + 1) * table.frames_per_segment)
-            offsets[segment] += (header if home == 0 else 0) - first
+            offsets[table.segment(home)] += (header if home == 0 else 0) - first
         # The joiner takes the header's length from here; a chosen frame 0 has this offset anyway.
         offsets[0] = header
         return cls(shard, places, homes, replace(table, offsets=offsets), frames)

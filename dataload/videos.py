@@ -15,7 +15,7 @@ from strata.errors import ConfigError, ShardError, VideoFault
 from strata.foreign import decode_frames, video_ext
 from strata.logs import get_logger, warn_once
 from strata.mp4 import assemble_mp4
-from strata.schema import FRAMES_EXT, FrameTable, segment_ext
+from strata.schema import segment_ext
 
 __all__ = ["CodedWindows", "choose_decoder", "read_windows", "refuse_mixed_payloads"]
 
@@ -102,7 +102,7 @@ def _decode_foreign(
         frames, again = np.unique(np.concatenate(here), return_inverse=True)
         _, members = reader.members(sample)
         try:
-            content = reader.member(sample, video_ext(members) or "mp4")
+            content = reader.foreign_video(sample, video_ext(members) or "mp4")
             count = int(reader.num_frames[sample])
             decoded, num_decoded = decode_frames(content, reader.keys[sample], count, frames, form)
         except SampleFaultError as error:
@@ -127,16 +127,16 @@ def _decode_foreign(
 def _read_video(
     reader: ShardReader, sample: int, frames: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    content = reader.member(sample, FRAMES_EXT)
+    table = reader.table(sample)
     try:
-        table = FrameTable.from_bytes(content)
         segments = [b""] * table.num_segments
         for segment in np.unique(frames // table.frames_per_segment).tolist():
             segments[segment] = reader.member(sample, segment_ext(segment, "mp4"))
+    except IndexError as error:
+        raise SampleFaultError([reader.fault(sample, f"no frame {frames[-1]}")]) from error
+    try:
         return assemble_mp4(segments, table, reader.manifest.form, frames)
-    except SampleFaultError:
-        raise
-    except (ShardError, IndexError) as error:
+    except ShardError as error:
         raise SampleFaultError([reader.fault(sample, str(error))]) from error
 
 

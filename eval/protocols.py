@@ -41,6 +41,7 @@ from strata.eval.temporal_cam import (
     shown_samples,
     video_cam,
 )
+from strata.untrusted import file_stem
 
 __all__ = [
     "CompareEvaluation",
@@ -580,7 +581,7 @@ def _draw_cues(
             device=bench.device,
         )
         key, label = reader.keys[sample], reader.manifest.classes[reader.labels[sample]]
-        stem = f"{number:03d}-{key}"
+        stem = f"{number:03d}-{file_stem(key)}"
         sheet = made.sheet(f"{key}   {label}   {bench.features.level} level")
         sheet.save(folder / f"{stem}.png")
         write_video(folder / f"{stem}.mp4", made.video(), _CUE_RATE)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from strata.errors import ShardError
+from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
-from strata.schema import read_manifest
 
 __all__ = ["main"]
 

@@ -26,9 +26,13 @@ from strata.preprocess.progress import LogKind
 from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates
-from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
+from strata.schema import MANIFEST_NAME, NO_LABEL, SAMPLES_NAME, Manifest, NormalForm
+from strata.video import Damaged
 
 __all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
+
+_SHOWN_NOTES = 10
+"""Noted videos that the closing table names."""
 
 Dataset = Literal["ucf101", "hmdb51", "kinetics400", "kinetics600", "kinetics700", "folder"]
 
@@ -140,6 +144,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         choices=get_args(ReadBack),
         default=settings.read_back,
         help="frames decoded back and compared: every 8th, or all for a sixth more CPU time",
+    )
+    add(
+        "--damaged",
+        choices=get_args(Damaged),
+        default=settings.damaged,
+        help="videos with damaged or missing frames: rejected, or what decodes kept with a note",
     )
     add("--seed", type=int, default=settings.seed, help="of the shuffle and the test share")
     add("--workers", type=int, default=settings.workers, help="processes; 0: one for each CPU")
@@ -265,6 +275,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         samples_per_shard=args.samples_per_shard,
         seed=args.seed,
         read_back=args.read_back,
+        damaged=args.damaged,
         workers=args.workers or _share_of_cpus(os.environ),
         slice_index=slice_index,
         slice_count=slice_count,
@@ -507,6 +518,14 @@ def closing_table(
         names = [r.source for r in rejected if r.reason == reason]
         add(f"  {reason}", len(names), some_of(names))
     per_frame = f"{num_bytes / num_frames:,.0f} a frame" if num_frames else ""
+    noted = [r for r in rows if r.notes]
+    if noted:
+        add("written with a note", len(noted))
+        lines.extend(
+            f"    {some_of([r.source])}: {'; '.join(r.notes or ())}" for r in noted[:_SHOWN_NOTES]
+        )
+        if len(noted) > _SHOWN_NOTES:
+            lines.append(f"    ... the others in {folder / SAMPLES_NAME}")
     add("frames", num_frames)
     add("bytes", num_bytes, per_frame)
     if seconds:

@@ -15,16 +15,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from strata.errors import ConfigError, FaultKind
-from strata.preprocess.manifest import canonical_json
+from strata.files import write_atomic
+from strata.manifest import canonical_json
 from strata.preprocess.parts import Heartbeat, Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
 from strata.preprocess.settings import ReadBack, ShardSettings
-from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
+from strata.preprocess.shards import ShardWriter, shard_name
 from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
 from strata.schema import NO_LABEL, NormalForm, ShardEntry, SourceRow
+from strata.video import Damaged
 
-__all__ = ["ShardBuild", "WorkerError", "drive", "record_path", "task_of"]
+__all__ = ["ShardBuild", "ShardRecord", "WorkerError", "drive", "record_path", "task_of"]
 
 _SEALERS = 2
 """Threads that hash and sync finished shards; hashing is faster than any disk."""
@@ -32,6 +34,17 @@ _SEALERS = 2
 
 class WorkerError(RuntimeError):
     """The program is at fault, not a video; shown with its traceback, and the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What is kept of a finished shard until the manifest is written."""
+
+    plan: str
+    """Digest of the plan that it belongs to."""
+    entry: ShardEntry | None
+    """None if all its videos were rejected."""
+    rows: tuple[SourceRow, ...]
 
 
 def record_path(progress_folder: Path, index: int) -> Path:
@@ -185,6 +198,7 @@ class ShardBuild:
                     label=source.label,
                     num_frames=part.num_frames,
                     position=position,
+                    notes=list(part.notes) or None,
                 )
             case Rejected(kind, detail):
                 if self._writer is not None:
@@ -205,23 +219,20 @@ class ShardBuild:
         """Give the shard its name, then write its record."""
         entry = None
         if self._writer is not None and self._writer.num_samples:
-            num_bytes, sha256 = self._writer.finish()
+            num_bytes, sha256, index_sha256 = self._writer.finish()
             entry = ShardEntry(
                 name=self._writer.path.name,
                 num_samples=self._writer.num_samples,
                 num_frames=self._num_frames,
                 num_bytes=num_bytes,
                 sha256=sha256,
+                index_sha256=index_sha256,
             )
         else:
             self.discard()
-        record = {
-            "plan": self._plan_digest,
-            "entry": entry and dataclasses.asdict(entry),
-            "rows": [vars(row) for row in self._rows],
-        }
-        replace_file(record_path(self._progress_folder, self.index), canonical_json(record))
-        sync_folder(self._progress_folder)
+        record = ShardRecord(plan=self._plan_digest, entry=entry, rows=tuple(self._rows))
+        content = canonical_json(dataclasses.asdict(record))
+        write_atomic(record_path(self._progress_folder, self.index), content)
 
     def discard(self) -> None:
         """Remove what is unfinished; what has its name stays."""
@@ -249,13 +260,15 @@ class _Work:
 class _Worker:
     """A worker process and what it is at."""
 
-    def __init__(self, form: NormalForm, read_back: ReadBack) -> None:
+    def __init__(self, form: NormalForm, read_back: ReadBack, damaged: Damaged) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
         self._heartbeat = Heartbeat()
         self.process: BaseProcess = context.Process(
-            target=serve, args=(theirs, form, read_back, self._heartbeat), daemon=True
+            target=serve,
+            args=(theirs, form, read_back, damaged, self._heartbeat),
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -364,7 +377,8 @@ class _Driver:
 
     def _start_worker(self) -> _Worker:
         try:
-            return _Worker(self._settings.form, self._settings.read_back)
+            settings = self._settings
+            return _Worker(settings.form, settings.read_back, settings.damaged)
         except OSError as error:
             raise ConfigError(
                 f"worker process {len(self._workers) + 1} cannot be started "

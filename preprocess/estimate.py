@@ -108,7 +108,12 @@ def _time_sample(sets: Sequence[SourceSet], settings: ShardSettings) -> _Timed:
     for source, classes in chosen[::step][:_SAMPLE_VIDEOS]:
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         try:
-            for message in make_sample(task_of(source, classes), settings.form, settings.read_back):
+            for message in make_sample(
+                task_of(source, classes),
+                settings.form,
+                settings.read_back,
+                damaged=settings.damaged,
+            ):
                 if isinstance(message, Member):
                     timed.shard_bytes += -(-len(message.content) // 512) * 512 + 512
                 elif isinstance(message, Done):

@@ -1,5 +1,6 @@
 """Index and manifest for shards that somebody else wrote, without encoding anything again."""
 
+import hashlib
 import os
 import time
 from collections import Counter
@@ -14,10 +15,11 @@ import numpy as np
 from strata.errors import FaultKind, ShardError, VideoFault
 from strata.files import sha256_of, write_atomic
 from strata.foreign import ForeignFacts, decode_frames, measure_video, video_ext
+from strata.index import escape_name
 from strata.limits import usable_cpus
+from strata.manifest import build_manifest, write_manifest
 from strata.preprocess.foreign_labels import Label, number_classes, read_label
 from strata.preprocess.listing import is_ignored, name_of, some_of
-from strata.preprocess.manifest import build_manifest, write_manifest
 from strata.preprocess.tars import Member, TarSample, index_text, read_tar
 from strata.schema import (
     INDEX_SUFFIX,
@@ -28,8 +30,9 @@ from strata.schema import (
     NormalForm,
     ShardEntry,
     SourceRow,
+    checksum,
 )
-from strata.untrusted import checked_name
+from strata.untrusted import checked_name, checked_text
 
 __all__ = ["index_folder"]
 
@@ -44,6 +47,8 @@ class _Foreign:
     sample: TarSample
     label: Label | None
     facts: ForeignFacts | None = None
+    checksum: int | None = None
+    """Of the video's bytes."""
     fault: VideoFault | None = None
 
     @property
@@ -113,7 +118,8 @@ def index_folder(
             continue
         if out != folder:
             _link(out / path.name, path.resolve())
-        write_atomic((out / path.name).with_suffix(INDEX_SUFFIX), index_text(kept))
+        index = index_text(kept)
+        write_atomic((out / path.name).with_suffix(INDEX_SUFFIX), index)
         entries.append(
             ShardEntry(
                 name=path.name,
@@ -121,6 +127,7 @@ def index_folder(
                 num_frames=sum(s.facts.num_frames for s in samples if s.facts),
                 num_bytes=path.stat().st_size,
                 sha256=sha256_of(path),
+                index_sha256=hashlib.sha256(index).hexdigest(),
             )
         )
     sizes = Counter((s.facts.width, s.facts.height) for s in good if s.facts)
@@ -133,6 +140,8 @@ def index_folder(
         settings={"sizes": {f"{w}x{h}": count for (w, h), count in sorted(sizes.items())}},
         rows=rows,
     )
+    for name in names:
+        checked_text(name, "class", folder, ShardError)
     write_manifest(manifest, out)
     ignored = [
         f"{path.name}/{name}"
@@ -198,13 +207,14 @@ def _measure(path: Path, form: NormalForm, foreign: _Foreign) -> _Foreign:
         if foreign.video is None:
             exts = ", ".join(sorted(foreign.sample.members))
             raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, f"the members are {exts}")
-        facts = measure_video(foreign.video.read(path), source)
+        content = foreign.video.read(path)
+        facts = measure_video(content, source)
         if facts.num_frames < form.min_frames:
             detail = f"{facts.num_frames} frames, {form.min_frames} asked for"
             raise VideoFault(FaultKind.TOO_SHORT, source, detail)
     except VideoFault as error:
         return replace(foreign, fault=error)
-    return replace(foreign, facts=facts)
+    return replace(foreign, facts=facts, checksum=checksum(content))
 
 
 def _rows(
@@ -223,10 +233,12 @@ def _rows(
             row = replace(
                 row,
                 status="written",
-                key=sample.key,
+                key=escape_name(sample.key),
                 num_frames=sample.facts.num_frames,
                 shard=shard,
                 position=position,
+                checksum=sample.checksum,
+                notes=list(sample.facts.notes) or None,
             )
             position += 1
         rows.append(row)

@@ -35,6 +35,8 @@ class Part:
     """All of it, headers and padding too."""
     num_frames: int | None
     """Of the whole sample, where this is its last part."""
+    notes: tuple[str, ...] = ()
+    """What is remarkable about the video, with the last part."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class PartPacker:
         self._buffers += [header, content, padding]
         self._num_bytes += len(header) + len(content) + len(padding)
 
-    def send(self, num_frames: int | None = None) -> None:
+    def send(self, num_frames: int | None = None, notes: tuple[str, ...] = ()) -> None:
         """Send what was added.
 
         Of one sample at most one part waits unread: sending another first waits for the driver's
@@ -148,10 +150,11 @@ class PartPacker:
 
         Args:
             num_frames: Of the whole sample, if this is its last part.
+            notes: What is remarkable about the video, with the last part.
         """
         if self._owes_answer:
             self._connection.recv()
-        part = Part(tuple(self._members), self._num_bytes, num_frames)
+        part = Part(tuple(self._members), self._num_bytes, num_frames, notes)
         descriptor = os.memfd_create("strata-part")
         try:
             _write_all(descriptor, self._buffers)

@@ -1,36 +1,23 @@
-"""Read a container's facts, or say why it cannot be used."""
+"""What a source says of itself: its hash, its container's facts, its timestamps."""
 
 import hashlib
-from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
-import av.error
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from strata.errors import FaultKind, VideoFault
+from strata.video import Packets
 
-__all__ = [
-    "Timing",
-    "VideoFacts",
-    "hash_file",
-    "no_pulse",
-    "open_video",
-    "read_facts",
-    "read_timing",
-]
+__all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFacts:
-    """What the container says. Frame counts of headers are claims, often wrong by a few."""
+    """What the container says."""
 
     width: int
     """Pixels, before rotation."""
@@ -40,17 +27,17 @@ class VideoFacts:
     pixel_format: str
     rate: Fraction
     """Average frames per second; 0 where the container does not say."""
-    claimed_frames: int
-    """0 where the container does not say."""
+    guessed_rate: Fraction
+    """FFmpeg's own guess, which is round; 0 where it has none."""
+    coded_rate: Fraction
+    """What the coded stream itself says; 0 if it does not."""
+    time_base: Fraction
+    """Seconds of a tick of the timestamps."""
     sample_aspect: float
     """Width of a pixel divided by its height."""
 
 
 _HASH_BYTES = 1 << 20
-
-
-def no_pulse() -> None:
-    """For callers that watch nobody."""
 
 
 def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, int]:
@@ -76,165 +63,101 @@ def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, 
         raise VideoFault(FaultKind.UNREADABLE, source, error.strerror or str(error)) from error
 
 
-@contextmanager
-def open_video(path: Path, source: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a container and choose its picture stream, single-threaded.
-
-    Args:
-        path: The file.
-        source: The file as the user would name it.
-
-    Raises:
-        VideoFault: No container, or no picture stream with a known codec in it.
-    """
-    try:
-        # HMDB51 has clips whose metadata are not UTF-8, and nobody needs them.
-        container = av.open(str(path), metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError) as error:
-        reason = "the file is empty" if _is_empty(path) else _reason(error)
-        raise VideoFault(FaultKind.UNREADABLE, source, reason) from error
-    with container:
-        streams = [
-            s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-        ]
-        if not streams:
-            kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-            detail = f"the container holds {' and '.join(kinds)}, no moving picture"
-            raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, detail)
-        stream = streams[0]
-        if stream.codec_context is None:
-            raise VideoFault(FaultKind.UNREADABLE, source, "the codec is not known to this FFmpeg")
-        # The workers are the threads; frame threading would only add delay and memory.
-        stream.thread_count = 1
-        yield container, stream
-
-
 def read_facts(stream: VideoStream) -> VideoFacts:
     """The facts of a chosen stream."""
+    context = stream.codec_context
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate
     aspect = stream.sample_aspect_ratio
     return VideoFacts(
-        width=stream.codec_context.width,
-        height=stream.codec_context.height,
-        codec=stream.codec_context.name,
-        pixel_format=stream.codec_context.pix_fmt or "unknown",
-        rate=Fraction(rate) if rate else Fraction(0),
-        claimed_frames=stream.frames,
+        width=context.width,
+        height=context.height,
+        codec=context.name,
+        pixel_format=context.pix_fmt or "unknown",
+        rate=Fraction(rate or 0),
+        guessed_rate=Fraction(stream.guessed_rate or stream.average_rate or 0),
+        coded_rate=Fraction(context.framerate or 0),
+        time_base=stream.time_base or Fraction(1, 1000),
         sample_aspect=float(aspect) if aspect else 1.0,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the timestamps of a stream say, without decoding it."""
+    """What the timestamps of a stream say."""
 
     is_variable: bool
     """Whether the frames do not come at a constant rate."""
     rate: Fraction
-    """Frames per second that a constant rate should have; 0 where nobody can say."""
-    missing_share: float
-    """Share of the promised duration that the file does not have; 0 if nothing was promised."""
+    """Frames per second that a constant rate has or should have; 0 where nobody can say."""
 
 
 _MAX_IRREGULAR_SHARE = 0.02
 """Share of intervals that may differ from the usual one by more than half: lost frames and jitter
 of a stream that is constant all the same."""
 
+_SHORTEST, _LONGEST = 0.5, 1.75
+"""Times the usual interval that are no irregular one. Films in television's rate have frames of
+two and of three fields, a factor of 1.5; a lost frame is one of 2."""
+
+_MAX_STRAY = 2.0
+"""Frames by which a stream at a stated rate may be early or late: in program streams only some
+packets have times, and what FFmpeg puts between them runs ahead and falls back."""
+
 _MAX_STRETCH = 2.0
 """A constant rate that would need so many times the frames, or so many times fewer, speaks of
 broken timestamps, and the frames are taken as they come."""
 
+_SAME_RATE = 0.05
+"""Relative difference of two rates that mean the same: coarse clocks blur intervals."""
 
-def read_timing(path: Path, source: str, pulse: Callable[[], None]) -> Timing:
-    """Read the timestamps of all packets, which costs a pass over the file and no decoding.
+
+def timing_of(packets: Packets, facts: VideoFacts) -> Timing:
+    """Whether the rate varies, and which constant rate the frames have or should have.
+
+    Timestamps decide only where they are sound: all there, of one clock, and hardly any twice.
 
     Args:
-        path: The file.
-        source: The file as the user would name it.
-        pulse: Called for each packet.
-
-    Raises:
-        VideoFault: The container does not open.
+        packets: Of the stream.
+        facts: Of the stream.
     """
-    ticks = array("q")
-    complete = True
-    with open_video(path, source) as (container, stream):
-        base = stream.time_base or Fraction(1, 1000)
-        rate = Fraction(stream.guessed_rate or stream.average_rate or 0)
-        promised_s = _promised_seconds(container, stream)
-        try:
-            for packet in container.demux(stream):
-                pulse()
-                if packet.size:
-                    if packet.pts is None:
-                        complete = False
-                    else:
-                        ticks.append(packet.pts)
-        except (av.error.FFmpegError, OSError):
-            pass  # Decoding meets it again and says where.
-    times = np.sort(np.frombuffer(ticks, np.int64)) if ticks else np.zeros(0, np.int64)
-    missing = 0.0
-    if promised_s and len(times):
-        missing = 1 - float(times[-1] * base) / promised_s
-        if (
-            missing > 0
-            and _last_second_of_all(path, source, pulse) >= (1 - missing / 2) * promised_s
-        ):
-            missing = 0.0  # Sound goes on where the pictures end: they are all there.
+    times, base = packets.times, facts.time_base
+    as_stated = Timing(is_variable=False, rate=facts.rate)
     steps = np.diff(times)
-    if not complete or len(steps) < 2:
-        return Timing(is_variable=False, rate=rate, missing_share=missing)
-    usual = float(np.median(steps))
-    irregular = np.mean((steps < 0.5 * usual) | (steps > 1.5 * usual))
-    if usual <= 0 or irregular <= _MAX_IRREGULAR_SHARE:
-        return Timing(is_variable=False, rate=rate, missing_share=missing)
+    forward = steps[steps > 0]
+    if not packets.is_timed or packets.starts_over or len(steps) < 2 or not len(forward):
+        return as_stated
+    usual = float(np.median(forward))
     constant = 1 / (Fraction(usual) * base)
-    # Containers with coarse clocks blur the usual interval; the guess of FFmpeg is round.
-    if rate and abs(rate / constant - 1) < 0.05:
-        constant = rate
+    if facts.guessed_rate and abs(facts.guessed_rate / constant - 1) < _SAME_RATE:
+        constant = facts.guessed_rate
     constant = constant.limit_denominator(1001)
     stretch = float(steps.sum() * base * constant) / len(steps)
-    return Timing(
-        is_variable=1 / _MAX_STRETCH <= stretch <= _MAX_STRETCH,
-        rate=constant,
-        missing_share=missing,
-    )
+    is_plausible = 1 / _MAX_STRETCH <= stretch <= _MAX_STRETCH
+    irregular = np.mean((steps < _SHORTEST * usual) | (steps > _LONGEST * usual))
+    if irregular <= _MAX_IRREGULAR_SHARE:
+        # The mean too, as an interval of television's films is one of two or of three fields.
+        found = (float(constant), float(constant) / stretch)
+        agrees = any(abs(float(facts.rate) / rate - 1) < _SAME_RATE for rate in found)
+        return as_stated if agrees or not is_plausible else Timing(is_variable=False, rate=constant)
+    repeated = float(np.mean(steps == 0))
+    if repeated or not _has_gaps(steps, usual):
+        stated = (facts.coded_rate, facts.guessed_rate)
+        if any(_follows(times, base, rate) for rate in stated if rate):
+            return as_stated
+    if repeated > _MAX_IRREGULAR_SHARE or not is_plausible:
+        return as_stated
+    return Timing(is_variable=True, rate=constant)
 
 
-def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """How long the header says that a stream without a number of frames is; 0 if it does not."""
-    if stream.frames:
-        return 0.0
-    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
-    try:
-        hours, minutes, seconds = map(float, tag.split(":"))
-        return hours * 3600 + minutes * 60 + seconds
-    except ValueError:
-        return (container.duration or 0) / av.time_base
+def _has_gaps(steps: np.ndarray, usual: float) -> bool:
+    """Whether intervals are multiples of the usual one: a constant rate that lost frames."""
+    multiples = steps / usual
+    off = np.abs(multiples - np.maximum(np.round(multiples), 1))
+    return bool(np.mean(off > max(0.1, 1 / usual)) <= _MAX_IRREGULAR_SHARE)
 
 
-def _last_second_of_all(path: Path, source: str, pulse: Callable[[], None]) -> float:
-    """The last timestamp of any stream, in seconds."""
-    last = 0.0
-    with open_video(path, source) as (container, _):
-        try:
-            for packet in container.demux():
-                pulse()
-                if packet.pts is not None and packet.time_base:
-                    last = max(
-                        last, float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                    )
-        except (av.error.FFmpegError, OSError):
-            pass
-    return last
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        return path.stat().st_size == 0
-    except OSError:
-        return False
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _follows(times: np.ndarray, base: Fraction, rate: Fraction) -> bool:
+    """Whether the frames never stray far from a constant rate."""
+    off = (times - times[0]) * float(base * rate) - np.arange(len(times))
+    off -= np.median(off)
+    return bool(np.mean(np.abs(off) > _MAX_STRAY) <= _MAX_IRREGULAR_SHARE)

@@ -9,26 +9,28 @@ workers, and a run that was stopped makes just those that are not there.
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import av
+import msgspec
 from PIL import features
 
 from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
+from strata.files import write_atomic
+from strata.manifest import build_manifest, canonical_json, read_manifest, write_manifest
 from strata.metrics import Metrics
-from strata.preprocess.driver import ShardBuild, drive, record_path
+from strata.preprocess.driver import ShardBuild, ShardRecord, drive, record_path
 from strata.preprocess.listing import is_ignored
-from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
 from strata.preprocess.progress import LogKind, open_progress
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.shards import replace_file, shard_name
+from strata.preprocess.shards import shard_name
 from strata.preprocess.sources import Source, SourceSet
 from strata.schema import (
     INDEX_SUFFIX,
@@ -37,8 +39,8 @@ from strata.schema import (
     NormalForm,
     ShardEntry,
     SourceRow,
-    read_manifest,
 )
+from strata.untrusted import checked_name, decode_json
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 
@@ -66,6 +68,8 @@ def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
             "libjpeg_turbo": features.version_feature("libjpeg_turbo") or "none",
         },
     }
+    if settings.damaged != "reject":
+        stored["damaged"] = settings.damaged
     sources = [
         [s.name, s.label, s.num_bytes, s.path is not None, s.fault and s.fault[0]]
         for s in source_set.sources
@@ -189,10 +193,10 @@ def merge_set(folder: Path) -> Manifest:
     plan_path = progress_folder / _PLAN_NAME
     if not plan_path.is_file():
         return read_manifest(folder)
-    plan = json.loads(plan_path.read_bytes())
+    plan = decode_json(plan_path.read_bytes(), _Plan, plan_path, ShardError)
     found = [
-        _read_record(folder, progress_folder, index, plan["settings"]["plan"])
-        for index in range(plan["num_shards"])
+        _read_record(folder, progress_folder, index, plan.settings.get("plan"))
+        for index in range(plan.num_shards)
     ]
     lacking = [shard_name(index) for index, record in enumerate(found) if record is None]
     if lacking:
@@ -202,22 +206,23 @@ def merge_set(folder: Path) -> Manifest:
             "without --slice, and bring all slices' files together"
         )
     shards: list[ShardEntry] = []
-    rows = [SourceRow(source=name, status="absent", label=label) for name, label in plan["absent"]]
-    for entry, shard_rows in filter(None, found):
-        if entry is not None:
-            shard_rows = [
+    rows = [SourceRow(source=name, status="absent", label=label) for name, label in plan.absent]
+    for record in filter(None, found):
+        shard_rows = record.rows
+        if record.entry is not None:
+            shard_rows = tuple(
                 dataclasses.replace(row, shard=len(shards)) if row.status == "written" else row
                 for row in shard_rows
-            ]
-            shards.append(entry)
+            )
+            shards.append(record.entry)
         rows.extend(shard_rows)
     manifest = build_manifest(
-        dataset=plan["dataset"],
-        split=plan["split"],
-        form=NormalForm(**plan["form"]),
-        classes=plan["classes"],
+        dataset=plan.dataset,
+        split=plan.split,
+        form=plan.form,
+        classes=plan.classes,
         shards=shards,
-        settings=plan["settings"],
+        settings=plan.settings,
         rows=rows,
     )
     try:
@@ -230,21 +235,32 @@ def merge_set(folder: Path) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """All that the manifest needs beside the shards' records."""
+
+    dataset: str
+    split: str
+    form: NormalForm
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+    num_shards: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
+    absent: tuple[tuple[str, int], ...]
+
+
 def _plan_json(
     source_set: SourceSet, settings: ShardSettings, identity: dict[str, Any], num_shards: int
 ) -> bytes:
-    """All that the manifest needs beside the shards' records."""
-    return canonical_json(
-        {
-            "dataset": source_set.dataset,
-            "split": source_set.split,
-            "form": dataclasses.asdict(settings.form),
-            "classes": source_set.classes,
-            "settings": identity,
-            "num_shards": num_shards,
-            "absent": [[s.name, s.label] for s in source_set.sources if s.path is None],
-        }
+    plan = _Plan(
+        dataset=source_set.dataset,
+        split=source_set.split,
+        form=settings.form,
+        classes=tuple(source_set.classes),
+        settings=identity,
+        num_shards=num_shards,
+        absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
     )
+    return canonical_json(dataclasses.asdict(plan))
 
 
 def _cannot_write(folder: Path, error: OSError) -> ShardError:
@@ -292,7 +308,7 @@ def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
             )
         progress_folder.mkdir(parents=True, exist_ok=True)
         if not plan_path.exists():
-            replace_file(plan_path, plan)
+            write_atomic(plan_path, plan)
     if plan_path.read_bytes() != plan:
         raise ShardError(
             f"{folder} holds an unfinished run over other videos or with other settings; "
@@ -312,31 +328,27 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-_Record = tuple[ShardEntry | None, list[SourceRow]]
-"""A finished shard: its entry, or None if all its videos were rejected; and its rows."""
-
-
 def _read_record(
-    folder: Path, progress_folder: Path, index: int, plan_digest: str
-) -> _Record | None:
-    """The record of a finished shard, if its files are there.
+    folder: Path, progress_folder: Path, index: int, plan_digest: str | None
+) -> ShardRecord | None:
+    """The record of a finished shard, if its files exist.
 
     Raises:
-        ShardError: It was made by a run with other videos or settings.
+        ShardError: It was made by a run with other videos or settings, or is damaged.
     """
     path = record_path(progress_folder, index)
     if not path.exists():
         return None
-    content = json.loads(path.read_bytes())
-    if content["plan"] != plan_digest:
+    record = decode_json(path.read_bytes(), ShardRecord, path, ShardError)
+    if record.plan != plan_digest:
         raise ShardError(
             f"{path} comes from a slice that saw other videos or had other settings; all slices "
             "need the same command and the same videos: remove what that slice wrote, run it again"
         )
-    entry = ShardEntry(**content["entry"]) if content["entry"] else None
+    entry = record.entry
     if entry is not None:
-        tar = folder / entry.name
+        tar = folder / checked_name(entry.name, "shard", path, ShardError)
         whole = tar.is_file() and tar.stat().st_size == entry.num_bytes
         if not whole or not tar.with_suffix(INDEX_SUFFIX).is_file():
             return None
-    return entry, [SourceRow(**row) for row in content["rows"]]
+    return record

@@ -6,6 +6,7 @@ from typing import Literal
 from strata.errors import ConfigError
 from strata.limits import usable_cpus
 from strata.schema import NormalForm
+from strata.video import Damaged
 
 __all__ = ["ReadBack", "ShardSettings"]
 
@@ -26,6 +27,8 @@ class ShardSettings:
     read_back: ReadBack = "sampled"
     """`sampled`: every restart marker is counted, every 8th frame and the last decoded back and
     compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded whole."""
+    damaged: Damaged = "reject"
+    """Videos with damaged or missing frames: `reject` them, or `keep` what decodes, with a note."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0

@@ -4,28 +4,24 @@ import errno
 import hashlib
 import os
 import tarfile
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from strata.files import sha256_of, sync_path, write_atomic
+from strata.index import index_bytes
 from strata.schema import INDEX_SUFFIX, SHARD_SUFFIX
 
 __all__ = [
     "BLOCK",
-    "INDEX_VERSION",
     "ShardWriter",
-    "replace_file",
     "shard_name",
-    "sync_folder",
     "tar_header",
 ]
 
 BLOCK = 512
 """Bytes; headers and contents of a tar are padded to it."""
-INDEX_VERSION = "v1.2"
-"""Of DALI's `wds2idx`."""
 _TEMPORARY = ".tmp"
 
 
@@ -40,33 +36,6 @@ def tar_header(name: str, num_bytes: int) -> bytes:
     header.size = num_bytes
     header.mode = 0o644
     return header.tobuf(tarfile.USTAR_FORMAT)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file durably so that a reader sees the old one or the new one, never a part.
-
-    Several processes may do it at once, each under a temporary name of its own.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 class ShardWriter:
@@ -129,13 +98,13 @@ class ShardWriter:
         self._file.seek(self._offset)
         self._file.truncate()
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str, str]:
         """End the tar, write the index, make both durable and give them their names.
 
         The tar is read back to be hashed, so the hash is of what stands in the file.
 
         Returns:
-            Size in bytes and SHA-256 of the tar.
+            Size in bytes and SHA-256 of the tar, and SHA-256 of the index.
         """
         end = bytes(2 * BLOCK)
         while end:  # A raw file may take less than it is given.
@@ -143,16 +112,14 @@ class ShardWriter:
         self._offset += 2 * BLOCK
         os.fsync(self._file.fileno())
         self._file.close()
-        with self._temporary.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if file.tell() != self._offset:
-                raise OSError(errno.EIO, f"{file.tell()} of {self._offset} bytes read back")
-        head = f"{INDEX_VERSION} {len(self._lines)}\n"
-        index = head + "".join(line + "\n" for line in self._lines)
-        replace_file(self.path.with_suffix(INDEX_SUFFIX), index.encode())
+        sha256, num_bytes = sha256_of(self._temporary), self._temporary.stat().st_size
+        if num_bytes != self._offset:
+            raise OSError(errno.EIO, f"{num_bytes} of {self._offset} bytes read back")
+        index = index_bytes(self._lines)
+        write_atomic(self.path.with_suffix(INDEX_SUFFIX), index)
         self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
-        return self._offset, sha256
+        sync_path(self.path.parent)
+        return self._offset, sha256, hashlib.sha256(index).hexdigest()
 
     def discard(self) -> None:
         """Remove the unfinished shard."""

@@ -7,7 +7,6 @@ keys (`clip.0.mp4`): then all of its names part at the last dot.
 
 import os
 import posixpath
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -16,8 +15,9 @@ from pathlib import Path
 
 from strata.errors import ShardError
 from strata.foreign import video_ext
+from strata.index import escape_name, index_bytes
 from strata.preprocess.listing import is_ignored, some_of
-from strata.preprocess.shards import BLOCK, INDEX_VERSION
+from strata.preprocess.shards import BLOCK
 
 __all__ = ["Member", "TarContent", "TarSample", "index_text", "read_tar"]
 
@@ -29,7 +29,6 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
 }
 _SCANNED_BYTES = 1 << 20
-_BREAKS_INDEX = re.compile(r"[\s\x00-\x20\x7f-\xa0\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -113,27 +112,19 @@ def read_tar(path: Path, *, dotted_keys: bool = True) -> TarContent:
 
 
 def index_text(samples: Iterable[TarSample]) -> bytes:
-    """The index that belongs to a tar, as DALI's wds2idx makes it.
-
-    A name or extension with a space, a control character or a byte that is not UTF-8 would break
-    its lines: there such characters stand as in a URL, `%20`.
+    """The index that belongs to a tar, as DALI's wds2idx makes it; names as `escape_name` has them.
 
     Args:
         samples: Of the tar, those to list.
     """
-    lines = [
-        " ".join(
-            f"{_escaped(ext)} {m.offset} {m.size} {_escaped(m.name)}"
-            for ext, m in sample.members.items()
-        )
-        for sample in samples
-    ]
-    return "".join(f"{line}\n" for line in [f"{INDEX_VERSION} {len(lines)}", *lines]).encode()
-
-
-def _escaped(name: str) -> str:
-    return _BREAKS_INDEX.sub(
-        lambda m: "".join(f"%{b:02X}" for b in m[0].encode("utf-8", "surrogateescape")), name
+    return index_bytes(
+        [
+            " ".join(
+                f"{escape_name(ext)} {m.offset} {m.size} {escape_name(m.name)}"
+                for ext, m in sample.members.items()
+            )
+            for sample in samples
+        ]
     )
 
 

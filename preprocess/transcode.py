@@ -14,24 +14,25 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
-from strata.filters import SCALER, TURNS, centre_crop, filter_graph, quarter_turn
-from strata.preprocess.probe import (
-    Timing,
-    VideoFacts,
+from strata.filters import UPRIGHT, Orientation, filter_graph, scale_steps, unsupported
+from strata.preprocess.probe import Timing, VideoFacts, read_facts, timing_of
+from strata.schema import NormalForm
+from strata.video import (
+    Damaged,
+    Decoding,
+    check_complete,
     no_pulse,
     open_video,
-    read_facts,
-    read_timing,
+    read_packets,
 )
-from strata.schema import NormalForm
 
 __all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
 
 _BT601 = (0.299, 0.114)
 _LUMA_WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087)}
-_LUMA_WEIGHTS |= {9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+_LUMA_WEIGHTS |= {9: (0.2627, 0.0593)}
 """Weights of red and blue by the stream's colour matrix (ITU-T H.273, table 4). What is not here is
-BT.601 or says nothing, which FFmpeg takes for BT.601."""
+BT.601 or says nothing, which FFmpeg takes for BT.601, or nothing that its scaler takes."""
 
 
 def encode_strip(planes: np.ndarray, form: NormalForm) -> bytes:
@@ -111,8 +112,7 @@ class FrameSource:
         path: The file.
         source: The file as the user would name it.
         form: The normal form.
-        min_decoded_share: The share of the frames that the header promises below which the video
-            counts as truncated. Headers are often wrong by a few frames.
+        damaged: What becomes of a video of which some frames are damaged or missing.
         pulse: Called for each packet and each frame that is read.
     """
 
@@ -122,25 +122,31 @@ class FrameSource:
         source: str,
         form: NormalForm,
         *,
-        min_decoded_share: float = 0.9,
+        damaged: Damaged = "reject",
         pulse: Callable[[], None] = no_pulse,
     ) -> None:
         self._pulse = pulse
         self._path = path
         self._source = source
         self._form = form
-        self._min_decoded_share = min_decoded_share
+        self._damaged: Damaged = damaged
         self._matrix: np.ndarray | None = None
         self._timing: Timing | None = None
         self.deinterlaced = False
         """Whether there was an interlaced frame so far."""
-        self._num_decoded = 0
         self.num_frames = 0
         """Frames given out so far."""
-        self.rotation_degrees = 0
-        """Counter-clockwise rotation of the display matrix; known after the first segment."""
+        self.orientation = UPRIGHT
+        """How the display matrix turns the pictures; known after the first segment."""
+        self.notes: list[str] = []
+        """What is remarkable about the video; known after the last segment."""
         self.facts: VideoFacts | None = None
         """Known after the first segment."""
+
+    @property
+    def rotation_degrees(self) -> int:
+        """Counter-clockwise rotation of the display matrix; known after the first segment."""
+        return self.orientation.degrees
 
     @property
     def resampled(self) -> bool:
@@ -150,9 +156,7 @@ class FrameSource:
     @property
     def rate(self) -> Fraction:
         """Frames per second of what is given out; known after the first segment."""
-        if self._timing is not None and self._timing.is_variable:
-            return self._timing.rate
-        return self.facts.rate if self.facts else Fraction(0)
+        return self._timing.rate if self._timing else Fraction(0)
 
     def segments(self) -> Iterator[np.ndarray]:
         """Give all frames, a segment at a time.
@@ -176,47 +180,31 @@ class FrameSource:
                 _apply_matrix(store[filled], form.height, self._matrix)
             filled += 1
             self.num_frames += 1
-        self._check_count()
-        if filled:
-            yield store[:filled]
-
-    def _check_count(self) -> None:
-        claimed = self.facts.claimed_frames if self.facts else 0
-        if self._num_decoded < self._min_decoded_share * claimed:
-            raise VideoFault(
-                FaultKind.TRUNCATED,
-                self._source,
-                f"the header promises {claimed} frames, {self._num_decoded} decode",
-            )
-        missing = self._timing.missing_share if self._timing else 0.0
-        if missing > 1 - self._min_decoded_share:
-            raise VideoFault(
-                FaultKind.TRUNCATED,
-                self._source,
-                f"the last {missing:.0%} of the duration that the header promises are not there",
-            )
-        if self.num_frames < self._form.min_frames:
+        if self.num_frames < form.min_frames:
             raise VideoFault(
                 FaultKind.TOO_SHORT,
                 self._source,
-                f"{self.num_frames} frames, {self._form.min_frames} asked for",
+                f"{self.num_frames} frames, {form.min_frames} asked for",
             )
+        if filled:
+            yield store[:filled]
 
     def _upright_frames(self) -> Iterator[VideoFrame]:
         """Decoded frames, scaled and turned, as full-range BT.601 4:2:0."""
         graph: Graph | None = None
         shape: tuple[object, ...] = ()
-        self._timing = read_timing(self._path, self._source, self._pulse)
+        packets = read_packets(self._path, self._source, self._pulse)
         with open_video(self._path, self._source) as (container, stream):
             facts = self.facts = read_facts(stream)
-            try:
-                for frame in container.decode(stream):
-                    self._num_decoded += 1
-                    self._pulse()
-                    # Sticky: a stream that mixes both must not start anew at every change.
-                    self.deinterlaced |= frame.interlaced_frame
-                    now = (frame.width, frame.height, frame.format.name, frame.colorspace)
-                    now = (*now, frame.color_range, frame.rotation, self.deinterlaced)
+            self._timing = timing_of(packets, facts)
+            decoding = Decoding(container, stream, packets, self._source, self._pulse)
+            for frame in decoding.frames():
+                self._pulse()
+                # Sticky: a stream that mixes both must not start anew at every change.
+                self.deinterlaced |= frame.interlaced_frame
+                now = (frame.width, frame.height, frame.format.name, frame.colorspace)
+                now = (*now, frame.color_range, frame.rotation, self.deinterlaced)
+                try:
                     # A stream may change its size or colours half-way.
                     if graph is None or now != shape:
                         if graph is not None:
@@ -224,37 +212,28 @@ class FrameSource:
                         graph, shape = self._build_graph(frame, facts), now
                     graph.push(frame)
                     yield from _pull(graph)
-                if graph is not None:
-                    yield from _drain(graph)
-            except (FFmpegError, OSError) as error:
-                claimed = facts.claimed_frames or "an unknown number"
-                decoded = self._num_decoded
-                raise VideoFault(
-                    FaultKind.TRUNCATED if decoded else FaultKind.UNREADABLE,
-                    self._source,
-                    f"{decoded} of {claimed} frames decode, then: {error.strerror or error}",
-                ) from error
+                except FFmpegError as error:
+                    raise unsupported(frame, self._source, error) from error
+            if graph is not None:
+                yield from _drain(graph)
+            self.notes = check_complete(decoding, packets, self._path, self._source, self._damaged)
+        if not self.orientation.is_exact:
+            turn = self.orientation
+            self.notes.append(f"turned by {turn.degrees} degrees, the nearest quarter turn")
 
     def _build_graph(self, frame: VideoFrame, facts: VideoFacts) -> Graph:
-        form = self._form
-        turn = quarter_turn(frame)
-        self.rotation_degrees = turn
-        # Scaling comes before turning, as there is less to turn then.
-        wide, high = (form.height, form.width) if turn in (90, 270) else (form.width, form.height)
+        turn = self.orientation = Orientation.of(frame)
         steps = []
         if self.deinterlaced:
-            # One frame for each that comes in; those that are whole already pass unchanged.
+            # One frame for each that comes in; those that are progressive pass unchanged.
             steps.append("bwdif=mode=send_frame:deint=interlaced")
         if self.resampled:
             steps.append(f"fps={self.rate.numerator}/{self.rate.denominator}")
-        if form.fit == "crop":
-            steps.append(centre_crop(frame.width, frame.height, facts.sample_aspect, wide / high))
         # Equal matrices keep the scaler from converting; see matrix_to_bt601.
-        self._matrix = matrix_to_bt601(int(frame.colorspace))
+        self._matrix = None if frame.format.is_rgb else matrix_to_bt601(int(frame.colorspace))
         colours = "in_color_matrix=bt601:out_color_matrix=bt601:out_range=pc"
-        steps.append(f"scale={wide}:{high}:{SCALER}:{colours}")
-        steps.append("format=yuv420p")
-        steps.extend(TURNS.get(turn, ()))
+        steps += scale_steps(frame, self._form, facts.sample_aspect, turn, colours)
+        steps += ["format=yuv420p", *turn.filters]
         return filter_graph(frame, steps, frame.time_base or Fraction(1, 1000))
 
 

@@ -20,18 +20,22 @@ from av.error import FFmpegError
 from strata.errors import FaultKind, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.preprocess.parts import PartPacker, Rejected, WorkerFailure
-from strata.preprocess.probe import hash_file, no_pulse
+from strata.preprocess.probe import hash_file
 from strata.preprocess.settings import ReadBack
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.verify import verify_strip
 from strata.schema import (
     FACTS_EXT,
     FRAMES_EXT,
+    Checksums,
     FrameTable,
     NormalForm,
     SampleFacts,
+    checksum,
+    segment_checksums,
     segment_ext,
 )
+from strata.video import Damaged, no_pulse
 
 __all__ = [
     "Done",
@@ -75,6 +79,8 @@ class Done:
     """The sample is complete."""
 
     num_frames: int
+    notes: tuple[str, ...] = ()
+    """What is remarkable about the video, for the manifest."""
 
 
 _SAMPLED_EVERY = 8
@@ -116,7 +122,11 @@ def make_segment(
 
 
 def make_sample(
-    task: Task, form: NormalForm, read_back: ReadBack, pulse: Callable[[], None] = no_pulse
+    task: Task,
+    form: NormalForm,
+    read_back: ReadBack,
+    pulse: Callable[[], None] = no_pulse,
+    damaged: Damaged = "reject",
 ) -> Iterator[Member | Done]:
     """Transcode and verify one video, giving each member as soon as it is ready.
 
@@ -128,28 +138,25 @@ def make_sample(
         read_back: Which frames are decoded back and compared.
         pulse: Called whenever it got on: a piece of the file was hashed, a packet read, a frame
             decoded.
+        damaged: What becomes of a video of which some frames are damaged or missing.
 
     Raises:
         VideoFault: The video cannot be used.
     """
     sha256, num_bytes = hash_file(task.path, task.name, pulse)
-    frames = FrameSource(task.path, task.name, form, pulse=pulse)
+    frames = FrameSource(task.path, task.name, form, damaged=damaged, pulse=pulse)
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
+    checksums: list[np.ndarray] = []
+    heads: list[int] = []
     for number, planes in enumerate(frames.segments()):
         content, places = make_segment(planes, form, frames.rate, task.name, read_back)
         offsets.append(places[0])
         lengths.append(places[1])
+        of_frames, of_head = segment_checksums(content, *places, form.payload)
+        checksums.append(of_frames)
+        heads.append(of_head)
         yield Member(segment_ext(number, form.payload), content)
-    table = FrameTable(
-        label=task.label,
-        height=form.height,
-        width=form.width,
-        frames_per_segment=form.frames_per_segment,
-        offsets=np.concatenate(offsets),
-        lengths=np.concatenate(lengths),
-    )
-    yield Member(FRAMES_EXT, table.to_bytes())
     source = frames.facts
     if source is None:
         raise AssertionError("frames without facts")
@@ -169,9 +176,24 @@ def make_sample(
         source_codec=source.codec,
         source_pixel_format=source.pixel_format,
         rotation_degrees=frames.rotation_degrees,
+        mirrored=frames.orientation.mirrored,
+    ).to_json()
+    table = FrameTable(
+        label=task.label,
+        height=form.height,
+        width=form.width,
+        frames_per_segment=form.frames_per_segment,
+        offsets=np.concatenate(offsets),
+        lengths=np.concatenate(lengths),
+        checksums=Checksums(
+            frames=np.concatenate(checksums),
+            heads=np.array(heads, np.uint32),
+            facts=checksum(facts),
+        ),
     )
-    yield Member(FACTS_EXT, facts.to_json())
-    yield Done(frames.num_frames)
+    yield Member(FRAMES_EXT, table.to_bytes())
+    yield Member(FACTS_EXT, facts)
+    yield Done(frames.num_frames, tuple(frames.notes))
 
 
 def _die_with_parent() -> None:
@@ -227,23 +249,28 @@ def send_sample(
     task: Task,
     form: NormalForm,
     read_back: ReadBack,
+    damaged: Damaged,
     pulse: Callable[[], None],
 ) -> None:
     """Make a sample and send it; one segment at a time, the last one with all the rest."""
     packer = PartPacker(connection, task.key)
-    for message in make_sample(task, form, read_back, pulse):
+    for message in make_sample(task, form, read_back, pulse, damaged):
         pulse()
         match message:
             case Member(ext, content):
                 if ext.endswith(_SEGMENT_SUFFIXES) and not packer.is_empty:
                     packer.send()
                 packer.add(ext, content)
-            case Done(num_frames):
-                packer.send(num_frames)
+            case Done(num_frames, notes):
+                packer.send(num_frames, notes)
 
 
 def serve(
-    connection: Connection, form: NormalForm, read_back: ReadBack, heartbeat: "ctypes.c_double"
+    connection: Connection,
+    form: NormalForm,
+    read_back: ReadBack,
+    damaged: Damaged,
+    heartbeat: "ctypes.c_double",
 ) -> None:
     """Answer tasks with messages until the connection closes; the body of a worker process.
 
@@ -251,6 +278,7 @@ def serve(
         connection: To the driver.
         form: The normal form.
         read_back: Which frames are decoded back and compared.
+        damaged: What becomes of a video of which some frames are damaged or missing.
         heartbeat: Shared with the driver: when this worker last got on, by `time.monotonic`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
@@ -270,7 +298,7 @@ def serve(
             continue  # An answer that the sample before did not live to wait for.
         try:
             pulse()
-            send_sample(connection, task, form, read_back, pulse)
+            send_sample(connection, task, form, read_back, damaged, pulse)
         except VideoFault as fault:
             connection.send(Rejected(fault.kind, fault.detail))
         except (BrokenPipeError, ConnectionResetError, EOFError):

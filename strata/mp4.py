@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from strata.errors import ShardError
-from strata.schema import FrameTable, NormalForm
-from strata.strip import Buffer
+from strata.schema import Buffer, FrameTable, NormalForm, checksum
 
 __all__ = ["assemble_mp4", "chosen_packets"]
 
@@ -22,6 +21,9 @@ _PATH_TO_DESCRIPTION = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
 _UNITY = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 _RATE = 25
 """Frames a second that the header states; nobody reads it, frames are taken by number."""
+_MAX_DESCRIPTION = 1 << 16
+_SIZE_AT = 48
+"""In the description's box: width and height of its first entry, 16 bits each."""
 
 
 def _box(kind: bytes, *parts: bytes) -> bytes:
@@ -62,6 +64,40 @@ def _description(segment: memoryview) -> bytes:
             start += size
         start, stop = start + _HEAD.size, start + size
     return bytes(segment[start - _HEAD.size : stop])
+
+
+def _check_description(description: bytes, table: FrameTable) -> None:
+    """Refuse a description of pictures of another size.
+
+    Raises:
+        ShardError: Its size is not the table's, or there is more than one.
+    """
+    size = description[_SIZE_AT : _SIZE_AT + 4]
+    count = description[12:16]
+    expected = struct.pack(">2H", table.width, table.height)
+    if len(description) > _MAX_DESCRIPTION or size != expected or count != b"\x00\x00\x00\x01":
+        raise ShardError(
+            f"mp4: the segment does not describe pictures of {table.width} x {table.height} "
+            "pixels; the shard is damaged, shard the videos again"
+        )
+
+
+def _check_head(segment: memoryview, number: int, table: FrameTable) -> None:
+    """Compare the bytes around a segment's frames with their checksum.
+
+    Raises:
+        ShardError: It differs.
+    """
+    if table.checksums is None:
+        return
+    places = table.segment(number)
+    first = max(int(table.offsets[places.start]), 0)
+    end = max(int(table.offsets[places.stop - 1]) + int(table.lengths[places.stop - 1]), 0)
+    if checksum(segment[end:], checksum(segment[:first])) != table.checksums.heads[number]:
+        raise ShardError(
+            f"mp4: segment {number} is damaged, the checksum of its header differs; shard the "
+            "videos again"
+        )
 
 
 def _parameter_sets(description: bytes) -> bytes:
@@ -115,7 +151,8 @@ def assemble_mp4(
         are; and how many frames it has.
 
     Raises:
-        ShardError: A frame is out of range, a segment is no mp4, or the table points outside it.
+        ShardError: A frame is out of range, a segment is no mp4 of this size, the table points
+            outside it, or a checksum differs.
     """
     if frames[0] < 0 or frames[-1] >= table.num_frames:
         raise ShardError(
@@ -130,12 +167,18 @@ def assemble_mp4(
             "the shard is damaged, shard the videos again"
         )
     views = {h: memoryview(segments[h]) for h in np.unique(homes).tolist()}  # pyright: ignore[reportArgumentType]
+    for home, view in views.items():
+        _check_head(view, home, table)
     descriptions = [_description(view) for view in views.values()]
+    for description in descriptions:
+        _check_description(description, table)
     if len({_parameter_sets(d) for d in descriptions}) != 1:
         raise ShardError(
             "mp4: the segments of a sample were encoded differently; shard the videos again"
         )
     offsets, lengths = table.offsets[packets].tolist(), table.lengths[packets].tolist()
+    if min(offsets) < 0 or min(lengths) < 1:
+        raise ShardError("mp4: the frame table is damaged; shard the videos again")
     parts = [
         views[home][offset : offset + length]
         for home, offset, length in zip(homes.tolist(), offsets, lengths, strict=True)
@@ -145,6 +188,13 @@ def assemble_mp4(
             "mp4: the frame table points outside its segment; "
             "the shard is damaged, shard the videos again"
         )
+    if table.checksums is not None:
+        expected = table.checksums.frames[packets].tolist()
+        for packet, part, wanted in zip(packets.tolist(), parts, expected, strict=True):
+            if checksum(part) != wanted:
+                raise ShardError(
+                    f"mp4: frame {packet} is damaged, its checksum differs; shard the videos again"
+                )
     head = _header(descriptions[0], table, lengths, np.flatnonzero(is_key) + 1)
     joined = bytearray().join([head, *parts])
     places = np.searchsorted(packets, frames).astype(np.int32)

@@ -10,6 +10,9 @@ beside it. A sample is a run of members whose names share the part before the fi
 
 With the `mp4` payload the segments are `<key>.000.mp4` and so on, short videos of their own.
 
+Every frame has a checksum in `frames.i32`, and so have the bytes around the frames, the facts and
+the table itself: the loader checks what it reads, as it reads it.
+
 Every JPEG has a restart marker exactly at each frame's end and standard Huffman tables, and all
 segments of a data set share their quantisation tables. So the coded bytes of any selection of
 frames, in any order, are a valid JPEG behind the common header: the loader cuts out the frames it
@@ -18,25 +21,35 @@ needs and decodes those alone.
 
 import dataclasses
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from strata.errors import ShardError
 from strata.files import encode_text
+from strata.untrusted import Digest
 
 __all__ = [
     "FACTS_EXT",
     "FRAMES_EXT",
     "INDEX_SUFFIX",
     "MANIFEST_NAME",
+    "MAX_CLASSES",
+    "MAX_FRAMES",
+    "MAX_FRAME_SIDE",
     "MAX_JPEG_ROWS",
     "NO_LABEL",
+    "READABLE_VERSIONS",
     "SAMPLES_NAME",
     "SCHEMA_VERSION",
     "SHARD_SUFFIX",
+    "Buffer",
+    "Checksums",
     "FrameTable",
     "Manifest",
     "NormalForm",
@@ -44,11 +57,15 @@ __all__ = [
     "SampleFacts",
     "ShardEntry",
     "SourceRow",
-    "read_manifest",
+    "checksum",
+    "segment_checksums",
     "segment_ext",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""What is written."""
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has no checksums in frame tables and no hashes of index files."""
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.jsonl"
 SHARD_SUFFIX = ".tar"
@@ -58,7 +75,19 @@ FACTS_EXT = "json"
 NO_LABEL = -1
 MAX_JPEG_ROWS = 65_500
 """The tallest picture that libjpeg writes and reads."""
+MAX_FRAME_SIDE = 2048
+"""Largest width and height of a stored frame, in pixels. So no strip decodes to more than 65,500 x
+2,048 pixels, 402 MB, whatever a file says."""
+MAX_FRAMES = 10_000_000
+"""Most frames of a sample: 92 hours at 30 frames a second."""
+MAX_CLASSES = 100_000
 
+Buffer = bytes | bytearray | memoryview | np.ndarray
+_Count = Annotated[int, Meta(ge=0, le=1 << 50)]
+_Label = Annotated[int, Meta(ge=NO_LABEL, lt=MAX_CLASSES)]
+_NumFrames = Annotated[int, Meta(ge=0, le=MAX_FRAMES)]
+_Checksum = Annotated[int, Meta(ge=0, lt=1 << 32)]
+_Text = Annotated[str, Meta(max_length=1 << 16)]
 
 Payload = Literal["jpeg", "mp4", "foreign"]
 
@@ -104,12 +133,15 @@ class NormalForm:
         """
         for name in ("width", "height"):
             value = getattr(self, name)
-            if value <= 0 or value % 16:
-                raise ShardError(f"normal form: {name} is {value}; use a positive multiple of 16")
+            if not 0 < value <= MAX_FRAME_SIDE or value % 16:
+                raise ShardError(
+                    f"normal form: {name} is {value}; use a multiple of 16 from 16 to "
+                    f"{MAX_FRAME_SIDE}"
+                )
         if not 1 <= self.quality <= 95:
             raise ShardError(f"normal form: quality is {self.quality}; use 1 to 95")
-        if self.min_frames < 1:
-            raise ShardError(f"normal form: min_frames is {self.min_frames}; use 1 or more")
+        if not 1 <= self.min_frames <= MAX_FRAMES:
+            raise ShardError(f"normal form: min_frames is {self.min_frames}; use 1 to {MAX_FRAMES}")
 
         coarsest = {"h264": 51, "vp9": 63, "mjpeg": 31}[self.codec]
         finest = 1 if self.codec == "mjpeg" else 0
@@ -118,8 +150,8 @@ class NormalForm:
                 f"normal form: quantizer is {self.quantizer}; "
                 f"{self.codec} has {finest} to {coarsest}"
             )
-        if self.gop < 1:
-            raise ShardError(f"normal form: gop is {self.gop}; use 1 or more")
+        if not 1 <= self.gop <= MAX_FRAMES:
+            raise ShardError(f"normal form: gop is {self.gop}; use 1 to {MAX_FRAMES}")
         most = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 1 << 20
         if not 0 <= self.segment_frames <= most:
             raise ShardError(
@@ -137,15 +169,15 @@ class NormalForm:
 class SampleFacts:
     """The JSON member of a sample."""
 
-    key: str
-    source: str
+    key: _Text
+    source: _Text
     """The source file, relative to the videos' folder, with forward slashes."""
-    source_sha256: str
-    source_bytes: int
-    label: int
+    source_sha256: Annotated[str, Digest]
+    source_bytes: _Count
+    label: _Label
     """Index into the manifest's classes, or -1."""
-    class_name: str | None
-    num_frames: int
+    class_name: _Text | None
+    num_frames: _NumFrames
     """Frames stored."""
     fps: float
     """Frames per second of the source, kept."""
@@ -153,20 +185,66 @@ class SampleFacts:
     """Whether the source's rate varied and frames were repeated or dropped to make it constant."""
     deinterlaced: bool = False
     """Whether the source had interlaced frames, which were made whole."""
-    source_width: int
-    source_height: int
-    source_codec: str
-    source_pixel_format: str
+    source_width: _Count
+    source_height: _Count
+    source_codec: _Text
+    source_pixel_format: _Text
     rotation_degrees: int
-    """Rotation that the container asked for and that was applied."""
+    """Counter-clockwise rotation that the container asked for and that was applied."""
+    mirrored: bool = False
+    """Whether left and right were exchanged before that; written only if so."""
 
     def to_json(self) -> bytes:
         """Canonical UTF-8 JSON."""
+        facts = dataclasses.asdict(self)
+        if not self.mirrored:
+            del facts["mirrored"]
         return encode_text(
-            json.dumps(
-                dataclasses.asdict(self), sort_keys=True, ensure_ascii=False, separators=(",", ":")
-            )
+            json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         )
+
+
+def checksum(content: Buffer, start: int = 0) -> int:
+    """CRC-32 (that of zlib and zip) of some bytes; `start` is that of the bytes before them."""
+    return zlib.crc32(content, start)
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What shows that the bytes of a sample are those that were written."""
+
+    frames: np.ndarray
+    """Shape `[F]`, uint32: of each frame's coded bytes."""
+    heads: np.ndarray
+    """Shape `[S]`, uint32: of the bytes around each segment's frames, see `segment_checksums`."""
+    facts: int
+    """Of the JSON member."""
+
+
+def segment_checksums(
+    content: Buffer,
+    offsets: Sequence[int] | np.ndarray,
+    lengths: Sequence[int] | np.ndarray,
+    payload: Payload,
+) -> tuple[np.ndarray, int]:
+    """The checksums of one segment.
+
+    Args:
+        content: The segment.
+        offsets: Shape `[F]`: where its frames begin.
+        lengths: Shape `[F]`.
+        payload: What the segment is.
+
+    Returns:
+        Those of its frames, `[F]`, uint32; and that of its head: the bytes before the first frame
+        and, in mp4, those after the last. After the last frame a JPEG has its end marker, and
+        between frames restart markers: they are the same in all JPEGs, and the loader reads none.
+    """
+    view = memoryview(content)  # pyright: ignore[reportArgumentType]
+    places = [(int(o), int(o) + int(n)) for o, n in zip(offsets, lengths, strict=True)]
+    frames = np.array([checksum(view[low:high]) for low, high in places], np.uint32)
+    head = checksum(view[: places[0][0]])
+    return frames, checksum(view[places[-1][1] :], head) if payload == "mp4" else head
 
 
 @dataclass(frozen=True)
@@ -174,9 +252,10 @@ class FrameTable:
     """The `frames.i32` member: where each frame's coded bytes are.
 
     As int32, little-endian: `[schema version, label, F, height, width, S, frames per segment, 0]`,
-    then F offsets and F lengths, both in bytes, each offset relative to the start of the JPEG of
-    the frame's segment. The header that all selections share is the bytes of segment 0 before its
-    first frame.
+    then F offsets and F lengths, both in bytes, each offset relative to the start of the frame's
+    segment; then as uint32 F checksums of frames, S of segments' heads, one of the facts, and one
+    of all bytes of this member before it. In version 1 the checksums are missing. The header that
+    all selections share is the bytes of segment 0 before its first frame.
 
     Args:
         label: Index into the manifest's classes, or -1.
@@ -185,6 +264,7 @@ class FrameTable:
         frames_per_segment: Frames in every segment but the last.
         offsets: Shape `[F]`, int32.
         lengths: Shape `[F]`, int32; without the restart marker.
+        checksums: None in tables of version 1.
     """
 
     label: int
@@ -193,6 +273,7 @@ class FrameTable:
     frames_per_segment: int
     offsets: np.ndarray
     lengths: np.ndarray
+    checksums: Checksums | None = None
 
     _NUM_FIXED = 8
 
@@ -206,8 +287,27 @@ class FrameTable:
         """S."""
         return -(-self.num_frames // self.frames_per_segment)
 
+    def segment(self, number: int) -> slice:
+        """The frames of a segment."""
+        first = number * self.frames_per_segment
+        return slice(first, min(first + self.frames_per_segment, self.num_frames))
+
+    def check(self, form: NormalForm, row: "SourceRow") -> None:
+        """Hold the table against what the manifest says of the sample.
+
+        Raises:
+            ShardError: They disagree.
+        """
+        found = (self.num_frames, self.label, self.width, self.height, self.frames_per_segment)
+        told = (row.num_frames, row.label, form.width, form.height, form.frames_per_segment)
+        if found != told:
+            raise ShardError("the frame table is not what the manifest says; shard again")
+
     def to_bytes(self) -> bytes:
         """The member's content."""
+        sums = self.checksums
+        if sums is None:
+            raise AssertionError("a frame table without checksums is of an old version")
         fixed = [
             SCHEMA_VERSION,
             self.label,
@@ -218,35 +318,55 @@ class FrameTable:
             self.frames_per_segment,
             0,
         ]
-        return np.concatenate([np.array(fixed), self.offsets, self.lengths]).astype("<i4").tobytes()
+        signed = np.concatenate([np.array(fixed), self.offsets, self.lengths]).astype("<i4")
+        unsigned = np.concatenate([sums.frames, sums.heads, [sums.facts]]).astype("<u4")
+        content = signed.tobytes() + unsigned.tobytes()
+        return content + checksum(content).to_bytes(4, "little")
 
     @classmethod
-    def from_bytes(cls, content: bytes | memoryview | np.ndarray) -> "FrameTable":
-        """Parse the member.
+    def from_bytes(cls, content: bytes) -> "FrameTable":
+        """Parse the member and check that it is consistent.
 
         Raises:
-            ShardError: The content is not such a table, or of another version.
+            ShardError: The content is not such a table, is damaged, or of another version.
         """
+        if len(content) % 4 or len(content) < 4 * cls._NUM_FIXED:
+            raise ShardError(f"frame table: {len(content)} bytes are no table; shard again")
         table = np.frombuffer(content, "<i4")
-        if len(table) < cls._NUM_FIXED or table[0] != SCHEMA_VERSION:
-            found = table[0] if len(table) else "nothing"
+        version, label, count, height, width, segments, per_segment, zero = table[
+            : cls._NUM_FIXED
+        ].tolist()
+        if version not in READABLE_VERSIONS:
             raise ShardError(
-                f"frame table: version {found}, expected {SCHEMA_VERSION}; shard the videos again"
+                f"frame table: version {version}, expected 1 to {SCHEMA_VERSION}; the shard is "
+                "damaged or newer than this program"
             )
-        _, label, num_frames, height, width, _, frames_per_segment, _ = table[: cls._NUM_FIXED]
-        rest = table[cls._NUM_FIXED :]
-        if len(rest) != 2 * num_frames:
+        places = table[cls._NUM_FIXED :]
+        if not 0 < count <= MAX_FRAMES or per_segment < 1 or label < NO_LABEL or zero:
+            raise ShardError("frame table: a number is out of its range; the shard is damaged")
+        if segments != -(-count // per_segment):
             raise ShardError(
-                f"frame table: {len(rest)} numbers for {num_frames} frames; "
-                "the shard is damaged, shard the videos again"
+                f"frame table: {segments} segments for {count} frames; the shard is damaged"
             )
+        sums = None
+        num_sums = count + segments + 2 if version > 1 else 0
+        if len(places) != 2 * count + num_sums:
+            raise ShardError(
+                f"frame table: {len(places)} numbers for {count} frames; the shard is damaged"
+            )
+        if version > 1:
+            found = places[2 * count :].view("<u4")
+            if checksum(memoryview(content)[:-4]) != int(found[-1]):
+                raise ShardError("frame table: its checksum differs; the shard is damaged")
+            sums = Checksums(found[:count], found[count:-2], int(found[-2]))
         return cls(
-            label=int(label),
-            height=int(height),
-            width=int(width),
-            frames_per_segment=int(frames_per_segment),
-            offsets=rest[:num_frames],
-            lengths=rest[num_frames:],
+            label=label,
+            height=height,
+            width=width,
+            frames_per_segment=per_segment,
+            offsets=places[:count],
+            lengths=places[count : 2 * count],
+            checksums=sums,
         )
 
 
@@ -255,34 +375,42 @@ class ShardEntry:
     """One tar of a data set."""
 
     name: str
-    num_samples: int
-    num_frames: int
-    num_bytes: int
-    sha256: str
+    num_samples: Annotated[int, Meta(ge=1, le=1 << 32)]
+    num_frames: _Count
+    num_bytes: _Count
+    sha256: Annotated[str, Digest]
+    index_sha256: Annotated[str, Digest] | None = None
+    """Of the index file; None in manifests of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRow:
     """What became of one source video; a line of `samples.jsonl`."""
 
-    source: str
+    source: _Text
     status: Literal["written", "rejected", "absent"]
-    key: str | None = None
-    label: int = NO_LABEL
-    num_frames: int = 0
-    shard: int | None = None
+    key: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    label: _Label = NO_LABEL
+    num_frames: _NumFrames = 0
+    shard: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
     """Index into the manifest's shards."""
-    position: int | None = None
+    position: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
     """Place in the shard, from 0."""
-    reason: str | None = None
+    checksum: _Checksum | None = None
+    """CRC-32 of the video's bytes, for foreign samples, which have no frame table."""
+    reason: _Text | None = None
     """A `FaultKind` value, for rejected ones."""
-    detail: str | None = None
+    detail: _Text | None = None
+    notes: Annotated[list[_Text], Meta(max_length=100)] | None = None
+    """What is remarkable about a written one, like a header that promises more frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A data set's table: what it holds, in which form, and what became of every source."""
 
+    schema: int = SCHEMA_VERSION
+    """Version of the format."""
     dataset: str
     split: str
     form: NormalForm
@@ -296,7 +424,7 @@ class Manifest:
     rows: tuple[SourceRow, ...]
     """Every source, in the order of its source name."""
 
-    @property
+    @cached_property
     def written(self) -> tuple[SourceRow, ...]:
         """The samples in the order in which they stand in the shards."""
         rows = [r for r in self.rows if r.status == "written"]
@@ -306,44 +434,3 @@ class Manifest:
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(s.num_samples for s in self.shards)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a shard folder.
-
-    Raises:
-        ShardError: The folder or its manifest is missing, damaged, or of another version.
-    """
-    if not folder.is_dir():
-        raise ShardError(
-            f"shard folder {folder} does not exist; make it with tools/shard.py, or mend the path"
-        )
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ShardError(
-            f"shard folder {folder} has no {MANIFEST_NAME}; sharding did not finish or this is "
-            "another kind of folder: run the same tools/shard.py command again"
-        )
-    try:
-        head = json.loads(path.read_text(encoding="utf-8"))
-        version = head.pop("schema")
-        if version != SCHEMA_VERSION:
-            raise ShardError(
-                f"{path}: schema {version}, expected {SCHEMA_VERSION}; shard the videos again"
-            )
-        with (folder / SAMPLES_NAME).open(encoding="utf-8") as lines:
-            rows = tuple(SourceRow(**json.loads(line)) for line in lines)
-        return Manifest(
-            dataset=head["dataset"],
-            split=head["split"],
-            form=NormalForm(**head["form"]),
-            classes=tuple(head["classes"]),
-            shards=tuple(ShardEntry(**s) for s in head["shards"]),
-            settings=head["settings"],
-            digest=head["digest"],
-            rows=rows,
-        )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ShardError(
-            f"{path}: not readable as a manifest ({error}); run the same tools/shard.py again"
-        ) from error

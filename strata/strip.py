@@ -8,28 +8,36 @@ frame see the chroma of the neighbour in the strip. All other rows of an assembl
 the same bits as in the full strip.
 """
 
+import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from strata.errors import ShardError
-from strata.schema import MAX_JPEG_ROWS, FrameTable
+from strata.schema import MAX_JPEG_ROWS, Buffer, FrameTable, checksum
 
-__all__ = ["Buffer", "assemble_strip", "parse_strip"]
+__all__ = ["assemble_strip", "check_head", "parse_strip"]
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
-_SOF0, _DRI, _SOS = 0xC0, 0xDD, 0xDA
+_SOF0, _DHT, _DQT, _DRI, _SOS, _APP0, _COM = 0xC0, 0xC4, 0xDB, 0xDD, 0xDA, 0xE0, 0xFE
 _RESTARTS = tuple(bytes((0xFF, 0xD0 + k)) for k in range(8))
-
-Buffer = bytes | bytearray | memoryview | np.ndarray
+_MARKERS = frozenset({_SOF0, _DHT, _DQT, _DRI, _SOS, _APP0, _COM})
+"""Those that may stand in a header. Others change colours or the coding, or are parsed by libraries
+for things that no frame needs."""
+_ONCE = frozenset({_SOF0, _DRI, _SOS})
+_MAX_HEADER = 1 << 14
+_BLOCK = 16
+"""Rows and columns that one coded unit covers with 4:2:0."""
 
 
 def _find_headers(jpeg: bytes) -> dict[int, int]:
     """The offset of each marker before the coded data, by its second byte; -1 is where they end.
 
     Raises:
-        ShardError: The bytes are not the beginning of a JPEG.
+        ShardError: The bytes are not the beginning of a JPEG, or it has a marker that is not
+            allowed in a strip.
     """
     if jpeg[:2] != _SOI:
         raise ShardError("strip: not a JPEG; the shard is damaged, shard the videos again")
@@ -37,12 +45,63 @@ def _find_headers(jpeg: bytes) -> dict[int, int]:
     place = 2
     while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
         marker = jpeg[place + 1]
+        if marker not in _MARKERS or (marker in _ONCE and marker in found):
+            raise ShardError(
+                f"strip: not a baseline JPEG with restart markers (marker {marker:#04x}); "
+                "shard the videos again"
+            )
         found[marker] = place
         place += 2 + (jpeg[place + 2] << 8 | jpeg[place + 3])
         if marker == _SOS:
             found[-1] = place
             return found
     raise ShardError("strip: the JPEG header is damaged; shard the videos again")
+
+
+@lru_cache(maxsize=1024)
+def check_head(header: bytes, width: int, height: int) -> int:
+    """Check that a header is the one of a strip, so that it decodes to frames of one size.
+
+    Args:
+        header: The bytes before the first frame.
+        width: Columns of a frame.
+        height: Rows of a frame.
+
+    Returns:
+        Where the strip's number of rows stands, two bytes.
+
+    Raises:
+        ShardError: The header is not that of a baseline 4:2:0 JPEG of this width with a restart
+            marker after each frame.
+    """
+    if len(header) > _MAX_HEADER:
+        raise ShardError(f"strip: a header of {len(header)} bytes; the shard is damaged")
+    found = _find_headers(header)
+    size_at, restart_at, scan_at = (found.get(marker, -1) for marker in (_SOF0, _DRI, _SOS))
+    if size_at < 0 or restart_at < 0:
+        raise ShardError("strip: not a baseline JPEG with restart markers; shard the videos again")
+    picture = header[size_at + 2 : size_at + 19]
+    components = picture[8::3]
+    scan = header[scan_at + 2 : found[-1]]
+    units = (width // _BLOCK) * (height // _BLOCK)
+    fine = (
+        found[-1] == len(header)
+        and len(picture) == 17
+        and picture[:3] == b"\x00\x11\x08"
+        and picture[5:7] == width.to_bytes(2, "big")
+        and picture[7] == 3
+        and picture[9::3] == b"\x22\x11\x11"
+        and header[restart_at + 2 : restart_at + 6] == struct.pack(">2H", 4, units)
+        and scan[:3] == b"\x00\x0c\x03"
+        and scan[3:9:2] == components
+        and scan[9:] == b"\x00\x3f\x00"
+    )
+    if not fine:
+        raise ShardError(
+            f"strip: the header is not that of frames of {width} x {height} pixels; the shard is "
+            "damaged, shard the videos again"
+        )
+    return size_at + 5
 
 
 def parse_strip(jpeg: Buffer) -> tuple[np.ndarray, np.ndarray]:
@@ -91,8 +150,9 @@ def assemble_strip(
         Shape `[B]`, uint8, writable: a JPEG of N * height rows.
 
     Raises:
-        ShardError: An index is out of range, there are none or more than fit one JPEG, or the
-            table points outside its segment.
+        ShardError: An index is out of range, there are none or more than fit one JPEG, the table
+            points outside its segment, a checksum differs, or the header is that of another
+            picture.
     """
     chosen = np.asarray(indices, np.int64)
     count = len(chosen)
@@ -113,24 +173,36 @@ def assemble_strip(
             f"strip: {len(segments)} segments, frame {high} is in a later one; "
             "the shard is damaged, shard the videos again"
         )
-    header = bytearray(segments[0][: int(table.offsets[0])])
-    size_at = _find_headers(bytes(header)).get(_SOF0)
-    if size_at is None:
-        raise ShardError("strip: the JPEG is not baseline; shard the videos again")
-    header[size_at + 5 : size_at + 7] = num_rows.to_bytes(2, "big")
+    head = bytes(segments[0][: int(table.offsets[0])])
+    sums = table.checksums
+    if sums is not None and checksum(head) != sums.heads[0]:
+        raise ShardError("strip: the header is damaged, its checksum differs; shard again")
+    header = bytearray(head)
+    rows_at = check_head(head, table.width, table.height)
+    header[rows_at : rows_at + 2] = num_rows.to_bytes(2, "big")
 
-    starts = table.offsets[chosen]
-    ends = starts + table.lengths[chosen]
+    starts = table.offsets[chosen].astype(np.int64)
+    lengths = table.lengths[chosen].astype(np.int64)
+    if int(starts.min()) < 0 or int(lengths.min()) < 1:
+        raise ShardError("strip: the frame table is damaged; shard the videos again")
     parts: list[Any] = [header]
     views = [memoryview(segment) for segment in segments]  # pyright: ignore[reportArgumentType]
     homes = (chosen // table.frames_per_segment).tolist()
-    for k, (home, start, end) in enumerate(zip(homes, starts.tolist(), ends.tolist(), strict=True)):
-        parts.append(views[home][start:end])
+    wanted = None if sums is None else sums.frames[chosen].tolist()
+    for k, (home, start, end) in enumerate(
+        zip(homes, starts.tolist(), (starts + lengths).tolist(), strict=True)
+    ):
+        part = views[home][start:end]
+        if wanted is not None and checksum(part) != wanted[k]:
+            raise ShardError(
+                f"strip: frame {chosen[k]} is damaged, its checksum differs; shard again"
+            )
+        parts.append(part)
         parts.append(_RESTARTS[k & 7])
     parts[-1] = _EOI
     joined = bytearray().join(parts)
     # A slice beyond a segment's end is silently shorter: one comparison finds it.
-    if len(joined) != len(header) + int((ends - starts).sum()) + 2 * count:
+    if len(joined) != len(header) + int(lengths.sum()) + 2 * count:
         raise ShardError(
             "strip: the frame table points outside its segment; "
             "the shard is damaged, shard the videos again"

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import tarfile
 from dataclasses import replace
 from fractions import Fraction
@@ -13,13 +12,18 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
 
+from strata.manifest import build_manifest, digest_of, write_manifest
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.schema import (
+    Checksums,
     FrameTable,
+    Manifest,
     NormalForm,
     SampleFacts,
     ShardEntry,
     SourceRow,
+    checksum,
+    segment_checksums,
     segment_ext,
 )
 from strata.strip import parse_strip
@@ -53,8 +57,12 @@ def make_shards(
     shard_size: int,
     seed: int,
     form: NormalForm | None = None,
+    schema: int = 2,
 ) -> None:
-    """A small labelled data set; video i has 33 + i % 5 frames and the class i % num_classes."""
+    """A small labelled data set; video i has 33 + i % 5 frames and the class i % num_classes.
+
+    With `schema` 1 it has the form that was written before there were checksums.
+    """
     folder.mkdir(parents=True)
     form = form or NormalForm(width=WIDTH, height=HEIGHT)
     rows, shards = [], []
@@ -70,7 +78,7 @@ def make_shards(
                 )
                 key, label = f"video-{video:04d}", video % num_classes
                 line = []
-                for ext, content in _members(key, label, frames, form):
+                for ext, content in _members(key, label, frames, form, schema):
                     info = tarfile.TarInfo(f"{key}.{ext}")
                     info.size = len(content)
                     offset = tar.offset + 512
@@ -89,7 +97,8 @@ def make_shards(
                         position=place,
                     )
                 )
-        (folder / f"{name}.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n")
+        index = ("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n").encode()
+        (folder / f"{name}.idx").write_bytes(index)
         content = path.read_bytes()
         shards.append(
             ShardEntry(
@@ -98,60 +107,86 @@ def make_shards(
                 num_frames=total,
                 num_bytes=len(content),
                 sha256=hashlib.sha256(content).hexdigest(),
+                index_sha256=hashlib.sha256(index).hexdigest() if schema > 1 else None,
             )
         )
-    lines = [json.dumps(vars(row)) for row in rows]
-    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    head = {
-        "schema": 1,
-        "dataset": "made",
-        "split": folder.name,
-        "form": vars(form),
-        "classes": [f"class-{k}" for k in range(num_classes)],
-        "shards": [vars(s) for s in shards],
-        "settings": {},
-        "digest": hashlib.sha256(f"{folder.name}-{num_videos}-{seed}".encode()).hexdigest(),
-    }
-    (folder / "manifest.json").write_text(json.dumps(head))
+    manifest = build_manifest(
+        dataset="made",
+        split=folder.name,
+        form=form,
+        classes=[f"class-{k}" for k in range(num_classes)],
+        shards=shards,
+        settings={},
+        rows=rows,
+    )
+    rewrite(replace(manifest, schema=schema), folder)
+
+
+def rewrite(manifest: Manifest, folder: Path) -> None:
+    """Write a changed manifest with the digest that is right for it."""
+    write_manifest(replace(manifest, digest=digest_of(manifest)), folder)
+
+
+def table_of(
+    segments: list[bytes],
+    places: list[tuple[np.ndarray, np.ndarray]],
+    form: NormalForm,
+    label: int = 0,
+    facts: bytes = b"",
+) -> FrameTable:
+    """The frame table of segments whose frames are at `places`."""
+    found = [segment_checksums(s, *p, form.payload) for s, p in zip(segments, places, strict=True)]
+    return FrameTable(
+        label=label,
+        height=form.height,
+        width=form.width,
+        frames_per_segment=form.frames_per_segment,
+        offsets=np.concatenate([p[0] for p in places]),
+        lengths=np.concatenate([p[1] for p in places]),
+        checksums=Checksums(
+            frames=np.concatenate([f[0] for f in found]),
+            heads=np.array([f[1] for f in found], np.uint32),
+            facts=checksum(facts),
+        ),
+    )
+
+
+def old_table(table: FrameTable) -> bytes:
+    """The member as version 1 had it, without checksums."""
+    fixed = [1, table.label, table.num_frames, table.height, table.width, table.num_segments]
+    numbers = [np.array([*fixed, table.frames_per_segment, 0]), table.offsets, table.lengths]
+    return np.concatenate(numbers).astype("<i4").tobytes()
+
+
+def encode_mp4_segments(
+    frames: np.ndarray, form: NormalForm
+) -> tuple[list[bytes], list[tuple[np.ndarray, np.ndarray]]]:
+    """Frames as the mp4 payload, and where the packets are."""
+    full = [VideoFrame.from_ndarray(f, format="rgb24").reformat(**_FULL_BT601) for f in frames]
+    planes = np.stack([f.to_ndarray() for f in full])
+    segments, places = [], []
+    for start in range(0, len(frames), form.frames_per_segment):
+        part = planes[start : start + form.frames_per_segment]
+        segments.append(encode_mp4(part, form, Fraction(25)))
+        places.append(verify_mp4(segments[-1], part, form, "made"))
+    return segments, places
 
 
 def encode_segments(frames: np.ndarray, form: NormalForm) -> tuple[list[bytes], FrameTable]:
     """Frames as the mp4 payload, with a table that says where the packets are."""
-    full = [VideoFrame.from_ndarray(f, format="rgb24").reformat(**_FULL_BT601) for f in frames]
-    planes = np.stack([f.to_ndarray() for f in full])
-    segments, offsets, lengths = [], [], []
-    for start in range(0, len(frames), form.frames_per_segment):
-        part = planes[start : start + form.frames_per_segment]
-        segments.append(encode_mp4(part, form, Fraction(25)))
-        found = verify_mp4(segments[-1], part, form, "made")
-        offsets.append(found[0])
-        lengths.append(found[1])
-    return segments, FrameTable(
-        label=0,
-        height=form.height,
-        width=form.width,
-        frames_per_segment=form.frames_per_segment,
-        offsets=np.concatenate(offsets),
-        lengths=np.concatenate(lengths),
-    )
+    segments, places = encode_mp4_segments(frames, form)
+    return segments, table_of(segments, places, form)
 
 
-def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list[tuple[str, bytes]]:
+def _members(
+    key: str, label: int, frames: np.ndarray, form: NormalForm, schema: int
+) -> list[tuple[str, bytes]]:
     if form.payload == "mp4":
-        segments, table = encode_segments(frames, form)
-        table = replace(table, label=label)
+        segments, places = encode_mp4_segments(frames, form)
     else:
         per = form.frames_per_segment
         segments = [encode_strip(frames[k : k + per]) for k in range(0, len(frames), per)]
-        offsets, lengths = map(np.concatenate, zip(*map(parse_strip, segments), strict=True))
-        table = FrameTable(
-            label=label,
-            height=form.height,
-            width=form.width,
-            frames_per_segment=form.frames_per_segment,
-            offsets=offsets,
-            lengths=lengths,
-        )
+        places = [parse_strip(segment) for segment in segments]
     facts = SampleFacts(
         key=key,
         source=f"{key}.avi",
@@ -166,6 +201,8 @@ def _members(key: str, label: int, frames: np.ndarray, form: NormalForm) -> list
         source_codec="made",
         source_pixel_format="rgb24",
         rotation_degrees=0,
-    )
+    ).to_json()
+    table = table_of(segments, places, form, label, facts)
+    content = table.to_bytes() if schema > 1 else old_table(table)
     named = [(segment_ext(k, form.payload), s) for k, s in enumerate(segments)]
-    return [*named, ("frames.i32", table.to_bytes()), ("json", facts.to_json())]
+    return [*named, ("frames.i32", content), ("json", facts)]

@@ -40,7 +40,7 @@ from strata.limits import usable_cpus
 from strata.preprocess.listing import VIDEO_SUFFIXES
 from strata.preprocess.run import ShardSettings, shard_set
 from strata.preprocess.sources import Source, SourceSet
-from strata.schema import NormalForm
+from strata.schema import NormalForm, checksum, segment_ext
 from strata.tools.bench_dali_peer import DaliPeer
 from strata.tools.bench_peers import DECODERS, TorchPeer
 from strata.tools.make_videos import VideoSettings, make_videos
@@ -237,17 +237,45 @@ class _Parts:
         samples = count * self._config.batch_size
         return _Cost((time.perf_counter() - start) / samples, (time.process_time() - cpu) / samples)
 
-    def _coded(self, number: int) -> CodedWindows:
-        """The coded windows of a batch, cut out as the loader does."""
+    def _windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of a batch and the frames of their windows."""
         epoch, step = divmod(number, self._plan.steps_per_epoch)
         samples = self._plan.batch(epoch, step, 0, 1)
         draws = uniforms(_SEED, Stream.WINDOW, epoch, samples, 0, 2)
-        windows = training_window(self._reader.num_frames[samples], self._config.clips, draws)
-        return read_windows(self._reader, samples, windows)
+        return samples, training_window(self._reader.num_frames[samples], self._config.clips, draws)
+
+    def _coded(self, number: int) -> CodedWindows:
+        """The coded windows of a batch, cut out as the loader does."""
+        return read_windows(self._reader, *self._windows(number))
 
     def read(self) -> _Cost:
         """Reading and cutting in one thread."""
         return self._cost(self._coded)
+
+    def checksums(self) -> _Cost:
+        """What of reading is the comparison with checksums: of table, head and used frames."""
+        batches = []
+        for number in range(min(4, self._plan.steps_per_epoch)):
+            samples, windows = self._windows(number)
+            parts: list[bytes | memoryview] = []
+            for sample, window in zip(samples.tolist(), windows, strict=True):
+                table = self._reader.table(sample)
+                segments = [
+                    memoryview(self._reader.member(sample, segment_ext(k)))
+                    for k in range(table.num_segments)
+                ]
+                parts += [table.to_bytes()[:-4], bytes(segments[0][: int(table.offsets[0])])]
+                for frame in window.tolist():
+                    start = int(table.offsets[frame])
+                    segment = segments[frame // table.frames_per_segment]
+                    parts.append(segment[start : start + int(table.lengths[frame])])
+            batches.append(parts)
+
+        def run(number: int) -> None:
+            for part in batches[number % len(batches)]:
+                checksum(part)
+
+        return self._cost(run)
 
     def decode(self, device: Literal["cpu", "gpu"]) -> _Cost:
         """Decoding and nothing else."""
@@ -304,6 +332,8 @@ def measure_parts(
 ) -> list[dict[str, Any]]:
     """Read, decode, augment, whole and from a cache for each way of decoding and augmenting.
 
+    Checksums are a part of reading, measured alone.
+
     The loader makes one batch after the other, so a sample's time is the sum of its parts' times:
     augmenting is what is left of the whole after reading and decoding, feeding and copying too.
     """
@@ -317,6 +347,8 @@ def measure_parts(
         costs = {"read": read, "decode": decoded, "augment": whole - decoded - read}
         costs["whole"] = whole
         form = reader.manifest.form
+        if form.payload == "jpeg":
+            costs["checksums"] = parts.checksums()
         if decode == "cpu" and form.payload == "jpeg":
             costs["cached"] = parts.cached(chosen)
         for part, cost in costs.items():
@@ -337,14 +369,14 @@ def measure_parts(
 
 def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
     print(
-        f"{'payload':<9}{'decode':<8}{'augment':<9}{'part':<9}{'samples/s':>11}{'frames/s':>11}"
+        f"{'payload':<9}{'decode':<8}{'augment':<9}{'part':<11}{'samples/s':>11}{'frames/s':>11}"
         f"{'CPU ms':>9}"
     )
     for row in rows:
         rate = row["samples_per_s"]
         told = f"{rate:>11.1f}{row['frames_per_s']:>11,.0f}" if rate else f"{'hidden':>22}"
         told += f"{row['cpu_ms_per_sample']:>9.2f}"
-        names = f"{row['payload']:<9}{row['decode']:<8}{row['augment']:<9}{row['part']:<9}"
+        names = f"{row['payload']:<9}{row['decode']:<8}{row['augment']:<9}{row['part']:<11}"
         print(names + told, flush=True)
 
 

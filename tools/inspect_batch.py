@@ -18,6 +18,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError, exit_with_one_line
 from strata.eval.film import contact_sheet, write_video
+from strata.untrusted import file_stem
 
 __all__ = ["InspectConfig", "main", "side_by_side"]
 
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         if batch.long is not None:
             views.append(("long sequence", batch.long[row].cpu().numpy()))
         label = int(reader.labels[sample])
-        name = f"{row:03d}-{reader.keys[sample]}"
+        name = f"{row:03d}-{file_stem(reader.keys[sample])}"
         title = f"{reader.keys[sample]}   {classes[label] if label >= 0 else 'no label'}"
         title += f"   seed {config.seed}, epoch {config.epoch}, step {config.step}"
         sheet = contact_sheet(views, title, config.data.clips.clip_frames)

@@ -13,9 +13,9 @@ import pytest
 from strata.dataload.reader import ShardReader
 from strata.dataload.videos import read_windows
 from strata.errors import ShardError
+from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
 from strata.preprocess.cli import main
-from strata.schema import read_manifest
 from tests.unit.preprocess.test_listing import as_nobody, open_tmp
 from tests.unit.preprocess.test_tars import write_tar
 from tests.unit.preprocess.videos import moving_scene, write_video

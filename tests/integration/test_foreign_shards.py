@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 from webdataset.writer import ShardWriter
 
+from strata.manifest import read_manifest
 from strata.preprocess.cli import main
-from strata.schema import read_manifest
 from tests.commands import TINY, records, succeed
 from tests.unit.preprocess.videos import moving_scene, write_video
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
+from strata.manifest import read_manifest
 from strata.preprocess import driver, run
 from strata.preprocess.cli import main
 from strata.preprocess.parts import Heartbeat
-from strata.schema import read_manifest
 from tests.commands import ROOT
 from tests.unit.preprocess.videos import moving_scene, write_video
 

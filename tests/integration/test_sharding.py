@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError, ShardError
+from strata.manifest import read_manifest
 from strata.preprocess.cli import closing_table, main, parse_command, run_command
 from strata.preprocess.driver import WorkerError
-from strata.schema import FrameTable, NormalForm, read_manifest
+from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip
 from tests.unit.preprocess.videos import moving_scene, write_video
 
@@ -347,7 +348,10 @@ def test_too_many_rejects_fail_after_the_work(videos: Path, tmp_path: Path) -> N
     ("argv", "message"),
     [
         (["folder", "--videos", "nowhere", "--out", "o"], "folder nowhere does not exist"),
-        (["folder", "--videos", ".", "--out", "o", "--width", "171"], "use a positive multiple"),
+        (
+            ["folder", "--videos", ".", "--out", "o", "--width", "171"],
+            "use a multiple of 16",
+        ),
         (["folder", "--videos", ".", "--out", "o", "--blur", "1"], "unrecognized arguments"),
         (["folder", "--videos", ".", "--out", "o", "--workers", "-1"], "workers is -1"),
         (["vimeo"], "invalid choice: 'vimeo'"),
@@ -402,7 +406,7 @@ def test_odd_files_are_typed(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "train")
     reasons = {r.source: r.reason for r in manifest.rows if r.status == "rejected"}
     assert reasons == {
-        "corrupted.mp4": "truncated",
+        "corrupted.mp4": "damaged",
         "empty.mp4": "unreadable",
         "text.mp4": "unreadable",
         "truncated_no_moov.mp4": "unreadable",

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from strata.errors import ConfigError, ShardError
+from strata.manifest import read_manifest
 from strata.preprocess import driver, run
 from strata.preprocess.cli import main, parse_command, run_command, slice_of
 from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import find_folder
-from strata.schema import read_manifest
 from tests.commands import free_port, scrape
 from tests.integration.test_sharding import (
     REAL_DATA,

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,11 @@ def strip(frames: np.ndarray) -> tuple[bytes, list[int], list[int]]:
     return jpeg, starts[:-1], [end - start for start, end in zip(starts, ends, strict=False)]
 
 
-def members(key: str, source: str, label: int, frames: np.ndarray) -> list[tuple[str, bytes]]:
+def members(
+    key: str, source: str, label: int, frames: np.ndarray, schema: int
+) -> list[tuple[str, bytes]]:
     parts = [strip(frames[k : k + SEGMENT]) for k in range(0, len(frames), SEGMENT)]
-    table = [1, label, len(frames), HEIGHT, WIDTH, len(parts), SEGMENT, 0]
+    table = [schema, label, len(frames), HEIGHT, WIDTH, len(parts), SEGMENT, 0]
     table += [offset for part in parts for offset in part[1]]
     table += [length for part in parts for length in part[2]]
     facts = {"key": key, "source": source, "source_bytes": 1, "source_sha256": "0" * 64}
@@ -55,10 +58,19 @@ def members(key: str, source: str, label: int, frames: np.ndarray) -> list[tuple
     facts |= {"source_codec": "none", "source_pixel_format": "rgb24", "rotation_degrees": 0}
     segments = [(f"{key}.{number:03d}.jpg", part[0]) for number, part in enumerate(parts)]
     packed = struct.pack(f"<{len(table)}i", *table)
+    if schema == 2:
+        sums = [
+            zlib.crc32(jpeg[offset : offset + length])
+            for jpeg, offsets, lengths in parts
+            for offset, length in zip(offsets, lengths, strict=True)
+        ]
+        sums += [zlib.crc32(jpeg[: offsets[0]]) for jpeg, offsets, _ in parts]
+        packed += struct.pack(f"<{len(sums) + 1}I", *sums, zlib.crc32(canonical(facts)))
+        packed += struct.pack("<I", zlib.crc32(packed))
     return [*segments, (f"{key}.frames.i32", packed), (f"{key}.json", canonical(facts))]
 
 
-def write_set(folder: Path, videos: dict[str, np.ndarray], shard_size: int) -> None:
+def write_set(folder: Path, videos: dict[str, np.ndarray], shard_size: int, schema: int) -> None:
     folder.mkdir()
     rows, shards, names = [], [], list(videos)
     for number, start in enumerate(range(0, len(names), shard_size)):
@@ -67,7 +79,7 @@ def write_set(folder: Path, videos: dict[str, np.ndarray], shard_size: int) -> N
             label, frames = CLASSES.index(source.partition("/")[0]), videos[source]
             key = f"video{start + position}-{hashlib.sha256(source.encode()).hexdigest()[:10]}"
             words = []
-            for name, member in members(key, source, label, frames):
+            for name, member in members(key, source, label, frames, schema):
                 info = tarfile.TarInfo(name)
                 info.size, info.mode = len(member), 0o644
                 content += info.tobuf(tarfile.USTAR_FORMAT)
@@ -78,15 +90,19 @@ def write_set(folder: Path, videos: dict[str, np.ndarray], shard_size: int) -> N
             rows.append(row | {"status": "written", "shard": number, "position": position})
         name, content = f"shard-{number:06d}", content + bytes(1024)
         (folder / f"{name}.tar").write_bytes(content)
-        (folder / f"{name}.idx").write_text(f"v1.2 {len(lines)}\n" + "".join(lines))
+        index = f"v1.2 {len(lines)}\n" + "".join(lines)
+        (folder / f"{name}.idx").write_text(index)
         entry = {"name": f"{name}.tar", "num_samples": len(chosen)}
         entry |= {"num_frames": sum(len(videos[s]) for s in chosen), "num_bytes": len(content)}
-        shards.append(entry | {"sha256": hashlib.sha256(content).hexdigest()})
+        entry["sha256"] = hashlib.sha256(content).hexdigest()
+        if schema == 2:
+            entry["index_sha256"] = hashlib.sha256(index.encode()).hexdigest()
+        shards.append(entry)
     rows.append({"source": "läuft/weg.avi", "label": 1, "num_frames": 0, "status": "absent"})
     written = [canonical(row) for row in sorted(rows, key=lambda row: row["source"])]
     (folder / "samples.jsonl").write_bytes(b"".join(row + b"\n" for row in written))
-    head = {"schema": 1, "dataset": "theirs", "split": "all", "form": FORM, "classes": CLASSES}
-    head |= {"shards": shards, "settings": {}}
+    head = {"schema": schema, "dataset": "theirs", "split": "all", "form": FORM}
+    head |= {"classes": CLASSES, "shards": shards, "settings": {}}
     digest = hashlib.sha256(b"\n".join([canonical(head), *written])).hexdigest()
     text = json.dumps(head | {"digest": digest}, indent=1, ensure_ascii=False) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
@@ -98,11 +114,12 @@ def videos() -> dict[str, np.ndarray]:
     return {n: moving_scene(37 + k, WIDTH, HEIGHT, seed=k) for k, n in enumerate(names)}
 
 
+@pytest.mark.parametrize("schema", [1, 2])
 def test_what_another_program_wrote_is_sound_and_read(
-    tmp_path: Path, videos: dict[str, np.ndarray]
+    tmp_path: Path, videos: dict[str, np.ndarray], schema: int
 ) -> None:
     folder = tmp_path / "set"
-    write_set(folder, videos, 2)
+    write_set(folder, videos, 2, schema)
     assert check_folder(folder, decode=-1) == []
     reader = ShardReader(folder, check="hash")
     for sample, frames in enumerate(videos.values()):

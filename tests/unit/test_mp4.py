@@ -78,6 +78,7 @@ def test_faults_are_named(sample):
         assemble_mp4(segments, table, form, np.array([3, 44]))
     with pytest.raises(ShardError, match="1 segments, frame 20 is in a later one"):
         assemble_mp4(segments[:1], table, form, np.array([20]))
+    table = dataclasses.replace(table, checksums=None)
     with pytest.raises(ShardError, match=r"no moov box|a box reaches beyond the file"):
         assemble_mp4([bytes(2000), *segments[1:]], table, form, np.array([0]))
     with pytest.raises(ShardError, match="a box reaches beyond the file"):
@@ -85,3 +86,32 @@ def test_faults_are_named(sample):
     outside = dataclasses.replace(table, offsets=table.offsets + 10_000_000)
     with pytest.raises(ShardError, match="the frame table points outside its segment"):
         assemble_mp4(segments, outside, form, np.array([0]))
+
+
+def test_any_flipped_byte_of_what_is_used_is_found(sample):
+    segments, table, form = sample
+    good, places, _ = assemble_mp4(segments, table, form, np.array([0]))
+    random = np.random.default_rng(0)
+    end = int(table.offsets[17] + table.lengths[17])
+    around = [*range(int(table.offsets[0])), *range(end, len(segments[0]))]
+    used = [*random.choice(around, 60), *range(int(table.offsets[0]), int(table.offsets[1]), 7)]
+    for place in used:
+        damaged = bytearray(segments[0])
+        damaged[place] ^= 1 << int(place) % 8
+        with pytest.raises(ShardError, match=r"mp4: (segment 0|frame 0) is damaged"):
+            assemble_mp4([damaged, *segments[1:]], table, form, np.array([0]))
+    damaged = bytearray(segments[0])
+    damaged[int(table.offsets[17])] ^= 1  # Of a frame that is not decoded.
+    video, again, _ = assemble_mp4([damaged, *segments[1:]], table, form, np.array([0]))
+    np.testing.assert_array_equal(video, good)
+    np.testing.assert_array_equal(again, places)
+
+
+def test_pictures_of_another_size_are_refused(sample):
+    segments, table, form = sample
+    old = dataclasses.replace(table, checksums=None)
+    place = segments[0].index(b"stsd") + 44
+    damaged = bytearray(segments[0])
+    damaged[place : place + 4] = b"\xff\xdc\xff\xdc"
+    with pytest.raises(ShardError, match="does not describe pictures of 64 x 48 pixels"):
+        assemble_mp4([damaged, *segments[1:]], old, form, np.array([0]))

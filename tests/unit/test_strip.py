@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from typing import Any
 
@@ -6,8 +7,9 @@ import pytest
 from PIL import Image
 
 from strata.errors import ShardError
-from strata.schema import FrameTable
+from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip, parse_strip
+from tests.made import old_table, table_of
 
 HEIGHT, WIDTH = 32, 48
 
@@ -41,16 +43,8 @@ def decode(jpeg: np.ndarray | bytes) -> np.ndarray:
 def make_sample(count: int, per_segment: int) -> tuple[list[bytes], FrameTable]:
     frames = make_frames(count)
     segments = [encode(frames[k : k + per_segment]) for k in range(0, count, per_segment)]
-    parsed = [parse_strip(segment) for segment in segments]
-    table = FrameTable(
-        label=3,
-        height=HEIGHT,
-        width=WIDTH,
-        frames_per_segment=per_segment,
-        offsets=np.concatenate([p[0] for p in parsed]),
-        lengths=np.concatenate([p[1] for p in parsed]),
-    )
-    return segments, table
+    form = NormalForm(width=WIDTH, height=HEIGHT, segment_frames=per_segment)
+    return segments, table_of(segments, [parse_strip(s) for s in segments], form, label=3)
 
 
 def assert_same_away_from_seams(found: np.ndarray, expected: np.ndarray) -> None:
@@ -107,13 +101,78 @@ def test_only_the_first_and_the_chosen_segment_are_read() -> None:
     assert assemble_strip([segments[0], b"", segments[2], b""], table, [13]).tobytes() == expected
 
 
-def test_table_survives_its_bytes() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_table_survives_its_bytes(version: int) -> None:
     segments, table = make_sample(20, 6)
-    again = FrameTable.from_bytes(table.to_bytes())
+    again = FrameTable.from_bytes(old_table(table) if version == 1 else table.to_bytes())
     assert again.num_frames == 20
     assert again.label == 3
+    assert (again.checksums is None) == (version == 1)
     expected = assemble_strip(segments, table, [4, 9])
     np.testing.assert_array_equal(assemble_strip(segments, again, [4, 9]), expected)
+
+
+def test_any_flipped_bit_of_a_table_is_found() -> None:
+    content = make_sample(20, 6)[1].to_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(ShardError, match="frame table: "):
+            FrameTable.from_bytes(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [(0, 3), (0, 0), (1, -2), (2, 10**9), (2, 0), (2, -1), (5, 9), (6, 0), (6, -1), (7, 1)],
+)
+def test_numbers_of_an_old_table_are_checked(index: int, value: int) -> None:
+    numbers = np.frombuffer(old_table(make_sample(20, 6)[1]), "<i4").copy()
+    numbers[index] = value
+    with pytest.raises(ShardError, match="frame table: "):
+        FrameTable.from_bytes(numbers.tobytes())
+
+
+def test_any_flipped_bit_of_what_is_used_is_found() -> None:
+    segments, table = make_sample(6, 6)
+    first = int(table.offsets[0])
+    used = [*range(first), *range(int(table.offsets[3]), int(table.offsets[3] + table.lengths[3]))]
+    for place in used:
+        damaged = bytearray(segments[0])
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises(ShardError, match="is damaged, its checksum differs"):
+            assemble_strip([damaged], table, [3])
+    damaged = bytearray(segments[0])
+    damaged[int(table.offsets[2])] ^= 1  # Of a frame that is not used.
+    np.testing.assert_array_equal(
+        assemble_strip([damaged], table, [3]), assemble_strip(segments, table, [3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("marker", "offset", "new"),
+    [
+        (b"\xff\xc0", 7, b"\xff\xdc"),
+        (b"\xff\xc0", 7, b"\x00\x00"),
+        (b"\xff\xc0", 4, b"\x0c"),
+        (b"\xff\xc0", 9, b"\x01"),
+        (b"\xff\xc0", 11, b"\x11"),
+        (b"\xff\xc0", 1, b"\xc2"),
+        (b"\xff\xdd", 4, b"\x00\x00"),
+        (b"\xff\xda", 4, b"\x01"),
+        (b"\xff\xe0", 1, b"\xee"),
+    ],
+    ids=["wide", "none", "12-bit", "gray", "4:4:4", "progressive", "no-restart", "scan", "adobe"],
+)
+def test_a_header_of_another_picture_is_refused(marker: bytes, offset: int, new: bytes) -> None:
+    """Also where there is no checksum, so that no decoder gives another size."""
+    segments, table = make_sample(6, 6)
+    damaged = bytearray(segments[0])
+    place = damaged.index(marker) + offset
+    damaged[place : place + len(new)] = new
+    with pytest.raises(
+        ShardError, match=r"strip: (the header is not that|not a baseline|the JPEG)"
+    ):
+        assemble_strip([damaged], dataclasses.replace(table, checksums=None), [3])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +192,7 @@ def test_bad_indices_are_named(indices: list[int], message: str) -> None:
 
 def test_table_beyond_its_segment_is_found() -> None:
     segments, table = make_sample(20, 6)
+    table = dataclasses.replace(table, checksums=None)
     with pytest.raises(ShardError, match="points outside its segment"):
         assemble_strip([segments[0][:-200], *segments[1:]], table, [0, 5])
 

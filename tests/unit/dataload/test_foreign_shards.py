@@ -1,5 +1,6 @@
 """Videos in shards of others train and evaluate as their frames do, whatever encoded them."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -21,8 +22,10 @@ from strata.dataload.videos import choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.foreign import decode_frames
+from strata.manifest import read_manifest
 from strata.preprocess.cli import main
 from tests import stream
+from tests.made import rewrite
 from tests.stream import SEED
 from tests.unit.preprocess.videos import moving_scene, write_video
 
@@ -172,5 +175,12 @@ def test_a_damaged_sample_is_named(folder: Path, tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[start : start + size // 2] = bytes(size // 2)
     path.write_bytes(content)
+    with pytest.raises(ShardError, match=r"v0 in x-000\.tar: the video is damaged, its checksum"):
+        read_windows(ShardReader(copy), [1, 0], [np.arange(3)] * 2, 2)
+    # A set that was indexed before there were checksums.
+    manifest = read_manifest(copy)
+    rows = tuple(dataclasses.replace(row, checksum=None) for row in manifest.rows)
+    entries = tuple(dataclasses.replace(e, index_sha256=None) for e in manifest.shards)
+    rewrite(dataclasses.replace(manifest, schema=1, rows=rows, shards=entries), copy)
     with pytest.raises(ShardError, match=r"v0 in x-000\.tar: unreadable: Invalid data"):
         read_windows(ShardReader(copy), [1, 0], [np.arange(3)] * 2, 2)

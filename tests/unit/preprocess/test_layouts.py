@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
+from strata.manifest import read_manifest
 from strata.preprocess.cli import main
 from strata.preprocess.sources import find_folder
-from strata.schema import read_manifest
 from tests.unit.preprocess.test_sources import put
 from tests.unit.preprocess.videos import moving_scene, write_video
 

@@ -104,7 +104,7 @@ def test_verify_finds_another_group_size() -> None:
     [
         ({"quantizer": 52}, "quantizer is 52; h264 has 0 to 51"),
         ({"codec": "mjpeg", "quantizer": 0}, "quantizer is 0; mjpeg has 1 to 31"),
-        ({"gop": 0}, "gop is 0; use 1 or more"),
+        ({"gop": 0}, "gop is 0; use 1 to"),
         ({"segment_frames": -1}, "segment_frames is -1"),
     ],
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from strata.preprocess.manifest import build_manifest, write_manifest
+from strata.manifest import build_manifest, read_manifest, write_manifest
 from strata.preprocess.parts import PartPacker, Sent, receive
 from strata.preprocess.shards import ShardWriter
-from strata.schema import NormalForm, ShardEntry, SourceRow, read_manifest
+from strata.schema import NormalForm, ShardEntry, SourceRow
 
 
 def add(writer: ShardWriter, key: str, members: list[tuple[str, bytes]]) -> None:
@@ -85,13 +85,14 @@ def test_dropped_sample_leaves_no_trace(tmp_path: Path) -> None:
         writer.begin_sample()
         add(writer, "bad", [("000.jpg", b"q" * 5000)])
         writer.drop_sample()
-        num_bytes, sha256 = writer.finish()
+        num_bytes, sha256, index_sha256 = writer.finish()
     content = writer.path.read_bytes()
     assert content == plain.path.read_bytes()
     assert num_bytes == len(content)
     assert sha256 == hashlib.sha256(content).hexdigest()
     index = writer.path.with_suffix(".idx")
     assert index.read_bytes() == plain.path.with_suffix(".idx").read_bytes()
+    assert index_sha256 == hashlib.sha256(index.read_bytes()).hexdigest()
 
 
 def test_unfinished_shard_is_not_there(tmp_path: Path) -> None:
@@ -105,14 +106,31 @@ def test_unfinished_shard_is_not_there(tmp_path: Path) -> None:
 def test_manifest_survives_writing(tmp_path: Path) -> None:
     rows = [
         SourceRow(source="b/ü.avi", status="absent"),
-        SourceRow(source="a/x.avi", status="written", key="a_x-1", shard=0, position=0),
+        SourceRow(
+            source="a/x.avi",
+            status="written",
+            key="a_x-1",
+            label=1,
+            num_frames=40,
+            shard=0,
+            position=0,
+        ),
     ]
     manifest = build_manifest(
         dataset="folder",
         split="train",
         form=NormalForm(),
         classes=["a", "b"],
-        shards=[ShardEntry(name="s.tar", num_samples=1, num_frames=40, num_bytes=9, sha256="00")],
+        shards=[
+            ShardEntry(
+                name="s.tar",
+                num_samples=1,
+                num_frames=40,
+                num_bytes=9,
+                sha256="0" * 64,
+                index_sha256="1" * 64,
+            )
+        ],
         settings={"seed": 0},
         rows=rows,
     )

@@ -59,8 +59,12 @@ def write_video(
     times_ms: Sequence[int] | None = None,
     sample_aspect: Fraction | None = None,
     field_order: str | None = None,
+    display_matrix: Sequence[int] | None = None,
 ) -> Path:
-    """Encode RGB frames; with colours, times, pixel shape, field order as they are given."""
+    """Encode RGB frames; with colours, times, pixel shape, field order as they are given.
+
+    `display_matrix` is a, b, c, d of ISO/IEC 14496-12, 8.3.2, in whole numbers.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -68,6 +72,9 @@ def write_video(
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixel_format
         stream.bit_rate = quality
+        if display_matrix is not None:
+            a, b, c, d = (n << 16 for n in display_matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
         stream.codec_context.time_base = Fraction(1, rate)
         range_code = 2 if full_range else 1
         if colorspace is not None:

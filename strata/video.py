@@ -1,0 +1,559 @@
+"""Videos of unknown origin: opened safely, the stream that players show, and what is wrong with it.
+
+A container's header makes promises that are often wrong. So nothing is refused for a promise alone:
+a video is truncated where the file itself shows that bytes are missing, and damaged where packets
+do not decode.
+"""
+
+import io
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import av
+import av.error
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from strata.errors import FaultKind, VideoFault
+from strata.structure import declared_frames, missing_bytes
+
+__all__ = [
+    "MAX_FRAMES",
+    "MAX_PIXELS",
+    "PICTURE_A_PACKET",
+    "Damaged",
+    "Decoding",
+    "Packets",
+    "check_complete",
+    "no_pulse",
+    "open_video",
+    "read_packets",
+]
+
+MAX_PIXELS = 1 << 26
+"""Most pixels of a picture, 8192 x 8192: at most 100 MB as 4:2:0 of 8 bits."""
+
+MAX_FRAMES = 1 << 24
+"""Most packets of a stream, 155 hours at 30 a second: with FFmpeg's tables about 1.3 GB."""
+
+PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
+"""MPEG-4 in AVI is none: it packs two pictures into a packet, or none."""
+
+MIN_DECODED_SHARE = 0.9
+"""Of the frames or seconds that a header promises; headers are often wrong by a few."""
+
+Damaged = Literal["reject", "keep"]
+"""What becomes of a video of which some frames are damaged or missing."""
+
+_FORMATS = (
+    # Containers.
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,live_flv,kux,asf,asf_o,mpeg,mpegts,ogg,rm,nut,"
+    "mxf,gxf,wtv,dv,ivf,amv,nsv,nuv,pva,vividas,ty,dhav,mgsts,wc3movie,film_cpk,4xm,roq,smk,bink,"
+    "flic,rpl,ea,mtv,mlv,"
+    # Coded streams without a container.
+    "h264,hevc,vvc,av1,obu,m4v,mpegvideo,mpeg1video,mpeg2video,mjpeg,mjpeg_2000,h261,h263,vc1,"
+    "vc1test,dirac,cavsvideo,avs2,avs3,evc,yuv4mpegpipe,"
+    # Moving pictures of the web.
+    "gif,apng,jpegxl_anim"
+)
+"""FFmpeg's demuxers of formats that hold pictures themselves. Those that follow names to other
+files or hosts (concat, hls, dash, sdp, image2, ...) are not among them."""
+
+_NO_VIDEOS = (
+    (rb"ffconcat", "a list of other files (ffconcat)"),
+    (rb"#EXTM3U", "a playlist (m3u8)"),
+    (rb"v=0", "the description of a network stream (SDP)"),
+    (rb"<(\?xml|MPD|Smooth)", "an XML text, like the playlists of DASH"),
+    (rb"\[playlist\]", "a playlist (PLS)"),
+    (rb"\x89PNG", "a still picture (PNG)"),
+    (rb"\xff\xd8\xff", "a still picture (JPEG)"),
+    (rb"BM", "a still picture (BMP)"),
+    (rb"RIFF....WEBP", "a picture (WebP)"),
+    (rb"RIFF....WAVE", "sound alone (WAVE)"),
+    (rb"ID3", "sound alone (MP3)"),
+    (rb"fLaC", "sound alone (FLAC)"),
+)
+"""How files begin that are often met under a video's name, for the reason that is told."""
+
+_STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+_DEFAULT_BONUS = 5_000_000
+"""Pixels that a default stream is ahead of others in ffmpeg's own choice (`map_auto_video`)."""
+
+_LOOKED_AT_PACKETS = 1000
+"""How far a file with several picture streams is read to see which of them have packets."""
+
+_REORDERED_FRAMES = 16
+"""Most frames that H.264 and HEVC move in time; a clock that jumps back further starts over."""
+
+
+def no_pulse() -> None:
+    """For callers that watch nobody."""
+
+
+@contextmanager
+def open_video(where: Path | bytes, source: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a container and choose its picture stream, single-threaded.
+
+    FFmpeg gets a path as a file, whatever its characters, and opens nothing beside it. Of several
+    picture streams that is taken which ffmpeg takes: the largest, with an advantage for a default
+    one; attached pictures and thumbnails are none.
+
+    Args:
+        where: The file, or its content.
+        source: The file as the user would name it.
+
+    Raises:
+        VideoFault: No container of pictures, no picture stream with a known codec in it, or
+            pictures that are too large.
+    """
+    with _open(where, source) as container:
+        stream = _choose_stream(container, where, source)
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            detail = f"pictures of {width} x {height} pixels, at most {MAX_PIXELS:,} are decoded"
+            raise VideoFault(FaultKind.UNSUPPORTED, source, detail)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        # The workers are the threads; frame threading would only add delay and memory.
+        stream.thread_count = 1
+        yield container, stream
+
+
+@contextmanager
+def _open(where: Path | bytes, source: str) -> Iterator[InputContainer]:
+    try:
+        declared = declared_frames(where)
+    except OSError as error:
+        raise VideoFault(FaultKind.UNREADABLE, source, reason_of(error)) from error
+    if declared > MAX_FRAMES:
+        detail = f"its header declares {declared:,} frames, at most {MAX_FRAMES:,} are read"
+        raise VideoFault(FaultKind.UNSUPPORTED, source, detail)
+    # A name with a colon would be a protocol. PyAV hands over the bytes that Python was given.
+    file = f"file:{os.fspath(where)}" if isinstance(where, Path) else io.BytesIO(where)
+    options = {
+        "format_whitelist": _FORMATS,
+        "protocol_whitelist": "file",
+        "max_pixels": str(MAX_PIXELS),
+    }
+    try:
+        # HMDB51 has clips whose metadata are not UTF-8, and nobody needs them.
+        container = av.open(file, "r", options=options, metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoFault(FaultKind.UNREADABLE, source, _why_not(where, error)) from error
+    with container:
+        yield container
+
+
+def _why_not(where: Path | bytes, error: Exception) -> str:
+    """Why a file does not open, from its first bytes where FFmpeg's reason says little."""
+    if isinstance(where, bytes):
+        head = where[:64]
+    else:
+        with where.open("rb") as file:
+            head = file.read(64)
+    if not head:
+        return "the file is empty"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for pattern, what in _NO_VIDEOS:
+        if re.match(pattern, text, re.DOTALL):
+            return f"{what}, no video"
+    if isinstance(error, av.error.ArgumentError):  # The whitelist's refusal.
+        return "FFmpeg reads it, but as no format that holds moving pictures"
+    return reason_of(error)
+
+
+def _choose_stream(container: InputContainer, where: Path | bytes, source: str) -> VideoStream:
+    streams = [s for s in container.streams.video if not s.disposition & _STILLS]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        detail = f"the container holds {' and '.join(kinds)}, no moving picture"
+        raise VideoFault(FaultKind.NO_VIDEO_STREAM, source, detail)
+    # Without a codec context PyAV knows no size either.
+    known = [s for s in streams if s.codec_context is not None]
+    if not known:
+        raise VideoFault(FaultKind.UNREADABLE, source, "the codec is not known to this FFmpeg")
+    if len(known) > 1:
+        filled = _streams_with_packets(where, source, {s.index for s in known})
+        known = [s for s in known if s.index in filled] or known
+
+    def score(stream: VideoStream) -> int:
+        context = stream.codec_context
+        bonus = _DEFAULT_BONUS if stream.disposition & Disposition.default else 0
+        return context.width * context.height + bonus
+
+    return max(known, key=score)
+
+
+def _streams_with_packets(where: Path | bytes, source: str, wanted: set[int]) -> set[int]:
+    found: set[int] = set()
+    with _open(where, source) as container:
+        try:
+            for number, packet in enumerate(container.demux()):
+                if packet.size:
+                    found.add(packet.stream_index)
+                if wanted <= found or number == _LOOKED_AT_PACKETS:
+                    break
+        except (av.error.FFmpegError, OSError):
+            pass  # Decoding meets it again and says where.
+    return found
+
+
+def reason_of(error: Exception) -> str:
+    """What FFmpeg or the system says, without the file's name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _decoders_reason(error: Exception) -> str:
+    reason = reason_of(error)
+    if isinstance(error, av.error.ArgumentError):  # What FFmpeg says to a picture that is too big.
+        reason += f" (pictures may have {MAX_PIXELS:,} pixels at most)"
+    return reason
+
+
+@dataclass(kw_only=True)
+class Packets:
+    """What a pass over the packets of a stream tells, without decoding them."""
+
+    times: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Of the packets that are shown, ascending, in ticks."""
+    is_timed: bool = True
+    """Whether every packet has a time."""
+    starts_over: bool = False
+    """Whether the clock jumps back on the way."""
+    num_shown: int = 0
+    """Packets that are not empty and not hidden by an edit list."""
+    num_lacking: int = 0
+    """Packets that an mp4's table places behind the end of the file."""
+    num_empty: int = 0
+    """Chunks without content: frames that the camera dropped."""
+    marked: set[int | None] = field(default_factory=set)
+    """Times of packets that the container marks as incomplete."""
+    ends_inside: bool = False
+    """Whether the last packet is incomplete."""
+    promised_frames: int = 0
+    """0 where the header does not say."""
+    missing_share: float = 0.0
+    """Share of the promised duration that the file does not have; 0 if nothing was promised."""
+    num_unread: int = 0
+    """Bytes at the file's end in which the container finds no packets, where a share is missing."""
+    error: str = ""
+    """Why the container does not read to its end."""
+
+
+def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = no_pulse) -> Packets:
+    """Read all packets of the chosen stream, which costs a pass over the file and no decoding.
+
+    Args:
+        where: The file, or its content.
+        source: The file as the user would name it.
+        pulse: Called for each packet.
+
+    Raises:
+        VideoFault: The container does not open, or has more packets than anybody decodes.
+    """
+    found = Packets()
+    ticks = array("q")
+    num_read, highest, back, last_time = 0, 0, 0, None
+    with open_video(where, source) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                pulse()
+                num_read += 1
+                if num_read > MAX_FRAMES:
+                    detail = f"more than {MAX_FRAMES:,} packets, which nobody decodes"
+                    raise VideoFault(FaultKind.UNSUPPORTED, source, detail)
+                if packet.is_corrupt:
+                    found.marked.add(packet.pts)
+                if not packet.size:
+                    found.num_empty += 1
+                    continue
+                last_time = packet.pts
+                if packet.is_discard:
+                    continue
+                found.num_shown += 1
+                if packet.pts is None:
+                    found.is_timed = False
+                else:
+                    ticks.append(packet.pts)
+                    highest = max(highest, packet.pts) if len(ticks) > 1 else packet.pts
+                    back = max(back, highest - packet.pts)
+            num_read -= 1  # PyAV ends with an empty packet of its own.
+            found.num_empty -= 1
+        except (av.error.FFmpegError, OSError) as error:
+            found.error = reason_of(error)
+        found.ends_inside = bool(found.marked) and last_time in found.marked
+        if ticks:
+            found.times = np.sort(np.frombuffer(ticks, np.int64))
+            steps = np.diff(found.times)
+            usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
+            found.starts_over = usual > 0 and back > _REORDERED_FRAMES * usual
+        if "mp4" in container.format.name:
+            found.num_lacking = _lacking(stream, num_read, where)
+            # The table has what edit lists hide, and not what they leave out.
+            hidden = num_read - found.num_shown
+            found.promised_frames = max(len(stream.index_entries) - hidden, 0)
+        else:
+            found.promised_frames = stream.frames
+        promised_s = _promised_seconds(container, stream)
+        base = stream.time_base
+    if promised_s and base and len(found.times):
+        missing = 1 - float(found.times[-1] * base) / promised_s
+        if missing > 1 - MIN_DECODED_SHARE:
+            last_s, last_byte = _end_of_all(where, source, pulse)
+            # Where sound goes on after the pictures end, they are all there.
+            if last_s < (1 - missing / 2) * promised_s:
+                found.missing_share = missing
+                unread = _size_of(where) - last_byte
+                found.num_unread = unread if unread > missing / 2 * _size_of(where) else 0
+    return found
+
+
+def _size_of(where: Path | bytes) -> int:
+    return len(where) if isinstance(where, bytes) else where.stat().st_size
+
+
+def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
+    """How many of an mp4's samples were not read and lie behind the end of the file."""
+    entries = stream.index_entries
+    if len(entries) <= num_read:
+        return 0
+    num_bytes, behind = _size_of(where), 0
+    # What is cut off stands last, but for tables of ill will: those are not read to their end.
+    for number in range(len(entries) - 1, max(len(entries) - 1 - MAX_FRAMES, -1), -1):
+        if entries[number].pos + entries[number].size <= num_bytes:
+            break
+        behind += 1
+    return behind
+
+
+def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """How long the header says that a stream without a number of frames is; 0 if it does not."""
+    if stream.frames:
+        return 0.0
+    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
+    try:
+        hours, minutes, seconds = map(float, tag.split(":"))
+        return hours * 3600 + minutes * 60 + seconds
+    except ValueError:
+        return (container.duration or 0) / av.time_base
+
+
+def _end_of_all(where: Path | bytes, source: str, pulse: Callable[[], None]) -> tuple[float, int]:
+    """The end of the last packet of any stream, in seconds and in bytes of the file."""
+    last_s, last_byte = 0.0, 0
+    with _open(where, source) as container:
+        try:
+            for packet in container.demux():
+                pulse()
+                if packet.pts is not None and packet.time_base:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    last_s = max(last_s, float(end))
+                last_byte = max(last_byte, (packet.pos or 0) + packet.size)
+        except (av.error.FFmpegError, OSError):
+            pass  # Decoding meets it again and says where.
+    return last_s, last_byte
+
+
+class Decoding:
+    """Decodes a stream to its end, through damage, and knows afterwards what was damaged.
+
+    Args:
+        container: As `open_video` gives it.
+        stream: Of the container.
+        packets: What `read_packets` found in it.
+        source: The file as the user would name it.
+        pulse: Called for each packet.
+    """
+
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        packets: Packets,
+        source: str,
+        pulse: Callable[[], None] = no_pulse,
+    ) -> None:
+        self._container = container
+        self._stream = stream
+        self._packets = packets
+        self._source = source
+        self._pulse = pulse
+        self.num_decoded = 0
+        """Frames given out so far."""
+        self.num_failed = 0
+        """Packets that did not decode."""
+        self.num_patched = 0
+        """Frames that the decoder had to make up in part."""
+        self.num_before_key = 0
+        """Packets before the first key frame: a capture that begins there cannot be shown."""
+        self._has_begun = False
+        self.first_damaged: int | None = None
+        """Number of a frame, in the order in which they are shown."""
+        self.first_error = ""
+
+    @property
+    def num_lost(self) -> int:
+        """Packets from the first key frame on that became no frame."""
+        return max(self._packets.num_shown - self.num_decoded - self.num_before_key, 0)
+
+    @property
+    def has_picture_a_packet(self) -> bool:
+        """Whether each packet of such a codec is one frame that is shown."""
+        name = self._stream.codec_context.codec.canonical_name
+        return name in PICTURE_A_PACKET and name not in ("vp8", "vp9")  # Those hide some.
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Give all frames that decode, in the order in which they are shown.
+
+        Raises:
+            VideoFault: There is no memory for a picture.
+        """
+        try:
+            for packet in self._container.demux(self._stream):
+                self._pulse()
+                if packet.is_keyframe or self.num_decoded:
+                    self._has_begun = True
+                # An empty packet on the way is a dropped frame; to a decoder it would be the end.
+                if packet.size:
+                    self.num_before_key += not self._has_begun and not packet.is_discard
+                    yield from self._decode(packet)
+        except (av.error.FFmpegError, OSError) as error:
+            self._packets.error = self._packets.error or reason_of(error)
+        yield from self._decode(None)
+
+    def _decode(self, packet: Packet | None) -> Iterator[VideoFrame]:
+        for frame in self._send(packet):
+            self.num_decoded += 1
+            if frame.is_corrupt and frame.pts not in self._packets.marked:
+                self.num_patched += 1
+                self._damage(frame.pts, "the decoder had to make up parts of it")
+            yield frame
+
+    def _send(self, packet: Packet | None) -> list[VideoFrame]:
+        try:
+            return self._stream.codec_context.decode(packet)
+        except av.error.MemoryError as error:
+            raise VideoFault(
+                FaultKind.UNSUPPORTED, self._source, "there is no memory for its pictures"
+            ) from error
+        except av.error.EOFError:
+            return []
+        except (av.error.FFmpegError, OSError) as error:
+            if self._has_begun:
+                self.num_failed += 1
+                self._damage(packet and packet.pts, _decoders_reason(error))
+            self.first_error = self.first_error or _decoders_reason(error)
+            return []
+
+    def _damage(self, time: int | None, what: str) -> None:
+        if self.first_damaged is None:
+            times = self._packets.times
+            timed = time is not None and self._packets.is_timed
+            self.first_damaged = int(np.searchsorted(times, time)) if timed else self.num_decoded
+            self.first_error = what
+
+
+def check_complete(
+    decoding: Decoding, packets: Packets, where: Path | bytes, source: str, damaged: Damaged
+) -> list[str]:
+    """Say what is remarkable about a decoded video, or why it cannot be used.
+
+    Args:
+        decoding: At its end.
+        packets: What `read_packets` found.
+        where: The file, or its content.
+        source: The file as the user would name it.
+        damaged: `keep` makes damage and missing ends a note.
+
+    Returns:
+        Notes for the manifest.
+
+    Raises:
+        VideoFault: It is truncated or damaged, or nothing of it decodes.
+    """
+    num_decoded = decoding.num_decoded
+    if num_decoded == 0 and (packets.num_shown or packets.promised_frames or packets.error):
+        reason = packets.error or decoding.first_error or "not one of its packets gives a frame"
+        raise VideoFault(FaultKind.UNREADABLE, source, reason)
+    notes: list[str] = []
+
+    def fault(kind: FaultKind, detail: str) -> None:
+        if damaged == "reject":
+            raise VideoFault(kind, source, detail)
+        notes.append(f"{kind.value}: {detail}")
+
+    promise = _broken_promise(packets, num_decoded)
+    looks_short = bool(promise) or decoding.first_damaged is not None
+    cut, is_much = _cut(packets, where, looks_short)
+    if packets.error:
+        of = packets.promised_frames or "an unknown number of"
+        fault(FaultKind.TRUNCATED, f"{num_decoded} of {of} frames decode, then: {packets.error}")
+    elif cut and (promise or is_much or decoding.num_failed):
+        # Frames that are damaged by the cut are no case of their own.
+        fault(FaultKind.TRUNCATED, f"{cut}; {promise or f'{num_decoded} frames decode'}")
+        return notes
+    elif packets.num_unread:
+        fault(FaultKind.DAMAGED, f"{packets.num_unread:,} bytes at the end do not read; {promise}")
+    elif cut or promise:
+        notes.append("; ".join(filter(None, (cut, promise))))
+    expected = max(packets.num_shown, num_decoded)
+    is_lossy = num_decoded + decoding.num_before_key < MIN_DECODED_SHARE * expected
+    if decoding.first_damaged is None and is_lossy and promise:
+        fault(
+            FaultKind.DAMAGED,
+            f"{decoding.num_lost:,} of {expected:,} packets give no frame, without an error",
+        )
+    elif decoding.first_damaged is not None:
+        if not decoding.num_failed and decoding.first_damaged >= expected - 1:
+            notes.append("the last frame is incomplete")
+        else:
+            count = decoding.num_failed + decoding.num_patched
+            if decoding.has_picture_a_packet:
+                count = max(count, decoding.num_lost)
+            fault(
+                FaultKind.DAMAGED,
+                f"{count:,} of {expected:,} frames damaged, first at frame "
+                f"{decoding.first_damaged}: {decoding.first_error}",
+            )
+    elif decoding.num_lost and decoding.has_picture_a_packet:
+        notes.append(f"{decoding.num_lost:,} of {expected:,} packets give no frame")
+    if decoding.num_before_key:
+        notes.append(f"{decoding.num_before_key:,} packets before the first key frame left out")
+    return notes
+
+
+def _broken_promise(packets: Packets, num_decoded: int) -> str:
+    """What the header promises beyond what is there, if it is much."""
+    if num_decoded < MIN_DECODED_SHARE * packets.promised_frames:
+        return f"the header promises {packets.promised_frames:,} frames, {num_decoded:,} decode"
+    if packets.missing_share > 1 - MIN_DECODED_SHARE:
+        share = packets.missing_share
+        return f"the last {share:.0%} of the duration that the header promises are not there"
+    return ""
+
+
+def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> tuple[str, bool]:
+    """What shows that the file's end is missing, if anything does; and whether it is much.
+
+    Many headers state a wrong length. So it counts where something else is wrong, too, or where
+    much is missing of a file that promises no number of frames.
+    """
+    if packets.num_lacking:
+        return f"the file ends before its last {packets.num_lacking:,} frames", False
+    if looks_short or not packets.promised_frames:
+        count = missing_bytes(where)
+        is_much = count > (1 - MIN_DECODED_SHARE) * (count + _size_of(where))
+        if count and (is_much or looks_short):
+            return f"the file ends {count:,} bytes before its structure does", is_much
+    if packets.ends_inside:
+        return "the file ends inside a packet", False
+    return "", False
