@@ -32,7 +32,7 @@ def test_neither_shared_memory_nor_a_temporary_folder_is_needed(
 ) -> None:
     # What Python's own shared values are kept in.
     monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", ["/proc/none"])
-    monkeypatch.setattr(multiprocessing.heap.util, "get_temp_dir", lambda: "/proc/none")
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/proc/none")
     monkeypatch.setattr(multiprocessing.heap.BufferWrapper, "_heap", multiprocessing.heap.Heap())
     monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
     main(["folder", "--videos", str(videos), "--out", str(tmp_path / "out"), *SMALL])

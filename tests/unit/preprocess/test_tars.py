@@ -96,12 +96,12 @@ def cut_at_a_member(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: last.offset])
 
 
-def cut(num_bytes: int) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(path.read_bytes()[:num_bytes]) and None
+def cut(num_bytes: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:num_bytes])
 
 
-def replaced(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+def replaced(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
 def overwrite_a_header(path: Path) -> None:
