@@ -10,8 +10,10 @@ those spend most of a sample's time (docs/log.md), its `filter` does not: so on 
 colours become rows of an image that a filter of one column mixes, and the Gaussian is two filters.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -219,6 +221,19 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
     return None
 
 
+def _remove_generated_sources() -> None:
+    """Remove the Python files that DALI has translated a graph to, now that it is built.
+
+    DALI leaves them in the temporary folder until the process exits by itself, so a signal leaves
+    them for good.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file"):
+            for path in (module.__file__, module.__cached__):
+                if path is not None:
+                    Path(path).unlink(missing_ok=True)
+
+
 class ClipPipeline:
     """Decodes a batch of windows and augments every view of it.
 
@@ -240,15 +255,18 @@ class ClipPipeline:
                 frames = frames.gpu()
             return tuple(_view(frames, v, spec) for v in range(len(spec.views)))
 
-        pipe = graph(
-            batch_size=spec.batch_size,
-            num_threads=spec.num_threads,
-            device_id=spec.device_id,
-            prefetch_queue_depth=1,
-            # Several ranks on a node would pin their threads to the same cores.
-            set_affinity=False,
-        )
-        pipe.build()
+        try:
+            pipe = graph(
+                batch_size=spec.batch_size,
+                num_threads=spec.num_threads,
+                device_id=spec.device_id,
+                prefetch_queue_depth=1,
+                # Several ranks on a node would pin their threads to the same cores.
+                set_affinity=False,
+            )
+            pipe.build()
+        finally:
+            _remove_generated_sources()
         return pipe
 
     def run(

@@ -10,7 +10,7 @@ import numpy as np
 
 from strata.config import plain
 from strata.dataload.reader import ShardReader
-from strata.distributed import all_equal
+from strata.distributed import all_equal, only_writer
 from strata.errors import ConfigError
 from strata.eval.accuracy import ClassSpace
 from strata.eval.bench import Bench, Evaluation, OneNetwork, SetPair, open_bench, set_pairs
@@ -419,18 +419,20 @@ def _train_and_test(
         folder = config.run / f"{pair.data}-{pair.split}" if config.data else config.run
         folder = folder if row == "measured" else folder / f"untrained-{seed}"
     all_equal("folder of the training", str(folder))
-    run = ClassifierRun(
-        backbone,
-        pair.train,
-        pair.test,
-        training,
-        clips,
-        folder=folder,
-        described=described,
-        world=bench.world,
-        device=bench.device,
-    )
-    run.fit()
+    advice = "wait for it, or use another --run"
+    with only_writer(folder, "training a classifier", bench.world, advice=advice):
+        run = ClassifierRun(
+            backbone,
+            pair.train,
+            pair.test,
+            training,
+            clips,
+            folder=folder,
+            described=described,
+            world=bench.world,
+            device=bench.device,
+        )
+        run.fit()
     if run.state.epoch < training.epochs:
         if bench.world.is_first:
             print(

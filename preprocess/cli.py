@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
@@ -15,6 +15,7 @@ import yaml
 
 from strata.errors import ConfigError, ShardError
 from strata.exporter import export_process
+from strata.files import FolderLock
 from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
@@ -450,8 +451,12 @@ def _index(argv: Sequence[str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --classes {args.classes}: {error}") from error
     names = [line.strip() for line in classes if line.strip()]
+    alone = nullcontext()
+    if args.folder.is_dir():
+        alone = FolderLock(args.folder, "indexing", ShardError, "wait for it", ".index.lock")
     try:
-        manifest, told = index_folder(args.folder, form, names, args.workers)
+        with alone:
+            manifest, told = index_folder(args.folder, form, names, args.workers)
     except OSError as error:
         raise ShardError(f"{args.folder}: {error}; mend that and run the command again") from error
     print(told, flush=True)

@@ -21,6 +21,7 @@ from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
+from strata.files import FolderLock
 from strata.logs import get_logger
 from strata.metrics import Metrics
 from strata.train import checkpoint
@@ -68,6 +69,7 @@ class Trainer:
         reader: The data set, opened.
         metrics: Where figures go.
         probe: What looks at the encoder between epochs.
+        lock: What keeps other trainings out of the run's folder, on rank 0.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class Trainer:
         reader: ShardReader,
         metrics: Metrics,
         probe: OnlineProbe | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader, self.metrics, self.probe = reader, metrics, probe
+        self.reader, self.metrics, self.probe, self._lock = reader, metrics, probe, lock
         self.plan: Plan = open_plan(reader, config.data, config.seed)
         torch.manual_seed(config.seed)
         self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
@@ -410,6 +413,11 @@ class Trainer:
 
         One periodic save may fail while an older checkpoint stays: the next is the second attempt.
         """
+        if self._lock is not None and self._lock.lost:
+            return NotSavedError(
+                f"{self.config.run} was taken over by another process while this one was stopped "
+                f"for more than {FolderLock.STALE_S:.0f} s; nothing more is written there"
+            )
         try:
             written = self._saver.take()
         except NotSavedError as error:

@@ -18,6 +18,7 @@ from strata.distributed import (
     current_world,
     join_world,
     leave_world,
+    only_writer,
 )
 from strata.errors import EXIT_PREEMPTED, run_rank
 from strata.logs import set_up_logging
@@ -47,9 +48,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     world = join_world(device, config.engine.world_timeout_s)
     agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
-    with serve_run(config, world) as metrics:
+    alone = only_writer(config.run, "training", world, advice="wait for it, or use another --run")
+    with alone as lock, serve_run(config, world) as metrics:
         trainer = Trainer(
-            config, world=world, device=device, reader=reader, metrics=metrics, probe=probe
+            config,
+            world=world,
+            device=device,
+            reader=reader,
+            metrics=metrics,
+            probe=probe,
+            lock=lock,
         )
         trainer.resume()
         if world.is_first:
