@@ -37,6 +37,7 @@ from strata.train.checkpoint import (
     find_checkpoint,
     load_backbone,
     read_state,
+    trained_clips,
 )
 from strata.train.engine import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
@@ -173,11 +174,11 @@ class Bench:
         self.metrics = metrics
         self.world, self.device, self.found = world, device, found
         self.state: RunState = read_state(found)
-        data = self.state.config["data"]
+        clips = trained_clips(self.state.config)
         self.features = dataclasses.replace(
             config.features,
-            size=config.features.size or data["size"],
-            clip_frames=config.features.clip_frames or data["clips"]["clip_frames"],
+            size=config.features.size or clips.size,
+            clip_frames=config.features.clip_frames or clips.frames,
         )
         self.config = config
         self.results = found.parent.parent / "eval"
@@ -311,7 +312,7 @@ def open_bench(config: Evaluation) -> Iterator[Bench]:
     found = find_checkpoint(config.checkpoint)
     if found is None:
         raise CheckpointError(
-            f"{config.checkpoint} holds no whole checkpoint; pretrain with train/main.py first, "
+            f"{config.checkpoint} holds no complete checkpoint; pretrain with train/main.py first, "
             "or mend --checkpoint"
         )
     device = choose_device(EngineConfig(device=config.device), current_world())

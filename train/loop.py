@@ -132,7 +132,7 @@ class Trainer:
         return min(steps, self.config.stop_after_steps or steps)
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, as the config asks.
+        """Continue from the newest complete checkpoint, as the config asks.
 
         Raises:
             CheckpointError: There is one but none was asked for, or it belongs to other data.

@@ -206,7 +206,7 @@ def test_an_evaluation_without_checkpoint_says_so(shards: Path, tmp_path: Path):
         "retrieval",
         *("--checkpoint", tmp_path, "--gallery", shards / "train", "--query", shards / "test"),
     )
-    assert "holds no whole checkpoint" in line
+    assert "holds no complete checkpoint" in line
     assert "not known; use retrieval" in fail_with_one_line("eval/main.py", "retrievel")
 
 

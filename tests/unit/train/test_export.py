@@ -157,7 +157,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "config.json, model.safetensors" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists; choose another --out"):
         main([*words, "--names", "strata"])
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "other")])
 
 
