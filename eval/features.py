@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from strata.dataload.labelled import check_labels
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
-from strata.files import open_atomic, write_atomic
+from strata.files import open_atomic
 from strata.metrics import Metrics
 from strata.train.encode import LEVELS, VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
@@ -178,8 +178,8 @@ def _content_hash(levels: Mapping[str, np.ndarray]) -> str:
 
 def _write(levels: dict[str, np.ndarray], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(levels, metadata={_HASH: _content_hash(levels)})
-    write_atomic(path, content)
+    with open_atomic(path) as out:
+        save_file(levels, out.name, metadata={_HASH: _content_hash(levels)})
 
 
 def _cached(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray]:
