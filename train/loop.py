@@ -22,7 +22,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
 from strata.files import FolderLock
-from strata.logs import get_logger
+from strata.logs import SteadyStream, get_logger
 from strata.metrics import Metrics
 from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
@@ -481,7 +481,11 @@ class Trainer:
         )
         if self.world.is_first and config.monitor.progress:
             self._progress = tqdm(
-                total=self.total_steps, initial=self.state.step, unit="step", desc="pretrain"
+                total=self.total_steps,
+                initial=self.state.step,
+                unit="step",
+                desc="pretrain",
+                file=SteadyStream(),
             )
 
     def _advance(self) -> None:
