@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import multiprocessing
+import os
 import resource
 import selectors
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from strata.errors import FaultKind
 from strata.preprocess.manifest import canonical_json
-from strata.preprocess.parts import Rejected, Sent, WorkerFailure, receive
+from strata.preprocess.parts import Refused, Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.shards import ShardWriter, replace_file, shard_name, sync_folder
@@ -395,6 +396,8 @@ class _Driver:
             work = worker.work
             if work is None:
                 raise AssertionError("a message from an idle worker")
+            if isinstance(message, Refused):
+                raise OSError(message.errno, os.strerror(message.errno))
             if isinstance(message, WorkerFailure):
                 raise WorkerError(
                     f"{work.build.source_name(work.place)}: a fault of the program, not of the "
