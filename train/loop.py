@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -372,12 +373,16 @@ class Trainer:
         finally:
             loader.close()
         folder = self.config.run / "bad-batches"
-        folder.mkdir(exist_ok=True)
         path = folder / f"step-{report.step:09d}-rank-{self.world.rank}.safetensors"
         tensors = {"short": batch.short, "samples": torch.from_numpy(batch.samples)}
         if batch.long is not None:
             tensors["long"] = batch.long
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("the batch of rank %d cannot be written: %s", self.world.rank, error)
+            return
         logger.warning("the batch of rank %d is in %s", self.world.rank, path)
 
     def _probe(self, watchdog: Watchdog) -> None:

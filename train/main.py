@@ -20,7 +20,7 @@ from strata.distributed import (
     leave_world,
     only_writer,
 )
-from strata.errors import EXIT_PREEMPTED, run_rank
+from strata.errors import EXIT_PREEMPTED, ConfigError, run_rank
 from strata.logs import set_up_logging
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         )
         trainer.resume()
         if world.is_first:
-            dump_config(config, config.run / "config.yaml")
+            _write_config(config)
         finished = trainer.fit()
     # Not after a fault: a group that lost a rank may never dissolve.
     leave_world()
@@ -74,6 +74,19 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     return EXIT_PREEMPTED
+
+
+def _write_config(config: TrainConfig) -> None:
+    """Leave the resolved configuration in the run's folder.
+
+    Raises:
+        ConfigError: The disk takes none.
+    """
+    path = config.run / "config.yaml"
+    try:
+        dump_config(config, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; free space") from error
 
 
 def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
