@@ -1,6 +1,5 @@
 """The evaluations: retrieval, linear probe, finetuning, both probes in one, and temporal cues."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from strata.eval.temporal_cam import (
     shown_samples,
     video_cam,
 )
+from strata.logs import read_json_lines
 
 __all__ = [
     "CompareEvaluation",
@@ -455,7 +455,7 @@ def _train_and_test(
 
 def _curves(log: Path) -> dict[str, list[float]]:
     """The training's curves from its log; where a resume repeated steps, the later counts."""
-    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    records, _ = read_json_lines(log)
     by_step = {r["step"]: r for r in records if r["kind"] == "step"}
     ordered: Sequence[dict[str, Any]] = [by_step[s] for s in sorted(by_step)]
     return {name: [r[name] for r in ordered] for name in ("step", "epoch", "loss", "top1")}

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["JsonLines", "SteadyStream", "get_logger", "set_up_logging", "warn_once"]
+__all__ = [
+    "JsonLines",
+    "SteadyStream",
+    "get_logger",
+    "read_json_lines",
+    "set_up_logging",
+    "warn_once",
+]
 
 _said: set[str] = set()
 
@@ -126,3 +133,22 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         os.close(self._handle)
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file of JSON lines, and how many lines a kill or a full disk cut off.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    records, cut = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            record = None
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+        else:
+            cut += bool(line)
+    return records, cut

@@ -1,7 +1,6 @@
 """A disk that takes nothing more: the log loses records, and the work continues or says so."""
 
 import errno
-import json
 import os
 import resource
 import signal
@@ -14,7 +13,7 @@ import pytest
 import yaml
 
 from strata import logs
-from strata.logs import JsonLines, set_up_logging
+from strata.logs import JsonLines, read_json_lines, set_up_logging
 from strata.metrics import ExporterConfig, Metrics, TargetFile
 from tests.commands import ROOT, TINY
 from tests.forked import ForkServer
@@ -41,17 +40,6 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     room.clear()
 
 
-def read(path: Path) -> tuple[list[dict], int]:
-    """Records, and how many lines are none."""
-    records, torn = [], 0
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            torn += 1
-    return records, torn
-
-
 @pytest.mark.parametrize("room", [0, 1, 20])
 def test_records_are_lost_counted_and_told_once(
     room: int, full: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -66,7 +54,7 @@ def test_records_are_lost_counted_and_told_once(
     metrics.record("step", step=7)
     metrics.record("step", step=8)
     assert caplog.text.count("can be written again; 5 records were lost") == 1
-    found, torn = read(tmp_path / "log.jsonl")
+    found, torn = read_json_lines(tmp_path / "log.jsonl")
     assert [r["step"] for r in found] == [1, 7, 8]
     assert torn <= 1
     values = {s.name: s.value for m in metrics.registry.collect() for s in m.samples}
@@ -80,7 +68,7 @@ def test_a_line_that_a_kill_cut_off_does_not_swallow_the_next(tmp_path: Path):
     log = JsonLines(path)
     log.append({"kind": "step", "step": 2})
     log.close()
-    found, torn = read(path)
+    found, torn = read_json_lines(path)
     assert ([r["step"] for r in found], torn) == ([1, 2], 1)
 
 
@@ -135,7 +123,7 @@ def test_a_run_whose_log_cannot_grow_trains_to_its_end(
     assert said.count("log.jsonl cannot be written: [Errno 28]") == 1
     assert "Traceback" not in said
     assert (run / "checkpoints" / "latest").read_text() == "step-000000018\n"
-    assert len(read(run / "log.jsonl")[0]) == 4
+    assert len(read_json_lines(run / "log.jsonl")[0]) == 4
 
 
 def shard_with_limit(videos: Path, out: Path, num_bytes: int) -> subprocess.CompletedProcess[str]:
