@@ -70,6 +70,23 @@ class _Exported(msgspec.Struct, frozen=True):
     backbone: dict[str, Any]
 
 
+class _CardMethod(msgspec.Struct, frozen=True):
+    weights: dict[str, float]
+
+
+class _CardData(msgspec.Struct, frozen=True):
+    shards: str
+    batch_size: int
+
+
+class _CardFacts(msgspec.Struct, frozen=True):
+    """What the model card tells of a training's config."""
+
+    method: _CardMethod
+    data: _CardData
+    seed: int
+
+
 class _ThreeLevels(nn.Module):
     """Levels as a plain tuple: programs do not know our class."""
 
@@ -192,9 +209,8 @@ def _training(config: dict[str, Any], found: Path) -> dict[str, Any]:
         CheckpointError: The config lacks what the card tells.
     """
     try:
-        config["method"]["weights"], config["data"]["shards"], config["data"]["batch_size"]
-        config["schedule"], config["engine"], config["seed"]
-    except (KeyError, TypeError) as error:
+        msgspec.convert(config, _CardFacts)
+    except msgspec.ValidationError as error:
         raise CheckpointError(f"{found}: the config is not a training's: {error}") from error
     kept = {k: v for k, v in config.items() if k in ("method", "schedule", "engine", "seed")}
     data = dict(config["data"])

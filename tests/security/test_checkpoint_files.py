@@ -21,7 +21,7 @@ from strata.train.checkpoint import (
     write,
 )
 from strata.train.engine import Snapshot
-from strata.train.export import load_export
+from strata.train.export import ExportCommand, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
 
 CONFIG = {
@@ -171,6 +171,12 @@ def test_an_encoder_far_larger_than_its_file_is_never_built(width: int, folder: 
 def test_clips_that_are_none_are_one_line(data: Any):
     with pytest.raises(CheckpointError, match="does not describe clips"):
         trained_clips({"data": data})
+
+
+def test_a_config_that_a_model_card_cannot_tell_is_one_line(folder: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="the config is not a training's"):
+        write_export(ExportCommand(checkpoint=folder, out=tmp_path / "out", names="strata"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
