@@ -23,7 +23,6 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,8 +248,8 @@ def _give_name(writing: Path, final: Path) -> None:
     sync_path(final.parent)
 
 
-def _check_hashes(folder: Path, due: Set[str]) -> None:
-    """Compare every file with its hash; those that are `due` must have one.
+def _check_hashes(folder: Path) -> None:
+    """Compare every file with its hash.
 
     Raises:
         CheckpointError: A hash or a file is missing, or a file is altered.
@@ -262,10 +261,11 @@ def _check_hashes(folder: Path, due: Set[str]) -> None:
         f"use an older checkpoint: write its folder's name into {folder.parent / 'latest'}, or "
         "remove this folder"
     )
-    if not due <= hashes.keys() <= _FILES:
-        names = sorted(due - hashes.keys()) or sorted(hashes.keys() - _FILES)
-        wrong = "lacks the hash of" if due - hashes.keys() else "names the unknown file"
-        raise CheckpointError(f"{marker} {wrong} {names[0][:80]!r}; {advice}")
+    if hashes.keys() != _FILES:
+        lacking = sorted(_FILES - hashes.keys())
+        wrong = "lacks the hash of" if lacking else "names the unknown file"
+        name = [*lacking, *sorted(hashes.keys() - _FILES)][0]
+        raise CheckpointError(f"{marker} {wrong} {name[:80]!r}; {advice}")
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file() or sha256_of(path) != expected:
@@ -302,7 +302,7 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     Raises:
         CheckpointError: A file is missing or altered, or does not fit the model.
     """
-    _check_hashes(folder, _FILES)
+    _check_hashes(folder)
     _check_architecture(folder / _MODEL, model)
     state = read_state(folder)
     try:
@@ -327,7 +327,7 @@ def load_backbone(folder: Path) -> Backbone:
     Raises:
         CheckpointError: A file is missing, altered or damaged.
     """
-    _check_hashes(folder, {_MODEL, _STATE})
+    _check_hashes(folder)
     path = folder / _MODEL
     backbone = build_for_file(backbone_config(read_state(folder).config), path)
     try:

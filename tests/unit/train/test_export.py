@@ -38,6 +38,7 @@ def checkpoint(folder: Path, model: BackboneConfig) -> Path:
     backbone.channels_last()
     weights = {f"backbone.{k}": v.contiguous() for k, v in backbone.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
+    save_file({"random.cpu": torch.get_rng_state()}, folder / "training.safetensors")
     config = TrainConfig(
         run=Path("/home/somebody/runs/a"),
         data=DataConfig(shards=Path("/home/somebody/shards/set"), size=32),
