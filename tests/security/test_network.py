@@ -1,5 +1,6 @@
 """Stores that stay silent, lie, break off or never end: one line, bounded bytes, no wrong file."""
 
+import hashlib
 import http.server
 import os
 import signal
@@ -10,11 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from strata.dataload import transfer
+from strata.dataload import storage, transfer
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ConfigError, ShardError
@@ -249,7 +252,7 @@ def test_the_leftover_of_a_killed_process_goes_and_the_file_of_a_living_one_stay
         "Store(sys.argv[1], 60).download('samples.jsonl', folder / 'samples.jsonl', limit=9999)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)], cwd=ROOT)
-    while not leftovers(tmp_path):
+    while not server.asked["samples.jsonl"]:
         assert child.poll() is None
         time.sleep(0.01)
     store = transfer.Store(server.url, 1)
@@ -288,3 +291,34 @@ def test_closing_ends_a_download_that_waits_for_its_next_attempt(
 def test_a_time_limit_must_be_a_time():
     with pytest.raises(ConfigError, match=r"data\.download\.timeout_s is 0"):
         DownloadConfig(timeout_s=0)
+
+
+def test_an_index_is_held_against_the_hash_or_in_older_sets_against_the_tar(
+    shards: Path, tmp_path: Path
+):
+    shard = shards / "train" / FIRST
+    lines = shard.with_suffix(".idx").read_text().splitlines()
+    words = lines[1].split(" ")
+    wrong = {
+        "moved": [lines[0], " ".join([words[0], str(int(words[1]) + 1), *words[2:]]), *lines[2:]],
+        "renamed": [lines[0], lines[1].replace("video-0000", "video-0001"), *lines[2:]],
+        "other kind": [lines[0], lines[1].replace("json ", "jpg ", 1), *lines[2:]],
+        "fewer": lines[:-1],
+        "cut": [lines[0], lines[1].rpartition(" ")[0], *lines[2:]],
+        "no numbers": [lines[0], lines[1].replace(words[1], "x", 1), *lines[2:]],
+        "empty": [],
+    }
+    index = tmp_path / "index"
+    index.write_text("\n".join(lines) + "\n")
+    right = hashlib.sha256(index.read_bytes()).hexdigest()
+    entries: list[Any] = [
+        SimpleNamespace(num_samples=9, index_sha256=None),
+        SimpleNamespace(num_samples=9, index_sha256=right),
+    ]
+    for entry in entries:
+        storage._compare_index(index, shard, entry)
+    for content in wrong.values():
+        index.write_text("\n".join(content) + "\n")
+        for entry in entries:
+            with pytest.raises(transfer.WrongContentError, match="the index"):
+                storage._compare_index(index, shard, entry)
