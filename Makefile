@@ -12,13 +12,14 @@ RUN = $(BIN)/python
 # Files of tests run side by side; 0 runs them in one process, with its output (-s) and its debugger.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test lint types format supply clean
 
 help:
 	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
 	@echo "make test   set up, then the tests"
 	@echo "make setup  create $(VENV) and install Strata with all it needs (about 7 GB)"
 	@echo "make lint | types | format | clean"
+	@echo "make supply known vulnerabilities, licences, tests on the lowest versions allowed"
 
 setup: $(SETUP)
 
@@ -53,6 +54,9 @@ types: $(SETUP_DEV)
 	@for f in strata/*.py; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
 	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
 	@$(RUN) -m pyright --warnings
+
+supply: $(SETUP_DEV)
+	@$(RUN) .ci/supply_chain.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

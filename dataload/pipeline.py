@@ -223,6 +223,19 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
     return None
 
 
+def _remove_generated_sources() -> None:
+    """Remove the Python files that DALI has translated a graph to, now that it is built.
+
+    DALI leaves them in the temporary folder until the process exits by itself, so a signal leaves
+    them for good.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file"):
+            for path in (module.__file__, module.__cached__):
+                if path is not None:
+                    Path(path).unlink(missing_ok=True)
+
+
 class ClipPipeline:
     """Decodes a batch of windows and augments every view of it.
 
@@ -244,18 +257,18 @@ class ClipPipeline:
                 frames = frames.gpu()
             return tuple(_view(frames, v, spec) for v in range(len(spec.views)))
 
-        pipe = graph(
-            batch_size=spec.batch_size,
-            num_threads=spec.num_threads,
-            device_id=spec.device_id,
-            prefetch_queue_depth=1,
-            # Several ranks on a node would pin their threads to the same cores.
-            set_affinity=False,
-        )
         try:
+            pipe = graph(
+                batch_size=spec.batch_size,
+                num_threads=spec.num_threads,
+                device_id=spec.device_id,
+                prefetch_queue_depth=1,
+                # Several ranks on a node would pin their threads to the same cores.
+                set_affinity=False,
+            )
             pipe.build()
         finally:
-            _remove_generated_files()
+            _remove_generated_sources()
         return pipe
 
     def run(
@@ -377,16 +390,6 @@ def find_undecodable(
 
 def _rows(view: ViewParameters, rows: slice) -> ViewParameters:
     return ViewParameters(**{name: values[rows] for name, values in vars(view).items()})
-
-
-def _remove_generated_files() -> None:
-    """Remove the files that DALI writes to compile a graph with conditions.
-
-    It removes them when the interpreter ends, which a signal prevents; nobody reads them again.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("__autograph_generated_file") and module.__file__:
-            Path(module.__file__).unlink(missing_ok=True)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -29,9 +29,9 @@ from strata.dataload.storage import (
     LocalFolder,
     ShardFolder,
     open_folder,
-    sha256,
 )
 from strata.errors import ShardError
+from strata.files import sha256_of
 from strata.index import Place, read_index
 from strata.manifest import read_manifest
 from strata.schema import (
@@ -395,7 +395,7 @@ class _Cut:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    if sha256(path) != expected:
+    if sha256_of(path) != expected:
         raise ShardError(
             f"shard {path} is not what the manifest says (SHA-256 differs); "
             "copy it again or run the same tools/shard.py again"

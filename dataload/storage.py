@@ -1,38 +1,43 @@
 """Where shards are: a folder, or an object store with a local cache of bounded size.
 
 A folder may be on any file system. A URL (`s3://`, `gs://`, `http://`, whatever fsspec knows) is
-read through a cache: a shard is downloaded whole before its first use, under a temporary name,
-compared with the manifest's size and SHA-256, and renamed; all ranks of a node share it. When the
-cache is full, the shards that were not used for longest go. One that is open stays readable: its
-name goes, its bytes stay until it is closed.
+read through a cache: a shard is downloaded completely before its first use (dataload/transfer.py),
+compared with the manifest's size and SHA-256, and renamed; its index is compared with the
+manifest's hash, or with the tar. So the cache holds only what was verified. All ranks of a node
+share it. When it is full, the shards that were not used for longest go. One that is open stays
+readable: its name goes, its bytes stay until it is closed.
 """
 
 import fcntl
 import hashlib
 import os
 import re
+import tarfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from strata.dataload.transfer import Store, WrongContentError
 from strata.errors import ConfigError, ShardError
-from strata.logs import get_logger
+from strata.files import sha256_of
 from strata.schema import INDEX_SUFFIX, MANIFEST_NAME, SAMPLES_NAME, SHARD_SUFFIX, ShardEntry
+from strata.untrusted import checked_name
 
-__all__ = ["DownloadConfig", "LocalFolder", "RemoteFolder", "ShardFolder", "open_folder", "sha256"]
+__all__ = ["DownloadConfig", "LocalFolder", "RemoteFolder", "ShardFolder", "open_folder"]
 
-logger = get_logger(__name__)
-
-_HASH_CHUNK_BYTES = 1 << 24
 _GIGABYTE = 10**9
-_ATTEMPTS = 3
-_RETRY_S = 1.0
 _PARALLEL = 4
+_MANIFEST_LIMIT = 1 << 28
+"""Bytes that a manifest from a URL may have: 256 MiB, about a million shards."""
+_ROWS_LIMIT = 1 << 31
+"""Bytes that the rows of a set from a URL may have: 2 GiB, some ten million videos."""
+_INDEX_LIMIT = 1 << 20
+"""Bytes that any index may have; a larger shard's may have as many as the shard."""
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 
 
@@ -44,13 +49,19 @@ class DownloadConfig:
     """Where shards are kept; by default strata/shards in XDG_CACHE_HOME or ~/.cache."""
     gigabytes: float = 200.0
     """Most that is kept, in 10^9 bytes, all data sets in the folder together."""
+    timeout_s: float = 15.0
+    """Seconds without a byte after which a request is given up and tried again."""
 
     def __post_init__(self) -> None:
-        """Check the range.
+        """Check the ranges.
 
         Raises:
-            ConfigError: There is no room for anything.
+            ConfigError: There is no room for anything, or no time.
         """
+        if not 0 < self.timeout_s <= 3600:
+            raise ConfigError(
+                f"data.download.timeout_s is {self.timeout_s}; use more than 0, up to 3600"
+            )
         if self.gigabytes <= 0:
             raise ConfigError(f"data.download.gigabytes is {self.gigabytes}; use more than 0")
 
@@ -66,15 +77,6 @@ class DownloadConfig:
             return self.folder
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(root) / "strata" / "shards"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while chunk := content.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class ShardFolder(Protocol):
@@ -169,8 +171,12 @@ class LocalFolder:
                 )
 
     def fetch(self, entry: ShardEntry) -> Path:
-        """The path of the shard."""
-        return self.manifest_folder / entry.name
+        """The path of the shard.
+
+        Raises:
+            ShardError: The manifest gives it a name that could lead out of the folder.
+        """
+        return self.manifest_folder / _checked_shard_name(entry, self.location)
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
         """Nothing: the kernel reads ahead."""
@@ -192,75 +198,78 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, download: DownloadConfig) -> None:
-        import fsspec.core
-
         self.location = url
         self.limit_bytes: int | None = download.num_bytes
         self._root = download.path
-        try:
-            found: Any = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"shards at {url} cannot be opened: {error}; install the package that fsspec needs "
-                "for it (s3:// s3fs, gs:// gcsfs, http:// aiohttp), or mend the URL"
-            ) from error
-        self._fs, self._path = found
-        self._shards = self._root / "unknown"
+        self._store = Store(url, download.timeout_s)
+        self._shards: Path | None = None
         self._lock = threading.Lock()
         self._pending: dict[str, Future[Path]] = {}
         self._pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="strata-download")
         self.manifest_folder = self._root / hashlib.sha256(url.encode()).hexdigest()[:16]
         try:
             self.manifest_folder.mkdir(parents=True, exist_ok=True)
+            self._store.remove_leftovers(self._root)
         except OSError as error:
             raise ConfigError(
                 f"data.download.folder {self._root} cannot be written: {error}"
             ) from error
-        for name in (MANIFEST_NAME, SAMPLES_NAME):
-            self._download(name, self.manifest_folder / name, None)
+        for name, limit in ((MANIFEST_NAME, _MANIFEST_LIMIT), (SAMPLES_NAME, _ROWS_LIMIT)):
+            self._store.download(name, self.manifest_folder / name, limit=limit)
 
     def check(self, entries: Sequence[ShardEntry], digest: str) -> None:
-        """Compare the sizes that the store tells with the manifest's; hashes when downloading."""
-        self._shards = self._root / digest[:16]
+        """Compare the sizes that the store tells with the manifest's; hashes when downloading.
+
+        Raises:
+            ShardError: A name or a digest in the manifest is not safe to be a path, a shard is
+                missing or has another size, or the store does not answer.
+        """
+        self._shards = self._root / _checked_digest(digest, self.location)
         self._shards.mkdir(exist_ok=True)
-        try:
-            sizes = self._fs.sizes([f"{self._path}/{e.name}" for e in entries])
-        except FileNotFoundError as error:
-            raise ShardError(f"{self.location}: a shard is missing ({error})") from error
-        except Exception as error:
-            # Every store has errors of its own kind.
-            raise ShardError(f"{self.location} cannot be read: {error}") from error
-        for entry, size in zip(entries, sizes, strict=True):
+        names = [_checked_shard_name(entry, self.location) for entry in entries]
+        for entry, size in zip(entries, self._store.sizes(names), strict=True):
             if size is not None and size != entry.num_bytes:
                 raise ShardError(
                     f"shard {self.location}/{entry.name} has {size} bytes, the manifest says "
                     f"{entry.num_bytes}; upload it again"
                 )
 
+    def _path(self, entry: ShardEntry) -> Path:
+        if self._shards is None:
+            raise AssertionError("check() comes before the first shard")
+        return self._shards / _checked_shard_name(entry, self.location)
+
     def _get(self, entry: ShardEntry) -> Path:
         """Bring one shard and its index here, unless they are."""
-        path = self._shards / entry.name
+        path = self._path(entry)
         index = path.with_suffix(INDEX_SUFFIX)
-        with _locked(self._shards / f"{entry.name}.lock"):
-            if not index.is_file():
-                self._download(index.name, index, None)
+        with _locked(path.with_name(f"{path.name}.lock")):
             if not path.is_file() or path.stat().st_size != entry.num_bytes:
                 with _locked(self._root / "evict.lock"):
                     self._make_room(entry.num_bytes)
-                self._download(entry.name, path, entry)
+                self._store.download(
+                    path.name,
+                    path,
+                    limit=entry.num_bytes,
+                    verify=lambda found: _compare(found, entry, self.location),
+                )
+            if not _is_right(index, path, entry):
+                self._store.download(
+                    index.name,
+                    index,
+                    limit=max(_INDEX_LIMIT, entry.num_bytes),
+                    verify=lambda found: _compare_index(found, path, entry),
+                )
             os.utime(path)
         return path
 
     def _submit(self, entry: ShardEntry) -> "Future[Path]":
         with self._lock:
             future = self._pending.get(entry.name)
-            if future is None or (future.done() and not self._is_here(entry)):
+            if future is None or (future.done() and not self._path(entry).is_file()):
                 future = self._pool.submit(self._get, entry)
                 self._pending[entry.name] = future
             return future
-
-    def _is_here(self, entry: ShardEntry) -> bool:
-        return (self._shards / entry.name).is_file()
 
     def fetch(self, entry: ShardEntry) -> Path:
         """A local path of the shard, downloaded if it is not here.
@@ -269,7 +278,9 @@ class RemoteFolder:
             ShardError: It cannot be downloaded, or is not what the manifest says.
         """
         path = self._submit(entry).result()
-        os.utime(path)
+        # Another process may have made room; who opens the path then asks again.
+        with suppress(FileNotFoundError):
+            os.utime(path)
         return path
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
@@ -294,44 +305,87 @@ class RemoteFolder:
             path.unlink(missing_ok=True)
             total -= size
 
-    def _download(self, name: str, target: Path, entry: ShardEntry | None) -> None:
-        """Fetch one file under a temporary name, compare, rename."""
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
-        remote = f"{self._path}/{name}"
-        for attempt in range(_ATTEMPTS):
-            try:
-                self._fs.get_file(remote, str(temporary))
-                if entry is not None:
-                    self._compare(temporary, entry)
-                temporary.replace(target)
-                return
-            except FileNotFoundError as error:
-                raise ShardError(
-                    f"{self.location}/{name} does not exist; upload the whole folder that "
-                    "tools/shard.py wrote, or mend the URL"
-                ) from error
-            except Exception as error:
-                # Every store has errors of its own kind; what is not a hiccup fails again.
-                if attempt + 1 == _ATTEMPTS:
-                    raise ShardError(
-                        f"{self.location}/{name} was not read in {_ATTEMPTS} attempts: {error}"
-                    ) from error
-                logger.warning("download of %s/%s: %s; once more", self.location, name, error)
-                time.sleep(_RETRY_S * attempt)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    @staticmethod
-    def _compare(path: Path, entry: ShardEntry) -> None:
-        size = path.stat().st_size
-        if size != entry.num_bytes:
-            raise ShardError(f"{size} bytes arrived, the manifest says {entry.num_bytes}")
-        if sha256(path) != entry.sha256:
-            raise ShardError("what arrived is not what the manifest says (SHA-256 differs)")
-
     def close(self) -> None:
-        """Give up downloads that have not begun."""
+        """Give up downloads that have not begun; those under way end at their next bytes."""
+        self._store.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _checked_shard_name(entry: ShardEntry, location: str) -> str:
+    """The name of a shard, once it is safe to be a part of a path.
+
+    Raises:
+        ShardError: It is of another form.
+    """
+    name = checked_name(entry.name, "shard", f"{location}/{MANIFEST_NAME}", ShardError)
+    if not name.endswith(SHARD_SUFFIX):
+        raise ShardError(f"{location}/{MANIFEST_NAME} names the shard {name}, which is no .tar")
+    return name
+
+
+def _checked_digest(digest: str, location: str) -> str:
+    """A SHA-256 of a manifest, once it is safe to be a part of a path.
+
+    Raises:
+        ShardError: It is of another form.
+    """
+    if not _SHA256.fullmatch(digest):
+        raise ShardError(
+            f"{location}/{MANIFEST_NAME} contains the hash {digest[:80]!r}, which is not a SHA-256 "
+            "in hexadecimal; copy or upload the set again"
+        )
+    return digest
+
+
+def _compare(path: Path, entry: ShardEntry, location: str) -> None:
+    expected = _checked_digest(entry.sha256, location)
+    size = path.stat().st_size
+    if size != entry.num_bytes:
+        raise WrongContentError(f"{size} bytes arrived, the manifest says {entry.num_bytes}")
+    if sha256_of(path) != expected:
+        raise WrongContentError("what arrived is not what the manifest says (SHA-256 differs)")
+
+
+def _is_right(index: Path, shard: Path, entry: ShardEntry) -> bool:
+    """Whether an index in the cache is still the one that was verified."""
+    if not index.is_file():
+        return False
+    try:
+        _compare_index(index, shard, entry)
+    except WrongContentError:
+        return False
+    return True
+
+
+def _compare_index(path: Path, shard: Path, entry: ShardEntry) -> None:
+    """Compare an index with the manifest's hash; in older sets, which have none, with the tar.
+
+    The tar is verified already, so its headers say where each member is.
+
+    Raises:
+        WrongContentError: It is not the index of this shard.
+    """
+    expected = getattr(entry, "index_sha256", None)
+    if expected is not None:
+        if sha256_of(path) != expected:
+            raise WrongContentError("the index is not what the manifest says (SHA-256 differs)")
+        return
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = {m.name: (m.offset_data, m.size) for m in tar}
+        _, *lines = path.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            words = line.split(" ")
+            for ext, offset, size, name in zip(*(iter(words),) * 4, strict=True):
+                place = int(offset), int(size)
+                if members.get(name) != place or not name.endswith(f".{ext}"):
+                    raise WrongContentError(f"the index misplaces {name!r}")
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise WrongContentError(f"the index is damaged: {error}") from error
+    if len(lines) != entry.num_samples:
+        raise WrongContentError(
+            f"the index has {len(lines)} samples, the manifest says {entry.num_samples}"
+        )
 
 
 @contextmanager

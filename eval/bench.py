@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,21 @@ import torch
 from strata.config import plain
 from strata.dataload.labelled import check_pair
 from strata.dataload.reader import ShardReader
-from strata.distributed import World, all_equal, current_world, join_world, leave_world
+from strata.distributed import (
+    World,
+    all_equal,
+    current_world,
+    join_world,
+    leave_world,
+    only_writer,
+)
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.page import Page, write_page
 from strata.eval.record import PairResult, table, write_record
 from strata.eval.report import build_page
 from strata.exporter import export_process
+from strata.files import FolderLock
 from strata.hardware import GpuCollector
 from strata.metrics import ExporterConfig, Metrics
 from strata.train.checkpoint import (
@@ -29,6 +37,7 @@ from strata.train.checkpoint import (
     find_checkpoint,
     load_backbone,
     read_state,
+    trained_clips,
 )
 from strata.train.engine import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
@@ -165,11 +174,11 @@ class Bench:
         self.metrics = metrics
         self.world, self.device, self.found = world, device, found
         self.state: RunState = read_state(found)
-        data = self.state.config["data"]
+        clips = trained_clips(self.state.config)
         self.features = dataclasses.replace(
             config.features,
-            size=config.features.size or data["size"],
-            clip_frames=config.features.clip_frames or data["clips"]["clip_frames"],
+            size=config.features.size or clips.size,
+            clip_frames=config.features.clip_frames or clips.frames,
         )
         self.config = config
         self.results = found.parent.parent / "eval"
@@ -303,24 +312,38 @@ def open_bench(config: Evaluation) -> Iterator[Bench]:
     found = find_checkpoint(config.checkpoint)
     if found is None:
         raise CheckpointError(
-            f"{config.checkpoint} holds no whole checkpoint; pretrain with train/main.py first, "
+            f"{config.checkpoint} holds no complete checkpoint; pretrain with train/main.py first, "
             "or mend --checkpoint"
         )
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
+    run = found.parent.parent
+    exporter = export_process(
+        config.monitor,
+        role="evaluate",
+        run=run.resolve().name,
+        rank=world.rank,
+        local_rank=world.local_rank,
+        places={"run": run},
+    )
     try:
-        run = found.parent.parent
-        with export_process(
-            config.monitor,
-            role="evaluate",
-            run=run.resolve().name,
-            rank=world.rank,
-            local_rank=world.local_rank,
-            places={"run": run},
-        ) as metrics:
+        with _only_report(config, run / "eval", world), exporter as metrics:
             if device.type == "cuda":
                 properties = torch.cuda.get_device_properties(device)
                 metrics.add_collector(GpuCollector(str(properties.uuid)))
             yield Bench(config, found, world, device, metrics)
     finally:
         leave_world()
+
+
+def _only_report(
+    config: Evaluation, results: Path, world: World
+) -> AbstractContextManager[FolderLock | None]:
+    """Keep out a second evaluation that would write the same report."""
+    if config.out is not None:
+        folder, name = config.out.parent, f".{config.out.name}.lock"
+    else:
+        described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)
+        folder, name = results, f".{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
+    advice = "wait for it, or use another --out"
+    return only_writer(folder, "evaluating", world, advice=advice, name=name)

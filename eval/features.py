@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,19 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from strata.dataload.labelled import check_labels
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
+from strata.files import open_atomic
 from strata.metrics import Metrics
 from strata.train.encode import LEVELS, VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 
 __all__ = ["LEVEL_CHOICES", "FeatureConfig", "Features", "extract_features", "write_features"]
 
+_HASH = "sha256"
 LevelChoice = Literal["low", "mid", "high", "all"]
 LEVEL_CHOICES: tuple[LevelChoice, ...] = ("low", "mid", "high", "all")
 
@@ -139,6 +140,8 @@ def extract_features(
     # Neither the batch size nor the level changes what is computed.
     apart = ("videos_per_batch", "level")
     protocol = {k: v for k, v in asdict(config).items() if k not in apart}
+    # The form of the file: with a hash.
+    protocol["form"] = 2
     protocol["precision"] = "bf16" if device.type == "cuda" else "fp32"
     if backwards:
         protocol["backwards"] = True
@@ -147,7 +150,7 @@ def extract_features(
     levels = None
     # Only if every rank sees the file; on a disk that is not shared, all compute.
     if path is not None and all(gather_objects(path.is_file())):
-        levels = _cached(path)
+        levels = _cached(path, (reader.num_samples, config.num_clips))
     if levels is None:
         backbone.eval()
         levels = over_videos(
@@ -166,24 +169,43 @@ def extract_features(
     return Features(levels, reader.labels, reader.keys, reader.manifest.classes)
 
 
+def _content_hash(levels: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for level in LEVELS:
+        digest.update(np.ascontiguousarray(levels[level]).data)
+    return digest.hexdigest()
+
+
 def _write(levels: dict[str, np.ndarray], path: Path) -> None:
-    """Whole or not at all: under a name of its own, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(levels, temporary)
-    with temporary.open("rb") as content:
-        os.fsync(content.fileno())
-    temporary.replace(path)
+    with open_atomic(path) as out:
+        save_file(levels, out.name, metadata={_HASH: _content_hash(levels)})
 
 
-def _cached(path: Path) -> dict[str, np.ndarray]:
+def _cached(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The features in a file of the cache, `[N, clips a video, C]` float32 each.
+
+    Args:
+        path: The file.
+        shape: N and clips a video.
+
+    Raises:
+        ShardError: The file is not what was written, or not for this data set.
+    """
     try:
-        found = load_file(path)
-        return {level: found[level] for level in LEVELS}
-    except (SafetensorError, KeyError) as error:
+        with safe_open(path, framework="numpy") as tensors:
+            metadata = tensors.metadata() or {}
+            found = {level: tensors.get_tensor(level) for level in LEVELS}
+        for level, values in found.items():
+            if values.dtype != np.float32 or values.ndim != 3 or values.shape[:2] != shape:
+                raise ValueError(f"{level} has shape {values.shape} and type {values.dtype}")
+        if metadata.get(_HASH) != _content_hash(found):
+            raise ValueError("the hash of the content differs")
+    except (SafetensorError, OSError, ValueError) as error:
         raise ShardError(
             f"cached features {path} are damaged ({error}); delete the file"
         ) from error
+    return found
 
 
 def write_features(features: Features, path: Path) -> None:
@@ -193,8 +215,7 @@ def write_features(features: Features, path: Path) -> None:
     int64), `keys` and `classes` (text).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as out:
+    with open_atomic(path) as out:
         np.savez(
             out,
             allow_pickle=False,
@@ -203,4 +224,3 @@ def write_features(features: Features, path: Path) -> None:
             classes=np.array(features.classes),
             **features.levels,
         )
-    temporary.replace(path)

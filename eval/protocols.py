@@ -1,6 +1,5 @@
 """The evaluations: retrieval, linear probe, finetuning, both probes in one, and temporal cues."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from strata.config import plain
 from strata.dataload.reader import ShardReader
-from strata.distributed import all_equal
+from strata.distributed import all_equal, only_writer
 from strata.errors import ConfigError
 from strata.eval.accuracy import ClassSpace
 from strata.eval.bench import Bench, Evaluation, OneNetwork, SetPair, open_bench, set_pairs
@@ -41,6 +40,7 @@ from strata.eval.temporal_cam import (
     shown_samples,
     video_cam,
 )
+from strata.logs import read_json_lines
 from strata.untrusted import file_stem
 
 __all__ = [
@@ -420,18 +420,20 @@ def _train_and_test(
         folder = config.run / f"{pair.data}-{pair.split}" if config.data else config.run
         folder = folder if row == "measured" else folder / f"untrained-{seed}"
     all_equal("folder of the training", str(folder))
-    run = ClassifierRun(
-        backbone,
-        pair.train,
-        pair.test,
-        training,
-        clips,
-        folder=folder,
-        described=described,
-        world=bench.world,
-        device=bench.device,
-    )
-    run.fit()
+    advice = "wait for it, or use another --run"
+    with only_writer(folder, "training a classifier", bench.world, advice=advice):
+        run = ClassifierRun(
+            backbone,
+            pair.train,
+            pair.test,
+            training,
+            clips,
+            folder=folder,
+            described=described,
+            world=bench.world,
+            device=bench.device,
+        )
+        run.fit()
     if run.state.epoch < training.epochs:
         if bench.world.is_first:
             print(
@@ -454,7 +456,7 @@ def _train_and_test(
 
 def _curves(log: Path) -> dict[str, list[float]]:
     """The training's curves from its log; where a resume repeated steps, the later counts."""
-    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    records, _ = read_json_lines(log)
     by_step = {r["step"]: r for r in records if r["kind"] == "step"}
     ordered: Sequence[dict[str, Any]] = [by_step[s] for s in sorted(by_step)]
     return {name: [r[name] for r in ordered] for name in ("step", "epoch", "loss", "top1")}

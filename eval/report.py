@@ -28,6 +28,7 @@ from strata.eval.page import (
 )
 from strata.eval.published import PUBLISHED
 from strata.eval.record import commit
+from strata.logs import read_json_lines
 
 __all__ = ["DemoResult", "build_page", "write_report"]
 
@@ -183,17 +184,6 @@ def _thinned(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
     return tuple(points[k] for k in chosen.tolist())
 
 
-def _read_log(log: Path) -> tuple[list[Record], int]:
-    """The records of a run's log, and how many lines a kill left unreadable."""
-    records, lost = [], 0
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            lost += 1
-    return records, lost
-
-
 def _run_curves(records: Sequence[Record], part: str, unit: str) -> tuple[Curve, ...]:
     """Curves of `losses` or `health` of a pretraining; what a resume repeated counts once."""
     by_step = {r["step"]: r for r in records if r["kind"] == "step"}
@@ -260,7 +250,7 @@ def build_page(record: Record) -> Page:
     """
     run = Path(record["checkpoint"]).resolve().parent.parent
     log = run / "log.jsonl"
-    log_records, lost = _read_log(log) if log.is_file() else ([], None)
+    log_records, lost = read_json_lines(log) if log.is_file() else ([], None)
     classes, retrieved, training = [], [], []
     for data, results in _groups(record):
         where = _where(data, results[:1])

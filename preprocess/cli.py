@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
@@ -16,6 +16,7 @@ import yaml
 from strata.decoding import Damaged
 from strata.errors import ConfigError, ShardError
 from strata.exporter import export_process
+from strata.files import FolderLock
 from strata.limits import usable_cpus
 from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
@@ -483,14 +484,19 @@ def _index(argv: Sequence[str]) -> None:
     except ShardError as error:
         raise ConfigError(str(error)) from error
     names = read_lines(args.classes, "--classes") if args.classes else []
+    out = args.index_out or args.folder
+    alone = nullcontext()
+    if out.is_dir() and os.access(out, os.W_OK | os.X_OK, effective_ids=True):
+        alone = FolderLock(out, "indexing", ShardError, "wait for it", ".index.lock")
     try:
-        manifest, told = index_folder(args.folder, form, names, args.workers, args.index_out)
+        with alone:
+            manifest, told = index_folder(args.folder, form, names, args.workers, args.index_out)
     except OSError as error:
         raise ShardError(
             f"{args.folder}: {error}; correct that and run the command again"
         ) from error
     print(told, flush=True)
-    _check_rejects(manifest, args.index_out or args.folder, args.max_rejects)
+    _check_rejects(manifest, out, args.max_rejects)
 
 
 def closing_table(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import resource
 import selectors
 import time
@@ -18,7 +19,7 @@ from strata.decoding import Damaged
 from strata.errors import ConfigError, FaultKind
 from strata.files import write_atomic
 from strata.manifest import canonical_json
-from strata.preprocess.parts import Heartbeat, Rejected, Sent, WorkerFailure, receive
+from strata.preprocess.parts import Heartbeat, Refused, Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.shards import ShardWriter, shard_name
@@ -415,6 +416,8 @@ class _Driver:
             work = worker.work
             if work is None:
                 raise AssertionError("a message from an idle worker")
+            if isinstance(message, Refused):
+                raise OSError(message.errno, os.strerror(message.errno))
             if isinstance(message, WorkerFailure):
                 raise WorkerError(
                     f"{work.build.source_name(work.place)}: a fault of the program, not of the "

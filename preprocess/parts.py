@@ -19,7 +19,17 @@ from typing import Any
 from strata.errors import FaultKind
 from strata.preprocess.shards import BLOCK, tar_header
 
-__all__ = ["Heartbeat", "Part", "PartPacker", "Rejected", "Sent", "WorkerFailure", "receive"]
+__all__ = [
+    "Heartbeat",
+    "Part",
+    "PartPacker",
+    "Refused",
+    "RefusedError",
+    "Rejected",
+    "Sent",
+    "WorkerFailure",
+    "receive",
+]
 
 _MOST_BUFFERS = 512
 """To one `writev`; Linux takes 1024."""
@@ -52,6 +62,17 @@ class WorkerFailure:
     """The program itself is at fault, not the video."""
 
     trace: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The system takes no more bytes (a limit of file size, memory); as `errno` says."""
+
+    errno: int
+
+
+class RefusedError(Exception):
+    """A worker cannot keep the bytes of a part; holds the system's error number."""
 
 
 class Sent:
@@ -157,7 +178,10 @@ class PartPacker:
         part = Part(tuple(self._members), self._num_bytes, num_frames, notes)
         descriptor = os.memfd_create("strata-part")
         try:
-            _write_all(descriptor, self._buffers)
+            try:
+                _write_all(descriptor, self._buffers)
+            except OSError as error:
+                raise RefusedError(error.errno) from error
             self._connection.send(part)
             reduction.send_handle(self._connection, descriptor, None)
         finally:
@@ -176,7 +200,7 @@ def _write_all(descriptor: int, buffers: Sequence[bytes]) -> None:
             left[0] = left[0][written:]
 
 
-def receive(connection: Connection) -> Sent | Rejected | WorkerFailure:
+def receive(connection: Connection) -> Sent | Rejected | Refused | WorkerFailure:
     """Take a worker's next message, and its bytes with it.
 
     Raises:

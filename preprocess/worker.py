@@ -20,7 +20,7 @@ from av.error import FFmpegError
 from strata.decoding import Damaged
 from strata.errors import FaultKind, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
-from strata.preprocess.parts import PartPacker, Rejected, WorkerFailure
+from strata.preprocess.parts import PartPacker, Refused, RefusedError, Rejected, WorkerFailure
 from strata.preprocess.probe import hash_file
 from strata.preprocess.settings import ReadBack
 from strata.preprocess.transcode import FrameSource, encode_strip
@@ -302,6 +302,8 @@ def serve(
             send_sample(connection, task, form, read_back, damaged, pulse)
         except VideoFault as fault:
             connection.send(Rejected(fault.kind, fault.detail))
+        except RefusedError as error:
+            connection.send(Refused(*error.args))
         except (BrokenPipeError, ConnectionResetError, EOFError):
             return
         except Exception as error:  # The boundary: one video must not end a run of days.

@@ -380,6 +380,15 @@ _TRAINING = (
         "Grows by itself: the scheduler restarts a run that dies; read its last lines.",
         absent="On ranks other than 0.",
     ),
+    Metric(
+        "strata_log_records_lost_total",
+        "counter",
+        "records",
+        "Records of log.jsonl that could not be written; the work continues without them.",
+        "Training",
+        "Grows: the disk of the run's folder is full or gone; a checkpoint will fail next.",
+        absent="On ranks other than 0.",
+    ),
 )
 
 _DATA = (

@@ -8,16 +8,18 @@ falls back to a world of one.
 import datetime
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strata.errors import WorldError
+from strata.errors import ConfigError, WorldError
+from strata.files import FolderLock
 
 __all__ = [
     "Ballot",
@@ -37,6 +39,7 @@ __all__ = [
     "leave_world",
     "lost_peer",
     "mean_over_ranks",
+    "only_writer",
     "slurm_environment",
     "watch_collectives",
 ]
@@ -394,3 +397,38 @@ def agree(facts: Mapping[str, str]) -> None:
                     f"rank {rank} has another {name} than rank 0 ({other} against {first}); "
                     "start all ranks with the same code, config and data"
                 )
+
+
+@contextmanager
+def only_writer(
+    folder: Path, work: str, world: World, *, advice: str, name: str = ".lock"
+) -> Iterator[FolderLock | None]:
+    """Make sure that no other group of processes writes to a folder. All ranks call it.
+
+    Args:
+        folder: Made if it does not exist.
+        work: What is done there, for the message of who comes second.
+        world: This rank and its peers.
+        advice: What to do where the folder is in use.
+        name: Of the lock's file.
+
+    Yields:
+        The lock that rank 0 holds; None on other ranks.
+
+    Raises:
+        ConfigError: The folder is in use or cannot be written; on all ranks.
+    """
+    with ExitStack() as stack:
+        lock, wrong = None, ""
+        if world.is_first:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(FolderLock(folder, work, ConfigError, advice, name))
+            except ConfigError as error:
+                wrong = str(error)
+            except OSError as error:
+                wrong = f"the folder {folder} cannot be written: {error}; {advice}"
+        wrong = broadcast_object(wrong)
+        if wrong:
+            raise ConfigError(wrong)
+        yield lock

@@ -1,14 +1,35 @@
-"""Files that are complete or absent, and their hashes: the one home of both rules."""
+"""Files that are complete or absent, their hashes, and folders that one process writes to."""
 
 import hashlib
 import os
+import re
 import secrets
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Annotated
 
-__all__ = ["encode_text", "open_atomic", "sha256_of", "sync_path", "write_atomic"]
+import msgspec
+
+from strata.errors import StrataError
+from strata.logs import get_logger
+from strata.untrusted import decode_json
+
+__all__ = [
+    "FolderLock",
+    "LockRecord",
+    "encode_text",
+    "open_atomic",
+    "sha256_of",
+    "sync_path",
+    "write_atomic",
+]
+
+logger = get_logger(__name__)
 
 
 def encode_text(text: str) -> bytes:
@@ -78,3 +99,165 @@ def write_atomic(path: Path, content: bytes | str, *, sync: bool = True) -> None
     data = encode_text(content) if isinstance(content, str) else content
     with open_atomic(path, sync=sync) as target:
         target.write(data)
+
+
+class LockRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Who holds a folder; the content of its lock."""
+
+    host: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,255}\Z")]
+    machine: Annotated[str, msgspec.Meta(max_length=200)]
+    """Boot of the kernel and namespace of process numbers: within them a number means something."""
+    pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    started: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    """When the process was started, in the kernel's ticks since its boot."""
+    token: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    """Tells two locks of one process apart."""
+
+
+class FolderLock:
+    """While entered, this process is the only one that writes to a folder.
+
+    The lock is a file that names its holder and whose time of change the holder renews every
+    `BEAT_S` seconds. It works on network folders and needs nothing of their servers:
+
+    - A holder of the same machine is looked up by its number and its time of start. If it is gone,
+      the lock is taken over at once.
+    - The lock of another machine is watched: as soon as it is renewed, its holder lives. If it is
+      not renewed for `STALE_S` seconds, its holder is gone, for instance killed, and the lock is
+      taken over. So a job that a cluster starts again on another machine waits, and runs.
+
+    A holder that was stopped for so long that another took its lock finds `lost` set; it must not
+    write any more.
+
+    Args:
+        folder: The folder; it exists.
+        work: What the holder does, for the message: "training".
+        error: The error class to raise.
+        advice: What to do where the folder is in use, the end of the message.
+        name: Of the lock's file in the folder.
+    """
+
+    BEAT_S = 10.0
+    STALE_S = 60.0
+    _SETTLE_S = 0.2
+
+    def __init__(
+        self, folder: Path, work: str, error: type[StrataError], advice: str, name: str = ".lock"
+    ) -> None:
+        self._path, self._work, self._error, self._advice = folder / name, work, error, advice
+        self._record = _own_record()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="strata-lock", daemon=True)
+        self.lost = False
+        """Whether another process has taken the lock."""
+
+    def __enter__(self) -> "FolderLock":
+        """Take the lock.
+
+        Raises:
+            StrataError: Of the class given; another process holds it.
+            OSError: The folder cannot be written.
+        """
+        content = msgspec.json.encode(self._record)
+        try:
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            self._wait_until_stale()
+            write_atomic(self._path, content, sync=False)
+            # Who else found it stale at the same moment has written by now; the last has it.
+            time.sleep(self._SETTLE_S)
+            holder = self._look()[0]
+            if holder != self._record:
+                raise self._in_use(holder) from None
+        else:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._look()[0] == self._record:
+            self._path.unlink(missing_ok=True)
+
+    def _look(self) -> tuple[LockRecord | None, int]:
+        """Who holds the lock, and when it was renewed; None if nobody or nobody known does."""
+        try:
+            # Opened, not only asked for: a network file system then asks its server.
+            with self._path.open("rb") as file:
+                changed, content = os.fstat(file.fileno()).st_mtime_ns, file.read(1 << 16)
+        except FileNotFoundError:
+            return None, -1
+        try:
+            return decode_json(content, LockRecord, self._path, self._error), changed
+        except StrataError:
+            return None, changed  # Its writer is still at it, or was killed; time tells.
+
+    def _wait_until_stale(self) -> None:
+        first = holder, _ = self._look()
+        deadline = time.monotonic() + self.STALE_S
+        while True:
+            if holder is not None and holder.machine == self._record.machine:
+                if _runs(holder.pid, holder.started):
+                    raise self._in_use(holder)
+                return
+            if first[1] == -1 or time.monotonic() > deadline:
+                return
+            time.sleep(min(1.0, self.STALE_S / 10))
+            now = self._look()
+            if now[1] == -1:
+                return
+            if now != first:
+                raise self._in_use(now[0])
+
+    def _in_use(self, holder: LockRecord | None) -> StrataError:
+        who = "another process"
+        if holder is not None:
+            who = f"process {holder.pid} on {holder.host}"
+        return self._error(
+            f"{self._path.parent} is in use: {who} is {self._work} there; {self._advice}"
+        )
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.BEAT_S):
+            try:
+                if self._look()[0] != self._record:
+                    self.lost = True
+                    return
+                os.utime(self._path)
+            except OSError as error:
+                # A server that is away for a while; the next beat tries again.
+                logger.warning("%s cannot be renewed: %s", self._path, error)
+
+
+def _own_record() -> LockRecord:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return LockRecord(
+        host=re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:255] or "unknown",
+        machine=f"{boot} {os.readlink('/proc/self/ns/pid')}",
+        pid=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        token=secrets.token_hex(16),
+    )
+
+
+def _started(pid: int) -> int | None:
+    """When a process was started, in ticks since boot; None if it is not there or has ended."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name in parentheses may contain anything, spaces too.
+    state, *fields = line.rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])
+
+
+def _runs(pid: int, started: int) -> bool:
+    """Whether the process is still the one that was started then."""
+    return _started(pid) == started

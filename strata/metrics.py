@@ -4,31 +4,23 @@ Collectors belong to a `Metrics` object with a registry of its own, so importing
 nothing. What there is to be set stands in strata/catalogue.py.
 """
 
-import base64
-import hmac
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    make_wsgi_app,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 import strata
 from strata.catalogue import CATALOGUE, Metric, Role
 from strata.errors import ConfigError
-from strata.logs import get_logger
+from strata.files import write_atomic
+from strata.logs import JsonLines, get_logger, warn_once
+from strata.scrape import ScrapeServer, tls_context
 
 __all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics", "TargetFile"]
 
@@ -113,11 +105,9 @@ class Metrics:
             # The GPU's and the host's come from collectors that read them when they are scraped.
             if entry.kind != "gauge" and entry.section in ("Training", "Data path"):
                 self._make(entry)
-        self._jsonl: TextIO | None = None
-        if jsonl is not None:
-            self._jsonl = jsonl.open("a", encoding="utf-8")
+        self._jsonl = None if jsonl is None else JsonLines(jsonl)
         self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
-        self._server: Any = None
+        self._server: ScrapeServer | None = None
         self.set("strata_build_info", 1, version=strata.__version__)
 
     def _make(self, entry: Metric) -> Any:
@@ -180,13 +170,20 @@ class Metrics:
         self._listeners.append(listener)
 
     def record(self, kind: str, **fields: Any) -> None:
-        """Append one JSON line, with the Unix time in seconds and `kind`."""
+        """Append one JSON line, with the Unix time in seconds and `kind`.
+
+        Where the disk takes none, the work continues and `strata_log_records_lost_total` counts.
+        """
         for listener in self._listeners:
-            listener(kind, fields)
+            try:
+                listener(kind, fields)
+            except OSError as error:
+                warn_once(logger, f"figures cannot be written: {error}. The work continues")
         if self._jsonl is not None:
-            line = {"time_s": round(time.time(), 3), "kind": kind, **fields}
-            self._jsonl.write(json.dumps(line) + "\n")
-            self._jsonl.flush()
+            lost = self._jsonl.num_lost
+            self._jsonl.append({"time_s": round(time.time(), 3), "kind": kind, **fields})
+            if self._jsonl.num_lost > lost:
+                self.add("strata_log_records_lost_total", 1)
 
     def serve(self, config: ExporterConfig, port: int) -> int | None:
         """Answer `/metrics` in a thread.
@@ -201,27 +198,12 @@ class Metrics:
         Raises:
             ConfigError: The certificate and the key do not fit.
         """
-        # Started on an empty registry: nothing is to be had before the password is asked for.
-        nothing = CollectorRegistry()
+        tls = None
+        if config.certificate is not None and config.key is not None:
+            tls = tls_context(config.certificate, config.key, config.client_authority)
         try:
-            if config.certificate is not None and config.key is not None:
-                authority = config.client_authority
-                server, _ = start_http_server(
-                    port,
-                    addr=config.host,
-                    registry=nothing,
-                    certfile=str(config.certificate),
-                    keyfile=str(config.key),
-                    client_cafile=None if authority is None else str(authority),
-                    client_auth_required=authority is not None,
-                )
-            else:
-                server, _ = start_http_server(port, addr=config.host, registry=nothing)
+            self._server = ScrapeServer(config.host, port, self.registry, tls, config.credentials())
         except OSError as error:
-            if "SSL" in type(error).__name__:
-                raise ConfigError(
-                    f"monitor.certificate {config.certificate} and monitor.key do not fit: {error}"
-                ) from error
             logger.warning(
                 "metrics are not served: %s:%d: %s. The work goes on; choose another "
                 "--monitor.port to see them",
@@ -230,38 +212,16 @@ class Metrics:
                 error,
             )
             return None
-        application = make_wsgi_app(self.registry)
-        credentials = config.credentials()
-        server.set_app(
-            application if credentials is None else _with_password(application, credentials)
-        )
-        self._server = server
-        return server.server_port
+        return self._server.server_port
 
     def close(self) -> None:
         """Stop answering and close the file."""
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.close()
             self._server = None
         if self._jsonl is not None:
             self._jsonl.close()
             self._jsonl = None
-
-
-def _with_password(application: Callable[..., Any], credentials: str) -> Callable[..., Any]:
-    """Refuse requests that do not bring `credentials`, `user:password`."""
-    wanted = f"Basic {base64.b64encode(credentials.encode()).decode()}"
-
-    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        # Compared as bytes, since compare_digest refuses text that is not ASCII.
-        given = environ.get("HTTP_AUTHORIZATION", "").encode()
-        if hmac.compare_digest(given, wanted.encode()):
-            return application(environ, start_response)
-        start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="strata"')])
-        return [b"user and password, please\n"]
-
-    return guarded
 
 
 class TargetFile:
@@ -289,14 +249,19 @@ class TargetFile:
         scheme = "https" if config.certificate is not None else "http"
         labels = {"run": run, "node": node, "rank": str(rank), "role": role, "__scheme__": scheme}
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        config.file_sd.mkdir(parents=True, exist_ok=True)
         path = config.file_sd / f"{run}-{role}-{rank}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n",
-            encoding="utf-8",
-        )
-        temporary.replace(path)
+        content = json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
+        try:
+            config.file_sd.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content, sync=False)
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written: %s. The work continues; Prometheus does not find this "
+                "process",
+                path,
+                error,
+            )
+            return
         self._path = path
 
     def remove(self) -> None:

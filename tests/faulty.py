@@ -83,3 +83,26 @@ def disk_full_once() -> None:
         original(*args, **more)
 
     checkpoint.save_file = save_file
+
+
+def renew_often() -> None:
+    """Locks are renewed many times a second."""
+    from strata.files import FolderLock
+
+    FolderLock.BEAT_S = 0.05
+
+
+def log_full_from_the_fifth_record() -> None:
+    """The disk of the log takes four records; all else is written."""
+    from strata import logs
+
+    original, calls = logs.os.write, []
+
+    def write(handle: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("log.jsonl"):
+            calls.append(1)
+            if len(calls) > 4:
+                raise OSError(28, "No space left on device")
+        return original(handle, data)
+
+    logs.os.write = write

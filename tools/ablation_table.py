@@ -10,6 +10,7 @@ from typing import Any
 import strata
 from strata.errors import ConfigError
 from strata.eval.record import commit
+from strata.logs import read_json_lines
 
 __all__ = ["Cell", "read_json", "summarise", "write_json", "write_tables"]
 
@@ -87,8 +88,7 @@ def write_json(path: Path, content: Any) -> None:
 def _log_facts(log: Path) -> dict[str, Any]:
     """What a pretraining's log.jsonl says at its end: steps, seconds, health."""
     steps, seconds, health, start, last = 0, 0.0, {}, None, 0.0
-    for line in log.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_json_lines(log)[0]:
         if record["kind"] == "start":
             # Only what was written counts; a killed run may have worked on a little.
             seconds += 0.0 if start is None else last - start

@@ -317,8 +317,11 @@ _TRAINING_PAGE = Dashboard(
                     "strata_restarts_total", "{{run}}", "Restarts", by="run", kind="stat", width=4
                 ),
                 Panel(
-                    title="Steps that were not finite",
-                    queries=(("max by (run) (strata_skipped_steps_total{$on})", "{{run}}"),),
+                    title="Steps that were not finite, records lost",
+                    queries=(
+                        ("max by (run) (strata_skipped_steps_total{$on})", "{{run}} steps"),
+                        ("max by (run) (strata_log_records_lost_total{$on})", "{{run}} records"),
+                    ),
                     kind="stat",
                     width=4,
                 ),

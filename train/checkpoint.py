@@ -1,4 +1,4 @@
-"""What is state, and how it is written: whole or not at all.
+"""What is state, and how it is written: complete or not at all.
 
 A checkpoint is a folder `<run>/checkpoints/step-<n>/`:
 
@@ -8,7 +8,8 @@ A checkpoint is a folder `<run>/checkpoints/step-<n>/`:
     complete.json         SHA-256 of every file; written last
 
 It is written under a temporary name and renamed, then the pointer `latest` is moved, also by a
-rename. A folder without `complete.json` is never read. Nothing in it is pickled, and nothing in it
+rename, and only then older ones go (train/history.py). A folder without `complete.json` is never
+read, nor one whose `complete.json` lacks a file's hash. Nothing in it is pickled, and nothing in it
 depends on the number of ranks or ZeRO's stage: DeepSpeed's own format has both faults, and would
 write the weights twice.
 
@@ -18,45 +19,55 @@ depend on when.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from strata.errors import CheckpointError, ConfigError, NotSavedError
+from strata.files import sha256_of, sync_path, write_atomic
 from strata.train.engine import Engine, Snapshot
+from strata.train.history import COMPLETE, FOLDER, History, find_checkpoint, name_of
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.untrusted import Digest, decode_json
 
 __all__ = [
     "CheckpointConfig",
     "RunState",
     "Saver",
+    "TrainedClips",
     "Written",
     "backbone_config",
+    "build_for_file",
     "find_checkpoint",
     "load_backbone",
     "read_state",
     "restore",
+    "trained_clips",
     "write",
 ]
 
-_FOLDER = "checkpoints"
-_LATEST = "latest"
 _MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
 _STATE = "state.json"
-_COMPLETE = "complete.json"
+_FILES = frozenset((_MODEL, _TRAINING, _STATE))
 _TEMPORARY = ".writing-"
+_REPLACED = ".replaced-"
 _BACKBONE = "backbone."
+_MAX_JSON_BYTES = 1 << 24
+_SPARE_BYTES = 1 << 20
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+_Text = Annotated[str, msgspec.Meta(max_length=200)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,7 @@ class CheckpointConfig:
     every_steps: int = 0
     """Steps between checkpoints; 0 writes one at each epoch's end."""
     keep: int = 3
-    """How many to keep, the newest."""
+    """How many to keep, the newest of those that the run continues."""
     keep_every: int = 0
     """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
 
@@ -87,35 +98,21 @@ class CheckpointConfig:
 class RunState:
     """Where a run stands; with the weights, all that the future depends on."""
 
-    step: int
+    step: _Count
     """Optimizer steps done since the run's start."""
-    epoch: int
+    epoch: _Count
     """Epoch of the next step."""
-    epoch_step: int
+    epoch_step: _Count
     """Step of the next step within its epoch."""
-    manifest_digest: str
-    plan_digest: str
-    world_size: int
+    manifest_digest: _Text
+    plan_digest: _Text
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     config: dict[str, Any]
     """The resolved configuration."""
-    num_skipped: int = 0
+    num_skipped: _Count = 0
     """Steps left out since the run's start because something was not finite."""
     loss_scale: dict[str, float] = field(default_factory=dict)
     """State of fp16's loss scaling; empty without."""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Saver:
@@ -184,7 +181,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is whole."""
+    """A checkpoint that is complete."""
 
     path: Path
     step: int
@@ -193,7 +190,7 @@ class Written:
 
 
 def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConfig) -> Path:
-    """Write a checkpoint; it is whole when this returns. Only rank 0 calls it.
+    """Write a checkpoint; it is complete when this returns. Only rank 0 calls it.
 
     Args:
         snapshot: The engine's state.
@@ -207,8 +204,7 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
     Raises:
         NotSavedError: The disk refused; nothing is left of the attempt, and the others stay.
     """
-    root = run / _FOLDER
-    final = root / f"step-{state.step:09d}"
+    root, name = run / FOLDER, name_of(state.step)
     writing = root / f"{_TEMPORARY}{state.step:09d}"
     try:
         shutil.rmtree(writing, ignore_errors=True)
@@ -217,84 +213,71 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
         save_file(dict(snapshot.training), writing / _TRAINING)
         text = json.dumps(dataclasses.asdict(state), indent=2)
         (writing / _STATE).write_text(text, encoding="utf-8")
-        _seal(writing, final)
-        _point_to(root, final)
-        _drop_old(root, config)
-    except (OSError, SafetensorError) as error:
+        _seal(writing)
+        history = History(root)
+        history.add(name)
+        _give_name(writing, root / name)
+        history.point_to(name)
+        history.drop(config.keep, config.keep_every)
+        for left in (*root.glob(f"{_TEMPORARY}*"), *root.glob(f"{_REPLACED}*")):
+            shutil.rmtree(left)
+    except (OSError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise NotSavedError(
-            f"checkpoint {final} could not be written: {error}; free space or mend the disk, then "
-            "go on with --resume auto"
+            f"checkpoint {root / name} could not be written: {error}; free space or repair the "
+            "disk, then resume with --resume auto"
         ) from error
-    return final
+    return root / name
 
 
-def _seal(writing: Path, final: Path) -> None:
-    """Write the completeness marker and give the folder its name."""
-    files = sorted(p for p in writing.rglob("*") if p.is_file())
-    hashes = {str(p.relative_to(writing)): _sha256(p) for p in files}
-    for path in files:
-        _sync(path)
-    marker = writing / _COMPLETE
-    marker.write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-    _sync(marker)
-    shutil.rmtree(final, ignore_errors=True)
+def _seal(writing: Path) -> None:
+    """Write the completeness marker."""
+    for file in _FILES:
+        sync_path(writing / file)
+    hashes = {file: sha256_of(writing / file) for file in sorted(_FILES)}
+    write_atomic(writing / COMPLETE, json.dumps(hashes, indent=2))
+
+
+def _give_name(writing: Path, final: Path) -> None:
+    """Rename; another checkpoint of this name is moved aside, and removed later."""
+    if final.exists():
+        aside = final.with_name(f"{_REPLACED}{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
     writing.rename(final)
-    _sync(final.parent)
-
-
-def _point_to(root: Path, final: Path) -> None:
-    temporary = root / f"{_LATEST}.tmp"
-    temporary.write_text(final.name + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(root / _LATEST)
-    _sync(root)
-
-
-def _drop_old(root: Path, config: CheckpointConfig) -> None:
-    every = config.keep_every
-    for old in sorted(root.glob("step-*"))[: -config.keep]:
-        if every == 0 or int(old.name.removeprefix("step-")) % every:
-            # A kill while files are removed must not leave a folder that looks whole.
-            (old / _COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(old)
-    for torn in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(torn)
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or the given checkpoint itself.
-
-    Args:
-        path: A run's folder, or a checkpoint's.
-
-    Returns:
-        A folder with a completeness marker; None where the run has none yet.
-    """
-    if (path / _COMPLETE).is_file():
-        return path
-    root = path / _FOLDER
-    pointer = root / _LATEST
-    if pointer.is_file():
-        named = root / pointer.read_text(encoding="utf-8").strip()
-        if (named / _COMPLETE).is_file():
-            return named
-    whole = [p for p in sorted(root.glob("step-*")) if (p / _COMPLETE).is_file()]
-    return whole[-1] if whole else None
+    sync_path(final.parent)
 
 
 def _check_hashes(folder: Path) -> None:
-    try:
-        hashes = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / _COMPLETE} is not readable: {error}") from error
+    """Compare every file with its hash.
+
+    Raises:
+        CheckpointError: A hash or a file is missing, or a file is altered.
+    """
+    marker = folder / COMPLETE
+    kind = dict[str, Annotated[str, Digest]]
+    hashes = decode_json(_read(marker), kind, marker, CheckpointError, max_bytes=_MAX_JSON_BYTES)
+    advice = (
+        f"use an older checkpoint: write its folder's name into {folder.parent / 'latest'}, or "
+        "remove this folder"
+    )
+    if hashes.keys() != _FILES:
+        lacking = sorted(_FILES - hashes.keys())
+        wrong = "lacks the hash of" if lacking else "names the unknown file"
+        name = [*lacking, *sorted(hashes.keys() - _FILES)][0]
+        raise CheckpointError(f"{marker} {wrong} {name[:80]!r}; {advice}")
     for name, expected in hashes.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != expected:
-            raise CheckpointError(
-                f"checkpoint file {path} is missing or altered; use an older checkpoint: write its "
-                f"folder's name into {folder.parent / _LATEST}, or remove this folder"
-            )
+        if not path.is_file() or sha256_of(path) != expected:
+            raise CheckpointError(f"checkpoint file {path} is missing or altered; {advice}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable: {error}; use another") from error
 
 
 def read_state(folder: Path) -> RunState:
@@ -304,10 +287,8 @@ def read_state(folder: Path) -> RunState:
         CheckpointError: The file is missing or of another form.
     """
     path = folder / _STATE
-    try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a run's state: {error}; use another") from error
+    content = _read(path)
+    return decode_json(content, RunState, path, CheckpointError, max_bytes=_MAX_JSON_BYTES)
 
 
 def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
@@ -316,7 +297,7 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     Args:
         engine: What holds the optimizer.
         model: The module inside the engine.
-        folder: A whole checkpoint.
+        folder: A complete checkpoint.
 
     Raises:
         CheckpointError: A file is missing or altered, or does not fit the model.
@@ -347,8 +328,8 @@ def load_backbone(folder: Path) -> Backbone:
         CheckpointError: A file is missing, altered or damaged.
     """
     _check_hashes(folder)
-    backbone = build_backbone(backbone_config(read_state(folder).config))
     path = folder / _MODEL
+    backbone = build_for_file(backbone_config(read_state(folder).config), path)
     try:
         with safe_open(path, framework="pt") as tensors:
             names = [k for k in tensors.keys() if k.startswith(_BACKBONE)]
@@ -361,17 +342,73 @@ def load_backbone(folder: Path) -> Backbone:
     return backbone
 
 
+def build_for_file(config: BackboneConfig, path: Path) -> Backbone:
+    """An encoder whose weights are about to be read; never larger than the file could fill.
+
+    Raises:
+        CheckpointError: The encoder has far more weights than the file.
+    """
+    try:
+        with torch.device("meta"):
+            sketch = build_backbone(config)
+        due = sum(t.numel() * t.element_size() for t in sketch.state_dict().values())
+        found = path.stat().st_size
+    except (OSError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path} does not hold this encoder: {error}") from error
+    if due > 2 * found + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{path} does not hold this encoder: it has {found} bytes, an encoder of width "
+            f"{config.width} has {due}; use another checkpoint"
+        )
+    return build_backbone(config)
+
+
 def backbone_config(config: dict[str, Any]) -> BackboneConfig:
     """The encoder's part of a run's resolved configuration.
 
     Raises:
         CheckpointError: The configuration is of another version.
     """
+    described = config.get("model")
+    known = {f.name for f in dataclasses.fields(BackboneConfig)}
     try:
-        return BackboneConfig(**config["model"])
-    except (KeyError, TypeError) as error:
+        if isinstance(described, dict) and not described.keys() <= known:
+            raise ConfigError(f"unknown settings {sorted(map(str, described.keys() - known))[:3]}")
+        return msgspec.convert(described, BackboneConfig)
+    except (msgspec.ValidationError, ConfigError) as error:
         raise CheckpointError(
             f"the checkpoint's config does not describe an encoder: {error}; use another"
+        ) from error
+
+
+class _ClipPart(msgspec.Struct, frozen=True):
+    clip_frames: Annotated[int, msgspec.Meta(ge=2, le=1 << 12)]
+
+
+class TrainedClips(msgspec.Struct, frozen=True):
+    """The clips that an encoder was trained on; the part of a config that others read."""
+
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    """Rows and columns."""
+    clips: _ClipPart
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip."""
+        return self.clips.clip_frames
+
+
+def trained_clips(config: dict[str, Any]) -> TrainedClips:
+    """The clips that a run's resolved configuration describes.
+
+    Raises:
+        CheckpointError: It describes none.
+    """
+    try:
+        return msgspec.convert(config.get("data"), TrainedClips)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"the checkpoint's config does not describe clips: {error}; use another"
         ) from error
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,10 +23,18 @@ from torch import Tensor, nn
 
 import strata
 from strata.errors import CheckpointError, ConfigError
-from strata.train.checkpoint import find_checkpoint, load_backbone, read_state
+from strata.train.checkpoint import (
+    backbone_config,
+    build_for_file,
+    find_checkpoint,
+    load_backbone,
+    read_state,
+    trained_clips,
+)
 from strata.train.method import IMAGENET_MEAN, IMAGENET_STD
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.weights import export_backbone, load_torchvision
+from strata.untrusted import decode_json
 
 __all__ = ["ExportCommand", "example_code", "load_export", "write_export"]
 
@@ -54,6 +63,30 @@ class ExportCommand:
     clips, of the size and frames that the encoder was trained on."""
 
 
+class _Exported(msgspec.Struct, frozen=True):
+    """What `load_export` reads of config.json."""
+
+    format: Literal[1]
+    backbone: dict[str, Any]
+
+
+class _CardMethod(msgspec.Struct, frozen=True):
+    weights: dict[str, float]
+
+
+class _CardData(msgspec.Struct, frozen=True):
+    shards: str
+    batch_size: int
+
+
+class _CardFacts(msgspec.Struct, frozen=True):
+    """What the model card tells of a training's config."""
+
+    method: _CardMethod
+    data: _CardData
+    seed: int
+
+
 class _ThreeLevels(nn.Module):
     """Levels as a plain tuple: programs do not know our class."""
 
@@ -73,7 +106,7 @@ def write_export(command: ExportCommand) -> Path:
         `command.out`.
 
     Raises:
-        CheckpointError: There is no whole checkpoint, or it is damaged.
+        CheckpointError: There is no complete checkpoint, or it is damaged.
         ConfigError: The folder exists, or torchvision has no network of this width.
     """
     if command.out.exists():
@@ -81,15 +114,15 @@ def write_export(command: ExportCommand) -> Path:
     found = find_checkpoint(command.checkpoint)
     if found is None:
         raise CheckpointError(
-            f"{command.checkpoint} holds no whole checkpoint; give a run's folder"
+            f"{command.checkpoint} holds no complete checkpoint; give a run's folder"
         )
     state = read_state(found)
     encoder = load_backbone(found).eval()
-    trained = BackboneConfig(**state.config["model"])
+    trained = backbone_config(state.config)
     as_trained = command.names == "strata" and command.format == "safetensors"
     in_channels = trained.in_channels if as_trained else _NUM_COLOURS
     described = _describe(command, trained, state.config, in_channels=in_channels)
-    described["training"] = _training(state.config) | {
+    described["training"] = _training(state.config, found) | {
         "step": state.step,
         "epoch": state.epoch,
         "manifest_digest": state.manifest_digest,
@@ -133,10 +166,12 @@ def load_export(folder: Path) -> Backbone:
         CheckpointError: A file is missing, damaged, or of another architecture.
     """
     try:
-        described = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        backbone = build_backbone(BackboneConfig(**described["backbone"]))
+        content, path = (folder / _CONFIG).read_bytes(), folder / _CONFIG
+        described = decode_json(content, _Exported, path, CheckpointError, max_bytes=1 << 24)
+        config = backbone_config({"model": described.backbone})
+        backbone = build_for_file(config, folder / _WEIGHTS)
         load_torchvision(backbone, load_file(folder / _WEIGHTS))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, CheckpointError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} is not an export with weights: {error}") from error
     return backbone.eval()
 
@@ -145,6 +180,7 @@ def _describe(
     command: ExportCommand, trained: BackboneConfig, config: dict[str, Any], *, in_channels: int
 ) -> dict[str, Any]:
     """What config.json holds but for the training."""
+    clips = trained_clips(config)
     return {
         "format": _FORMAT,
         "strata": strata.__version__,
@@ -158,16 +194,24 @@ def _describe(
         },
         "input": {
             "layout": "NCTHW",
-            "frames": config["data"]["clips"]["clip_frames"],
-            "size": config["data"]["size"],
+            "frames": clips.frames,
+            "size": clips.size,
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
         },
     }
 
 
-def _training(config: dict[str, Any]) -> dict[str, Any]:
-    """The run's settings without the paths of the machine that it ran on."""
+def _training(config: dict[str, Any], found: Path) -> dict[str, Any]:
+    """The run's settings without the paths of the machine that it ran on.
+
+    Raises:
+        CheckpointError: The config lacks what the card tells.
+    """
+    try:
+        msgspec.convert(config, _CardFacts)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{found}: the config is not a training's: {error}") from error
     kept = {k: v for k, v in config.items() if k in ("method", "schedule", "engine", "seed")}
     data = dict(config["data"])
     data["shards"] = Path(data["shards"]).name

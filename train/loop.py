@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +22,8 @@ from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
-from strata.logs import get_logger
+from strata.files import FolderLock
+from strata.logs import SteadyStream, get_logger
 from strata.metrics import Metrics
 from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
@@ -68,6 +70,7 @@ class Trainer:
         reader: The data set, opened.
         metrics: Where figures go.
         probe: What looks at the encoder between epochs.
+        lock: What keeps other trainings out of the run's folder, on rank 0.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class Trainer:
         reader: ShardReader,
         metrics: Metrics,
         probe: OnlineProbe | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader, self.metrics, self.probe = reader, metrics, probe
+        self.reader, self.metrics, self.probe, self._lock = reader, metrics, probe, lock
         self.plan: Plan = open_plan(reader, config.data, config.seed)
         torch.manual_seed(config.seed)
         self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
@@ -129,7 +133,7 @@ class Trainer:
         return min(steps, self.config.stop_after_steps or steps)
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, as the config asks.
+        """Continue from the newest complete checkpoint, as the config asks.
 
         Raises:
             CheckpointError: There is one but none was asked for, or it belongs to other data.
@@ -369,12 +373,16 @@ class Trainer:
         finally:
             loader.close()
         folder = self.config.run / "bad-batches"
-        folder.mkdir(exist_ok=True)
         path = folder / f"step-{report.step:09d}-rank-{self.world.rank}.safetensors"
         tensors = {"short": batch.short, "samples": torch.from_numpy(batch.samples)}
         if batch.long is not None:
             tensors["long"] = batch.long
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("the batch of rank %d cannot be written: %s", self.world.rank, error)
+            return
         logger.warning("the batch of rank %d is in %s", self.world.rank, path)
 
     def _probe(self, watchdog: Watchdog) -> None:
@@ -410,6 +418,11 @@ class Trainer:
 
         One periodic save may fail while an older checkpoint stays: the next is the second attempt.
         """
+        if self._lock is not None and self._lock.lost:
+            return NotSavedError(
+                f"{self.config.run} was taken over by another process while this one was stopped "
+                f"for more than {FolderLock.STALE_S:.0f} s; nothing more is written there"
+            )
         try:
             written = self._saver.take()
         except NotSavedError as error:
@@ -473,7 +486,11 @@ class Trainer:
         )
         if self.world.is_first and config.monitor.progress:
             self._progress = tqdm(
-                total=self.total_steps, initial=self.state.step, unit="step", desc="pretrain"
+                total=self.total_steps,
+                initial=self.state.step,
+                unit="step",
+                desc="pretrain",
+                file=SteadyStream(),
             )
 
     def _advance(self) -> None:

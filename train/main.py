@@ -18,8 +18,9 @@ from strata.distributed import (
     current_world,
     join_world,
     leave_world,
+    only_writer,
 )
-from strata.errors import EXIT_PREEMPTED, run_rank
+from strata.errors import EXIT_PREEMPTED, ConfigError, run_rank
 from strata.logs import set_up_logging
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
@@ -47,13 +48,20 @@ def main(argv: Sequence[str]) -> int:
         return 0
     world = join_world(device, config.engine.world_timeout_s)
     agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
-    with serve_run(config, world) as metrics:
+    alone = only_writer(config.run, "training", world, advice="wait for it, or use another --run")
+    with alone as lock, serve_run(config, world) as metrics:
         trainer = Trainer(
-            config, world=world, device=device, reader=reader, metrics=metrics, probe=probe
+            config,
+            world=world,
+            device=device,
+            reader=reader,
+            metrics=metrics,
+            probe=probe,
+            lock=lock,
         )
         trainer.resume()
         if world.is_first:
-            dump_config(config, config.run / "config.yaml")
+            _write_config(config)
         finished = trainer.fit()
     # Not after a fault: a group that lost a rank may never dissolve.
     leave_world()
@@ -66,6 +74,19 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     return EXIT_PREEMPTED
+
+
+def _write_config(config: TrainConfig) -> None:
+    """Leave the resolved configuration in the run's folder.
+
+    Raises:
+        ConfigError: The disk takes none.
+    """
+    path = config.run / "config.yaml"
+    try:
+        dump_config(config, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; free space") from error
 
 
 def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:

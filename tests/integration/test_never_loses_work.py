@@ -261,7 +261,7 @@ def test_one_save_may_fail(server: ForkServer, arguments: list[str | Path], tmp_
 
 def test_a_folder_that_cannot_be_written_is_named(server: ForkServer, arguments: list[str | Path]):
     said = server.finish(*arguments, "--run", "/proc/strata", code=2)
-    assert "the run's folder cannot be written" in said
+    assert "the folder /proc/strata cannot be written" in said
 
 
 def test_another_recipe_is_refused(

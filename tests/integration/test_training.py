@@ -76,7 +76,8 @@ def test_a_run_leaves_what_tells_of_it(whole: Path):
     assert config["data"]["batch_size"] == 4
     assert json.loads((whole / "deepspeed.json").read_text())["train_batch_size"] == 4
     folders = sorted(p.name for p in (whole / "checkpoints").iterdir())
-    assert folders == ["latest", "step-000000006", "step-000000012", "step-000000018"]
+    steps = [f"step-{step:09d}" for step in (6, 12, 18)]
+    assert folders == ["history.json", "latest", *steps]
     (start,) = records(whole, "start")
     assert start["chance"]["instance"] == pytest.approx(1.9459101)  # log 7
     assert start["plan"]["last_step"] == 18
@@ -206,7 +207,7 @@ def test_an_evaluation_without_checkpoint_says_so(shards: Path, tmp_path: Path):
         "retrieval",
         *("--checkpoint", tmp_path, "--gallery", shards / "train", "--query", shards / "test"),
     )
-    assert "holds no whole checkpoint" in line
+    assert "holds no complete checkpoint" in line
     assert "not known; use retrieval" in fail_with_one_line("eval/main.py", "retrievel")
 
 

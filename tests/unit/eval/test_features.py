@@ -10,6 +10,7 @@ import torch
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
+from strata.errors import ShardError
 from strata.eval import features
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
@@ -66,16 +67,37 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    def stop_half_way(levels: dict[str, np.ndarray], path: Path) -> None:
-        path.write_bytes(b"half of it")
+    def stop_half_way(levels: dict[str, np.ndarray], path: str, **more: Any) -> None:
+        Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(features, "save_file", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             extract(backbone, readers[0], tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
     fresh = extract(backbone, readers[0], tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     kept = extract(backbone, readers[0], tmp_path)
     np.testing.assert_array_equal(kept.levels["high"], fresh.levels["high"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other set", "other kind"])
+def test_features_that_were_altered_or_belong_elsewhere_are_refused(
+    damage: str, backbone: Backbone, readers: list[ShardReader], tmp_path: Path
+):
+    extract(backbone, readers[0], tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    match damage:
+        case "flip":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "cut":
+            path.write_bytes(content[:-100])
+        case "other set":
+            features._write({k: v[:1] for k, v in features._cached(path, (2, 1)).items()}, path)
+        case _:
+            found = features._cached(path, (2, 1))
+            features._write({k: v.astype(np.float64) for k, v in found.items()}, path)
+    with pytest.raises(ShardError, match=r"cached features .* are damaged"):
+        extract(backbone, readers[0], tmp_path)

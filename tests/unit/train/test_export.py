@@ -38,6 +38,7 @@ def checkpoint(folder: Path, model: BackboneConfig) -> Path:
     backbone.channels_last()
     weights = {f"backbone.{k}": v.contiguous() for k, v in backbone.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
+    save_file({"random.cpu": torch.get_rng_state()}, folder / "training.safetensors")
     config = TrainConfig(
         run=Path("/home/somebody/runs/a"),
         data=DataConfig(shards=Path("/home/somebody/shards/set"), size=32),
@@ -157,7 +158,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "config.json, model.safetensors" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists; choose another --out"):
         main([*words, "--names", "strata"])
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "other")])
 
 

@@ -1,0 +1,198 @@
+"""Altered files of a checkpoint or an export: one line that says where, never a wrong network."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from strata.errors import CheckpointError
+from strata.train.checkpoint import (
+    CheckpointConfig,
+    RunState,
+    backbone_config,
+    load_backbone,
+    read_state,
+    trained_clips,
+    write,
+)
+from strata.train.engine import Snapshot
+from strata.train.export import ExportCommand, load_export, write_export
+from strata.train.models.backbones import BackboneConfig, build_backbone
+
+CONFIG = {
+    "model": vars(BackboneConfig(width=8)),
+    "data": {"size": 32, "clips": {"clip_frames": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    weights = build_backbone(BackboneConfig(width=8)).state_dict()
+    snapshot = Snapshot(
+        model={f"backbone.{k}": v for k, v in weights.items()},
+        training={"random.cpu": torch.get_rng_state()},
+        loss_scale={},
+    )
+    state = RunState(
+        step=1,
+        epoch=0,
+        epoch_step=1,
+        manifest_digest="m",
+        plan_digest="p",
+        world_size=1,
+        config=CONFIG,
+    )
+    return write(snapshot, state, tmp_path_factory.mktemp("run"), CheckpointConfig())
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / original.name))
+
+
+def seal(folder: Path) -> None:
+    """As somebody does who can write the files."""
+    names = ("model.safetensors", "training.safetensors", "state.json")
+    hashes = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
+    (folder / "complete.json").write_text(json.dumps(hashes))
+
+
+def test_the_original_loads(folder: Path):
+    weights = load_backbone(folder).state_dict()
+    assert weights.keys() == build_backbone(BackboneConfig(width=8)).state_dict().keys()
+    assert trained_clips(read_state(folder).config).frames == 8
+
+
+@pytest.mark.parametrize("marker", ["{}", "some", "[]", "", "null", "deep", "unknown", "upper"])
+def test_without_every_hash_a_checkpoint_is_not_complete(marker: str, folder: Path):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    file = folder / "complete.json"
+    hashes = json.loads(file.read_text())
+    match marker:
+        case "some":
+            hashes.pop("model.safetensors")
+        case "unknown":
+            hashes["../../model.safetensors"] = hashes["model.safetensors"]
+        case "upper":
+            hashes = {k: v.upper() for k, v in hashes.items()}
+    texts = {"deep": "[" * 100_000}
+    if marker in ("some", "unknown", "upper"):
+        texts[marker] = json.dumps(hashes)
+    file.write_text(texts.get(marker, marker))
+    with pytest.raises(CheckpointError, match=r"complete\.json"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_a_flipped_byte_is_found(name: str, folder: Path):
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name} is missing or altered"):
+        load_backbone(folder)
+
+
+EDITS: list[tuple[str, Any]] = [
+    ("step", -1),
+    ("step", "1"),
+    ("step", 1.5),
+    ("step", 10**30),
+    ("step", None),
+    ("epoch", [0]),
+    ("world_size", 0),
+    ("manifest_digest", 3),
+    ("plan_digest", "x" * 1000),
+    ("config", []),
+    ("config", "x"),
+    ("loss_scale", {"scale": "1"}),
+    ("num_skipped", True),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), EDITS)
+def test_a_state_of_another_kind_is_one_line_with_its_field(field: str, value: Any, folder: Path):
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"state\.json is not valid: .*\$\.{field}"):
+        read_state(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "[" * 100_000, '{"step": NaN}', "\udcff", "1e999"]
+)
+def test_a_state_that_is_no_state_is_one_line(text: str, folder: Path):
+    (folder / "state.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"state\.json is not valid"):
+        read_state(folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        None,
+        [],
+        {"width": "8"},
+        {"width": 7},
+        {"width": -8},
+        {"name": "resnet"},
+        {"in_channels": 5},
+        {"bn_momentum": "x"},
+        {"width": 8, "layers": 4},
+    ],
+)
+def test_an_encoder_that_is_none_is_one_line(model: Any, folder: Path):
+    with pytest.raises(CheckpointError, match="does not describe an encoder"):
+        backbone_config({"model": model})
+
+
+@pytest.mark.parametrize("width", [1 << 20, 1 << 40, 1 << 62])
+def test_an_encoder_far_larger_than_its_file_is_never_built(width: int, folder: Path):
+    path = folder / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["model"]["width"] = width
+    path.write_text(json.dumps(state))
+    seal(folder)
+    with pytest.raises(CheckpointError, match="does not hold this encoder"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    "data", [None, {}, {"size": 0, "clips": {"clip_frames": 8}}, {"size": 32, "clips": 8}]
+)
+def test_clips_that_are_none_are_one_line(data: Any):
+    with pytest.raises(CheckpointError, match="does not describe clips"):
+        trained_clips({"data": data})
+
+
+def test_a_config_that_a_model_card_cannot_tell_is_one_line(folder: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="the config is not a training's"):
+        write_export(ExportCommand(checkpoint=folder, out=tmp_path / "out", names="strata"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[" * 100_000,
+        '{"format": 1, "backbone": {"width": "8"}}',
+        '{"format": 1, "backbone": {"width": 8388608}}',
+        '{"format": 9, "backbone": {"width": 8}}',
+    ],
+)
+def test_a_config_of_an_export_that_is_none_is_one_line(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(text)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_export(tmp_path)
+    assert str(tmp_path) in str(caught.value)
