@@ -157,24 +157,19 @@ class ClipBatch:
 
 
 def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
-    """The order of a run over `reader`, after checking that the videos are long enough.
+    """The order of a pretraining over `reader`, without the videos too short for its window.
 
     Raises:
-        ConfigError: The set is too small for a batch, or a video too short for the window.
+        ConfigError: The videos that are long enough are too few for a batch.
     """
-    shortest = int(reader.num_frames.min()) if reader.num_samples else 0
-    if shortest < config.clips.window_frames:
-        raise ConfigError(
-            f"{reader.location} holds videos of {shortest} frames, the window takes "
-            f"{config.clips.window_frames}; shard with --min-frames "
-            f"{config.clips.window_frames + 1} or use a smaller data.clips.clip_frames"
-        )
     _check_room(reader, config)
+    too_short = np.flatnonzero(reader.num_frames < config.clips.window_frames)
     return Plan(
         shard_sizes=tuple(s.num_samples for s in reader.manifest.shards),
         batch_size=config.batch_size,
         seed=seed,
         pool_samples=config.pool_samples,
+        left_out=tuple(too_short.tolist()),
     )
 
 

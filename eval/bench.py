@@ -18,7 +18,7 @@ from strata.distributed import World, all_equal, current_world, join_world, leav
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.page import Page, write_page
-from strata.eval.record import PairResult, table, write_record
+from strata.eval.record import PairResult, set_sizes, table, write_record
 from strata.eval.report import build_page
 from strata.exporter import export_process
 from strata.hardware import GpuCollector
@@ -95,6 +95,7 @@ class SetPair:
             name: {
                 "folder": str(reader.location),
                 "manifest_digest": reader.manifest.digest,
+                "num_listed": reader.num_listed,
                 "num_videos": reader.num_samples,
             }
             for name, reader in (("train", self.train), ("test", self.test))
@@ -272,9 +273,11 @@ class Bench:
             **more,
         }
         record = write_record(path, head, results)
+        if record["incomplete"]:
+            print(record["incomplete"])
         print(f"{name} of {self.found}\n  protocol: {protocol}")
         for result in results:
-            print(f"  {result.data} {result.split}: {_sizes(result)}")
+            print(f"  {result.data} {result.split}: {set_sizes([result.sets])}")
             print(table(result.figures, indent="    "))
             if result.variants:
                 print(table(result.variants, indent="    "))
@@ -286,11 +289,6 @@ class Bench:
         page = path.with_suffix(".html")
         write_page(decorate(build_page(plain(record))), page)
         print(f"  written to {path} and {page}", flush=True)
-
-
-def _sizes(result: PairResult) -> str:
-    train, test = (result.sets[k]["num_videos"] for k in ("train", "test"))
-    return f"{train} training and {test} test videos"
 
 
 @contextmanager

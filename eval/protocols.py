@@ -619,7 +619,11 @@ def run_features(config: FeaturesExport) -> None:
         features = bench.encode(reader, seed)
         if bench.world.is_first:
             write_features(features, config.out)
-            print(f"features of {len(features.keys)} videos written to {config.out}", flush=True)
+            print(
+                f"features of {len(features.keys)} videos (listed {reader.num_listed}) written to "
+                f"{config.out}",
+                flush=True,
+            )
 
 
 RUNNERS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {

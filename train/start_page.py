@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import strata
@@ -16,6 +17,9 @@ from strata.train.engine import derive_deepspeed
 from strata.train.schedules import ScheduleConfig, phase_at
 
 __all__ = ["StartPage", "describe_run", "stage_epochs"]
+
+_NAMED = 5
+"""Keys of videos that a line names; the log has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,7 @@ def describe_run(
             "data",
             f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
         ),
+        *_left_out(config, reader, plan),
         (
             "batch",
             f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
@@ -121,6 +126,7 @@ def describe_run(
         "last_step": last,
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
+        "left_out": [reader.keys[sample] for sample in plan.left_out],
         "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
         "stages": {
@@ -141,6 +147,26 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     precision = "float32" if dtype is None else f"{dtype} by autocast, losses float32"
     return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
+
+
+def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
+    """How many videos the order leaves out, by which rule, and the first of them by name."""
+    if not plan.left_out:
+        return []
+    lengths = reader.num_frames[np.array(plan.left_out)]
+    named = [
+        f"{reader.keys[sample]} ({count})"
+        for sample, count in zip(plan.left_out[:_NAMED], lengths.tolist(), strict=False)
+    ]
+    rest = len(plan.left_out) - len(named)
+    more = f" and {rest} more, all named in log.jsonl" if rest else ""
+    return [
+        (
+            "left out",
+            f"{len(plan.left_out)} of {reader.num_samples} videos have fewer than the window's "
+            f"{config.data.clips.window_frames} frames: {', '.join(named)}{more}",
+        )
+    ]
 
 
 def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: int) -> str:
