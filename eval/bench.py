@@ -222,7 +222,8 @@ class Bench:
         f = self.features
         return (
             f"{f.num_clips} clips of {f.clip_frames} frames at stride {f.stride} placed uniformly, "
-            f"centre crop, {f.size}x{f.size}"
+            f"centre crop{'' if f.crop == 1 else f' of {f.crop:g} of the short side'}, "
+            f"{f.size}x{f.size}"
         )
 
     def folder(self, name: str, parts: object) -> Path:

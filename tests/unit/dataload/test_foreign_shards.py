@@ -140,7 +140,7 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
 
 def test_a_classifier_gets_its_clips(folder: Path):
     reader, config = ShardReader(folder), config_for(folder)
-    spec = LabelledSpec(clip_frames=16, stride=1, jitter=0)
+    spec = LabelledSpec(clip_frames=16, stride=1)
     plan = labelled_plan(reader, config, SEED)
     loader = LabelledLoader(reader, config, plan, spec, world=World(), device=CPU, epochs=(0, 1))
     first = next(iter(loader))
