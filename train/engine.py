@@ -14,6 +14,7 @@ from strata.distributed import World, any_rank, gather
 from strata.errors import CheckpointError, ConfigError
 from strata.logs import get_logger, warn_once
 from strata.train.convolutions import sound_convolutions
+from strata.train.models.synced_norm import synchronise_norms
 from strata.train.self_test import check_conv3d
 
 __all__ = [
@@ -56,7 +57,7 @@ class EngineConfig:
     dump_bad_batch: bool = False
     """Whether the batch of such a step is written below the run, in `bad-batches`."""
     sync_batch_norm: bool = False
-    """Whether batch norm has the statistics of all ranks; GPUs only."""
+    """Whether batch norm has the statistics of all ranks, docs/method.md."""
     compile: bool = False
     """Whether the backbone goes through torch.compile."""
     channels_last: bool = True
@@ -143,11 +144,6 @@ def derive_deepspeed(
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
-    if config.sync_batch_norm and not on_gpu:
-        raise ConfigError(
-            "engine.sync_batch_norm needs GPUs: torch's synchronised batch norm has no CPU kernel; "
-            "leave it out"
-        )
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],
@@ -245,8 +241,8 @@ class Engine:
             )
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        if config.sync_batch_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.sync_batch_norm and world.size > 1:
+            synchronise_norms(model, device)
         self._config = config
         self._lr_factors = {g.name: g.lr_factor for g in groups}
         self._zero = config.zero

@@ -107,6 +107,7 @@ def describe_run(
             f"{costs[largest].parameters / 1e6:.2f} million parameters with heads",
         ),
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
+        *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
         ("memory", _memory(memory[largest], largest, world)),
         *_cache(config, reader),
@@ -180,6 +181,27 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
         f"epochs {span[0]} to {span[1] - 1}, {_flops(cost.forward_flops)} forward and "
         f"{_flops(cost.backward_flops)} backward a rank and step: {terms}"
     )
+
+
+def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
+    """What to expect of the graph, where the run uses it."""
+    method, videos = config.method, config.data.batch_size
+    if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
+        return []
+    others = (videos - 1) / method.num_prototypes
+    expected = (
+        "so few that the graph may be the identity, where L_gr tells a video's two views from other "
+        "videos, no more"
+        if others < 1
+        else "so it can name other videos than a row's own"
+    )
+    return [
+        (
+            "graph",
+            f"{videos} videos and {method.num_prototypes} prototypes: {others:.2g} other videos on "
+            f"a video's prototype if all are used alike, {expected}; see graph_off_diagonal_mass",
+        )
+    ]
 
 
 def _rates(config: TrainConfig) -> str:
