@@ -190,8 +190,8 @@ def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
         return []
     others = (videos - 1) / method.num_prototypes
     expected = (
-        "so few that the graph may be the identity, where L_gr tells a video's two views from other "
-        "videos, no more"
+        "so few that the graph may be the identity, where L_gr tells a video's two views from "
+        "other videos, no more"
         if others < 1
         else "so it can name other videos than a row's own"
     )

@@ -290,7 +290,7 @@ def test_views_keep_their_places_in_the_shared_pass():
 
 
 def test_every_altered_order_is_a_change_of_order_and_drawn_by_view():
-    low, mid = build(recipe()).orders(np.arange(64), 0, 0, 16)
+    low, mid, _ = build(recipe()).orders(np.arange(64), 0, 0, 16)
     assert low.shape == (3, 3 * 64, 8)
     assert mid.shape == (3, 3 * 64, 4)
     for orders in (low, mid):

@@ -95,6 +95,21 @@ def test_videos_that_are_left_out_are_told_by_name(shards: Path):
     )
 
 
+def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
+    sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
+    told = dict(page(shards, *sizes).lines)["graph"]
+    assert told.startswith(
+        "4 videos and 1000 prototypes: 0.003 other videos on a video's prototype"
+    )
+    assert "so few that the graph may be the identity" in told
+    told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
+    assert "1.5 other videos" in told
+    assert "may be the identity" not in told
+    without = [f"--method.weights.graph_{level}=0" for level in ("low", "mid")]
+    assert "graph" not in dict(page(shards, *sizes, *without).lines)
+    assert "graph" not in dict(page(shards, *sizes, "--schedule.epochs", "50").lines)
+
+
 def test_stages_that_the_run_does_not_reach_are_not_told():
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=20)) == {1: (0, 10)}
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=0)) == {2: (0, 10)}
