@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.write({"__key__": "broken", "mp4": b"no video", "cls": "run"})
                 short = write_video(root / "s.mp4", moving_scene(9, 96, 64), codec="libx264")
                 writer.write({"__key__": "short", "mp4": short.read_bytes(), "cls": "run"})
-    main(["index", str(root / "set"), "--width", "64", "--height", "48", "--max-rejects", "1"])
+    limits = ["--min-frames", "33", "--max-rejects", "1"]
+    main(["index", str(root / "set"), "--width", "64", "--height", "48", *limits])
     return root / "set"
 
 
