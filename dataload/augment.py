@@ -4,6 +4,7 @@ A parameter is a function of (seed, epoch, sample, view) alone. The DALI graph a
 both take the parameters from here, so they can be held against each other value by value.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ __all__ = [
     "centre_crop",
     "colour_transforms",
     "draw_view",
+    "ten_crops",
 ]
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -45,6 +47,9 @@ class AugmentSpec:
     """Range of the crop's width over height, in stored pixels; swapped with probability 1/2."""
     flip: float = 0.5
     """Probability of the mirror image."""
+    jitter: float = 1.0
+    """Probability that brightness, contrast, saturation and hue of a clip are changed at all. TEXT
+    does not say; release: 1, CoCLR: 0.8."""
     brightness: float = 0.5
     """Factor uniform in [1 - this, 1 + this]."""
     contrast: float = 0.5
@@ -79,7 +84,7 @@ class AugmentSpec:
         low, high = self.blur_sigma
         if not 0 < low <= high:
             raise ConfigError(f"data.views.blur_sigma is {self.blur_sigma}; use 0 < low <= high")
-        for name in ("flip", "brightness", "contrast", "saturation", "blur", "gray"):
+        for name in ("flip", "jitter", "brightness", "contrast", "saturation", "blur", "gray"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"data.views.{name} is {value}; use 0 to 1")
@@ -192,10 +197,15 @@ def draw_view(
         # The draws of a clip keep their old places, so a recipe of before gives the same batches.
         colour = rest[:, None, [1, 2, 3, 4, 7, 8]]
 
+    # A clip that is not jittered has the neutral values, in all of its frames.
+    jittered = rest[:, 9, None] < spec.jitter
+
     def factor(strength: float, column: int) -> np.ndarray:
-        return (1.0 + strength * (2.0 * colour[:, :, column] - 1.0)).astype(np.float32)
+        change = strength * (2.0 * colour[:, :, column] - 1.0)
+        return np.where(jittered, 1.0 + change, 1.0).astype(np.float32)
 
     low, high = spec.blur_sigma
+    turn = 360.0 * spec.hue * (2.0 * colour[:, :, 3] - 1.0)
     sigma = (low + (high - low) * rest[:, 6]) * size / 112.0
     blurred = (rest[:, 5] < spec.blur) & (sigma >= _MIN_SIGMA)
     channel = np.floor(3.0 * colour[:, :, 5])
@@ -205,7 +215,7 @@ def draw_view(
         brightness=factor(spec.brightness, 0),
         contrast=factor(spec.contrast, 1),
         saturation=factor(spec.saturation, 2),
-        hue_degrees=(360.0 * spec.hue * (2.0 * colour[:, :, 3] - 1.0)).astype(np.float32),
+        hue_degrees=np.where(jittered, turn, 0.0).astype(np.float32),
         gray=np.where(colour[:, :, 4] < spec.gray, channel, -1).astype(np.int8),
         sigma=np.where(blurred, sigma, 0.0).astype(np.float32),
     )
@@ -238,9 +248,16 @@ def colour_transforms(view: ViewParameters) -> np.ndarray:
     return np.concatenate([matrix, offsets], axis=-1).astype(np.float32)
 
 
-def centre_crop(num: int, *, height: int, width: int) -> ViewParameters:
-    """The view of an evaluation: the largest centred square, nothing else."""
-    side = min(height, width)
+def centre_crop(num: int, *, height: int, width: int, share: float = 1.0) -> ViewParameters:
+    """The view of an evaluation: a centred square, nothing else.
+
+    Args:
+        num: N, views.
+        height: Stored rows.
+        width: Stored columns.
+        share: Side of the square over the shorter side of the frame.
+    """
+    side = round(share * min(height, width))
     top, left = math.floor((height - side) / 2), math.floor((width - side) / 2)
     ones, zeros = np.ones((num, 1), np.float32), np.zeros((num, 1), np.float32)
     return ViewParameters(
@@ -253,3 +270,29 @@ def centre_crop(num: int, *, height: int, width: int) -> ViewParameters:
         gray=np.full((num, 1), -1, np.int8),
         sigma=np.zeros(num, np.float32),
     )
+
+
+def ten_crops(num: int, *, height: int, width: int, share: float) -> list[ViewParameters]:
+    """Squares in the centre and the corners of a frame, each as it is and mirrored.
+
+    Args:
+        num: N, views of each crop.
+        height: Stored rows.
+        width: Stored columns.
+        share: Side of the square over the shorter side of the frame.
+
+    Returns:
+        The centre, top left, top right, bottom left, bottom right; then the same mirrored.
+    """
+    centre = centre_crop(num, height=height, width=width, share=share)
+    side = float(centre.box[0, 2] - centre.box[0, 0])
+    corners = [(top, left) for top in (0.0, height - side) for left in (0.0, width - side)]
+    boxes = [centre.box] + [
+        np.tile(np.array([[top, left, top + side, left + side]], np.float32), (num, 1))
+        for top, left in corners
+    ]
+    return [
+        dataclasses.replace(centre, box=box, flip=np.full(num, mirrored))
+        for mirrored in (False, True)
+        for box in boxes
+    ]

@@ -1,13 +1,12 @@
 """Training batches of a classifier: one augmented clip of each labelled video."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from strata.counter_random import Stream, uniforms
-from strata.dataload.augment import ViewParameters, draw_view
+from strata.dataload.augment import draw_view
 from strata.dataload.faults import replace_faulty
 from strata.dataload.loader import Batch, DataConfig, TrainLoader
 from strata.dataload.pipeline import ClipPipeline, ViewSlice
@@ -26,20 +25,18 @@ __all__ = [
     "training_clip",
 ]
 
-# Views of Stream.WINDOW that pretraining, which has view 0, does not draw.
-_PLACE_VIEW, _JITTER_VIEW = 1, 2
+_PLACE_VIEW = 1
+"""View of Stream.WINDOW that pretraining, which has view 0, does not draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSpec:
-    """How a clip is cut from a video and whether its colours are changed."""
+    """How a clip is cut from a video."""
 
     clip_frames: int
     """Frames of a clip."""
     stride: int
     """Distance of neighbouring frames, in source frames."""
-    jitter: float
-    """Probability that the colours of a clip are changed at all."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -49,8 +46,6 @@ class LabelledSpec:
         """
         if self.clip_frames < 1 or self.stride < 1:
             raise ConfigError("clip_frames and stride must be 1 or more")
-        if not 0 <= self.jitter <= 1:
-            raise ConfigError(f"jitter is {self.jitter}; use a probability")
 
 
 def check_labels(reader: ShardReader) -> None:
@@ -194,8 +189,6 @@ class LabelledLoader(TrainLoader):
             samples=places,
             view=0,
         )
-        jitter = uniforms(plan.seed, Stream.WINDOW, epoch, places, _JITTER_VIEW, 1)[:, 0]
-        drawn = _without_jitter(drawn, jitter >= spec.jitter)
         (clips,) = self._maker.run(self._graph(True), samples.tolist(), coded, [drawn])
         return Batch(
             short=clips.unsqueeze(1),
@@ -207,19 +200,3 @@ class LabelledLoader(TrainLoader):
             frames_decoded=coded.num_frames,
             bytes_read=coded.num_bytes,
         )
-
-
-def _without_jitter(drawn: ViewParameters, plain: np.ndarray) -> ViewParameters:
-    """The same views, with the colours of those that `plain` names left as they are."""
-
-    def reset(values: np.ndarray, neutral: float) -> np.ndarray:
-        chosen = plain.reshape(-1, *(1 for _ in values.shape[1:]))
-        return np.where(chosen, np.asarray(neutral, values.dtype), values)
-
-    return dataclasses.replace(
-        drawn,
-        brightness=reset(drawn.brightness, 1),
-        contrast=reset(drawn.contrast, 1),
-        saturation=reset(drawn.saturation, 1),
-        hue_degrees=reset(drawn.hue_degrees, 0),
-    )

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from strata.counter_random import Stream, uniforms
-from strata.dataload.augment import AugmentSpec, ViewParameters, centre_crop, draw_view
+from strata.dataload.augment import (
+    AugmentSpec,
+    ViewParameters,
+    centre_crop,
+    draw_view,
+    ten_crops,
+)
 from strata.dataload.cache import CacheChoice, FrameCache
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.faults import (
@@ -147,7 +153,7 @@ class ClipBatch:
     """A rank's share of an evaluation pass, on the device."""
 
     clips: Tensor
-    """uint8 `[n, clips a video, T, S, S, 3]`."""
+    """uint8 `[n, clips a video, T, S, S, 3]`; with ten crops those of each clip in a row."""
     samples: np.ndarray
     """int64 `[n]`: sample indices."""
     valid: np.ndarray
@@ -157,24 +163,19 @@ class ClipBatch:
 
 
 def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
-    """The order of a run over `reader`, after checking that the videos are long enough.
+    """The order of a pretraining over `reader`, without the videos too short for its window.
 
     Raises:
-        ConfigError: The set is too small for a batch, or a video too short for the window.
+        ConfigError: The videos that are long enough are too few for a batch.
     """
-    shortest = int(reader.num_frames.min()) if reader.num_samples else 0
-    if shortest < config.clips.window_frames:
-        raise ConfigError(
-            f"{reader.location} holds videos of {shortest} frames, the window takes "
-            f"{config.clips.window_frames}; shard with --min-frames "
-            f"{config.clips.window_frames + 1} or use a smaller data.clips.clip_frames"
-        )
     _check_room(reader, config)
+    too_short = np.flatnonzero(reader.num_frames < config.clips.window_frames)
     return Plan(
         shard_sizes=tuple(s.num_samples for s in reader.manifest.shards),
         batch_size=config.batch_size,
         seed=seed,
         pool_samples=config.pool_samples,
+        left_out=tuple(too_short.tolist()),
     )
 
 
@@ -465,6 +466,8 @@ class EvaluationLoader:
         videos_per_batch: Samples a rank takes at a time.
         num_clips: Clips a video.
         stride: Distance of neighbouring frames of a clip, in source frames.
+        crop: Side of a crop over the shorter side of the frame.
+        num_crops: 1, the centre; or 10, see `ten_crops`: a clip is then shown ten times in a row.
         samples: Which samples; all of them by default.
     """
 
@@ -478,6 +481,8 @@ class EvaluationLoader:
         videos_per_batch: int,
         num_clips: int,
         stride: int,
+        crop: float = 1.0,
+        num_crops: Literal[1, 10] = 1,
         samples: Sequence[int] | None = None,
     ) -> None:
         # Each video is shown once: nothing to keep.
@@ -488,11 +493,12 @@ class EvaluationLoader:
         slots, self._valid = evaluation_slots(len(chosen), videos_per_batch, world.rank, world.size)
         self._slots = chosen[slots]
         self._num_clips, self._stride = num_clips, stride
+        self._crop, self._num_crops = crop, num_crops
         self._side = _Stream(device)
         self._graph = self._maker.build(
             batch_size=videos_per_batch * num_clips,
             strip_frames=config.clips.clip_frames,
-            views=[ViewSlice(0, config.clips.clip_frames)],
+            views=[ViewSlice(0, config.clips.clip_frames)] * num_crops,
             photometric=False,
         )
         self._prefetcher: Prefetcher[tuple[ClipBatch, torch.cuda.Event | None]] = Prefetcher(
@@ -522,10 +528,13 @@ class EvaluationLoader:
             coded = read_windows(
                 self._reader, [s for s, _ in pairs], [c for _, c in pairs], self._maker.threads
             )
-            crop = centre_crop(len(pairs), height=form.height, width=form.width)
-            (clips,) = self._maker.run(self._graph, [sample for sample, _ in pairs], coded, [crop])
+            place = {"height": form.height, "width": form.width, "share": self._crop}
+            one = self._num_crops == 1
+            crops = [centre_crop(len(pairs), **place)] if one else ten_crops(len(pairs), **place)
+            shown = self._maker.run(self._graph, [sample for sample, _ in pairs], coded, crops)
+            clips = torch.stack(shown, dim=1).flatten(0, 1)
             yield ClipBatch(
-                clips=clips.unflatten(0, (len(samples), self._num_clips)),
+                clips=clips.unflatten(0, (len(samples), self._num_clips * self._num_crops)),
                 samples=samples,
                 valid=valid,
                 frames_decoded=coded.num_frames,

@@ -3,7 +3,8 @@
 Shards are put into a random order and their samples laid end to end; this line is cut into pools
 of some thousand samples and each pool is shuffled. Shards were shuffled when they were written, so
 reads stay nearly sequential and the order is still random. Every rank gets the same number of full
-batches; a global batch is the same set of samples whatever the number of ranks.
+batches; a global batch is the same set of samples whatever the number of ranks. Samples that the
+run cannot use are left out of the line, before it is cut.
 """
 
 import hashlib
@@ -30,6 +31,8 @@ class Plan:
     """In [0, 2^64)."""
     pool_samples: int = 16_384
     """Samples shuffled together: all of UCF101; for larger sets see docs/benchmarks.md."""
+    left_out: tuple[int, ...] = ()
+    """Sample indices that are in no batch, ascending."""
 
     def __post_init__(self) -> None:
         """Check that there is at least one batch.
@@ -40,15 +43,16 @@ class Plan:
         if self.batch_size < 1 or self.pool_samples < 1:
             raise ConfigError("data.batch_size and data.pool_samples must be 1 or more")
         if self.num_samples < self.batch_size:
+            short = f" and {len(self.left_out)} too short ones" if self.left_out else ""
             raise ConfigError(
-                f"the shards hold {self.num_samples} samples, fewer than one batch of "
+                f"the shards hold {self.num_samples} samples{short}, fewer than one batch of "
                 f"{self.batch_size}; use a smaller data.batch_size or more data"
             )
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards."""
-        return sum(self.shard_sizes)
+        """Samples in an epoch's order: those of all shards but `left_out`."""
+        return sum(self.shard_sizes) - len(self.left_out)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,16 +62,18 @@ class Plan:
     @property
     def digest(self) -> str:
         """The identity of the order; equal digests mean equal batches."""
-        content = repr((self.shard_sizes, self.batch_size, self.seed, self.pool_samples))
+        content = (self.shard_sizes, self.batch_size, self.seed, self.pool_samples)
+        # A set of which nothing is left out has the digest that it had before there was a choice.
+        content = repr((*content, self.left_out) if self.left_out else content)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Every sample once, in the epoch's order.
+        """Every sample but `left_out` once, in the epoch's order.
 
         Returns:
             Shape `[num_samples]`, int64.
         """
-        return _epoch_order(self.shard_sizes, self.pool_samples, self.seed, epoch)
+        return _epoch_order(self.shard_sizes, self.left_out, self.pool_samples, self.seed, epoch)
 
     def batch(self, epoch: int, step: int, rank: int, num_ranks: int) -> np.ndarray:
         """A rank's samples of one global batch.
@@ -98,11 +104,16 @@ class Plan:
 
 @lru_cache(maxsize=4)
 def _epoch_order(
-    shard_sizes: tuple[int, ...], pool_samples: int, seed: int, epoch: int
+    shard_sizes: tuple[int, ...],
+    left_out: tuple[int, ...],
+    pool_samples: int,
+    seed: int,
+    epoch: int,
 ) -> np.ndarray:
     runs = np.split(np.arange(sum(shard_sizes)), np.cumsum(shard_sizes)[:-1])
     shards = permutation(seed, Stream.SHARD_ORDER, epoch, len(shard_sizes))
     line = np.concatenate([runs[s] for s in shards])
+    line = line[~np.isin(line, left_out)]
     for number, start in enumerate(range(0, len(line), pool_samples)):
         pool = line[start : start + pool_samples]
         # The pool's number is part of the counter, so that pools are shuffled independently.

@@ -187,6 +187,11 @@ class ShardReader:
         """Samples in the set."""
         return int(self._first[-1])
 
+    @property
+    def num_listed(self) -> int:
+        """Videos that the lists name: samples, and those that were rejected or absent."""
+        return len(self.manifest.rows)
+
     def _index(self, shard: int) -> list[dict[str, Place]]:
         if shard not in self._indices:
             entry = self.manifest.shards[shard]

@@ -25,7 +25,7 @@ from strata.distributed import (
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.page import Page, write_page
-from strata.eval.record import PairResult, table, write_record
+from strata.eval.record import PairResult, set_sizes, table, write_record
 from strata.eval.report import build_page
 from strata.exporter import export_process
 from strata.files import FolderLock
@@ -104,6 +104,7 @@ class SetPair:
             name: {
                 "folder": str(reader.location),
                 "manifest_digest": reader.manifest.digest,
+                "num_listed": reader.num_listed,
                 "num_videos": reader.num_samples,
             }
             for name, reader in (("train", self.train), ("test", self.test))
@@ -230,7 +231,8 @@ class Bench:
         f = self.features
         return (
             f"{f.num_clips} clips of {f.clip_frames} frames at stride {f.stride} placed uniformly, "
-            f"centre crop, {f.size}x{f.size}"
+            f"centre crop{'' if f.crop == 1 else f' of {f.crop:g} of the short side'}, "
+            f"{f.size}x{f.size}"
         )
 
     def folder(self, name: str, parts: object) -> Path:
@@ -281,9 +283,11 @@ class Bench:
             **more,
         }
         record = write_record(path, head, results)
+        if record["incomplete"]:
+            print(record["incomplete"])
         print(f"{name} of {self.found}\n  protocol: {protocol}")
         for result in results:
-            print(f"  {result.data} {result.split}: {_sizes(result)}")
+            print(f"  {result.data} {result.split}: {set_sizes([result.sets])}")
             print(table(result.figures, indent="    "))
             if result.variants:
                 print(table(result.variants, indent="    "))
@@ -295,11 +299,6 @@ class Bench:
         page = path.with_suffix(".html")
         write_page(decorate(build_page(plain(record))), page)
         print(f"  written to {path} and {page}", flush=True)
-
-
-def _sizes(result: PairResult) -> str:
-    train, test = (result.sets[k]["num_videos"] for k in ("train", "test"))
-    return f"{train} training and {test} test videos"
 
 
 @contextmanager

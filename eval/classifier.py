@@ -35,17 +35,20 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "ClassifierRun",
-    "finetune_settings",
-    "linear_settings",
     "video_probabilities",
 ]
 
 logger = get_logger(__name__)
 
+_MOMENTUM = 0.9
+"""Of SGD; CoCLR's, and the works' that its protocol comes from."""
 
-def _coclr_views() -> AugmentSpec:
+
+def _views() -> AugmentSpec:
+    """CoCLR's augmentation of a classifier's clips; all three protocols have it."""
     return AugmentSpec(
         crop_area=(0.2, 1.0),
+        jitter=0.3,
         brightness=0.4,
         contrast=0.4,
         saturation=0.4,
@@ -56,7 +59,7 @@ def _coclr_views() -> AugmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """How a classifier is trained. TEXT leaves all of it open; defaults follow CoCLR."""
+    """How a classifier is trained. The protocols of eval/named.py set all of it."""
 
     train: Literal["all", "head"] = "all"
     """Whether the encoder learns too (finetune), or the linear layer alone (linear probe)."""
@@ -68,8 +71,10 @@ class ClassifierConfig:
     """What the learning rate is multiplied with at each drop."""
     batch_size: int = 32
     """Videos in a global batch, over all ranks."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd has a momentum of 0.9."""
     learning_rate: float = 1e-3
-    """Of Adam, for the linear layer."""
+    """Of the linear layer."""
     backbone_lr_factor: float = 0.1
     """The encoder's learning rate over the linear layer's."""
     weight_decay: float = 1e-3
@@ -80,10 +85,11 @@ class ClassifierConfig:
     """Whether features are brought to unit length and batch-normalised before the linear layer."""
     stride: int = 1
     """Distance of a training clip's neighbouring frames, in source frames."""
-    views: AugmentSpec = field(default_factory=_coclr_views)
+    views: AugmentSpec = field(default_factory=_views)
     """Augmentation of a training clip, the same for all of its frames."""
-    jitter: float = 0.3
-    """Probability that a clip's colours are changed at all."""
+    test_crops: Literal[1, 10] = 1
+    """Crops of a test clip: 1, the centre; 10, the centre and the corners, each as it is and
+    mirrored."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """See `EngineConfig`."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(keep=1))
@@ -114,23 +120,12 @@ class ClassifierConfig:
             raise ConfigError("training.weight_decay and training.max_steps must be 0 or more")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"training.dropout is {self.dropout}; use 0 to below 1")
-        for name in ("jitter", "lr_drop_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; use 0 to 1")
+        if not 0 <= self.lr_drop_factor <= 1:
+            raise ConfigError(f"training.lr_drop_factor is {self.lr_drop_factor}; use 0 to 1")
 
     def lr_factor(self, epoch: int) -> float:
         """Learning rate of an epoch over its initial value."""
         return self.lr_drop_factor ** sum(epoch >= drop for drop in self.lr_drop_epochs)
-
-
-def finetune_settings() -> ClassifierConfig:
-    """CoCLR's finetuning: encoder at a tenth of the learning rate, dropout 0.9."""
-    return ClassifierConfig()
-
-
-def linear_settings() -> ClassifierConfig:
-    """CoCLR's linear probe: frozen encoder, unit length and batch norm, no dropout."""
-    return ClassifierConfig(train="head", dropout=0.0, normalised=True)
 
 
 class Classifier(nn.Module):
@@ -213,7 +208,7 @@ def video_probabilities(
     world: World,
     device: torch.device,
 ) -> np.ndarray:
-    """Mean over each video's clips of the softmax probabilities (TEXT). All ranks call it.
+    """Mean over each video's clips and crops of the softmax probabilities. All ranks call it.
 
     Returns:
         Shape `[N, K]`, float32, in the order of the data set.
@@ -297,6 +292,7 @@ class ClassifierRun:
             world=world,
             device=device,
             run=folder,
+            momentum=_MOMENTUM if config.optimizer == "sgd" else None,
         )
         backbone.channels_last()
         self.state = RunState(
@@ -378,7 +374,6 @@ class ClassifierRun:
         return LabelledSpec(
             clip_frames=self.clips.clip_frames,
             stride=self.config.stride,
-            jitter=self.config.jitter,
         )
 
     def _step(self, batch: Batch) -> Tensor:
@@ -465,7 +460,13 @@ class ClassifierRun:
 
         No epoch is chosen by its accuracy on the test set.
         """
+        crops = self.config.test_crops
+        clips = dataclasses.replace(
+            self.clips,
+            num_crops=crops,
+            videos_per_batch=max(1, self.clips.videos_per_batch // crops),
+        )
         probabilities = video_probabilities(
-            self.model, self._test, self.clips, world=self._world, device=self._device
+            self.model, self._test, clips, world=self._world, device=self._device
         )
         return measure_accuracy(probabilities, self.space.index(self._test.labels))

@@ -36,6 +36,8 @@ class FeatureConfig:
     """Clips placed uniformly along each video. TEXT: 10."""
     stride: int = 1
     """Distance of a clip's neighbouring frames, in source frames."""
+    crop: float = 1.0
+    """Side of the centre crop over the shorter side of the frame."""
     size: int = 0
     """Rows and columns of a clip; 0 takes what the network was pretrained on. TEXT: 112."""
     clip_frames: int = 0
@@ -55,6 +57,8 @@ class FeatureConfig:
         for name in ("num_clips", "stride", "videos_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"features.{name} is {getattr(self, name)}; use 1 or more")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"features.crop is {self.crop}; use more than 0, at most 1")
         if self.size < 0 or self.clip_frames < 0 or self.clip_frames % 2:
             raise ConfigError(
                 "features.size must be 0 or more, features.clip_frames even and 0 or more"
@@ -65,6 +69,7 @@ class FeatureConfig:
         return VideoClips(
             num_clips=self.num_clips,
             stride=self.stride,
+            crop=self.crop,
             size=self.size,
             clip_frames=self.clip_frames,
             videos_per_batch=self.videos_per_batch,

@@ -15,7 +15,7 @@ __all__ = ["LinearConfig", "LinearResult", "linear_probe"]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """What TEXT leaves open; defaults follow CoCLR's probe, on features of centre crops."""
+    """The cached probe, which is ours: after CoCLR's, on features of centre crops."""
 
     epochs: int = 100
     """Passes over the training clips."""

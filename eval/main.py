@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from strata.config import parse_config
 from strata.errors import ConfigError, exit_with_one_line
+from strata.eval.named import protocol_defaults
 from strata.eval.protocols import RUNNERS
 from strata.logs import set_up_logging
 
@@ -34,7 +35,12 @@ def main(argv: Sequence[str]) -> None:
         )
     settings, run = RUNNERS[name]
     described = {"prog": f"eval/main.py {name}", "description": "Evaluate a checkpoint."}
-    run(parse_config(settings, args[1:], **described))
+    config = parse_config(settings, args[1:], **described)
+    if hasattr(config, "protocol"):
+        # Once more with the protocol's settings in the place of the defaults; what is given stays.
+        named = protocol_defaults(settings, name, config.protocol)
+        config = parse_config(settings, args[1:], **described, defaults=named)
+    run(config)
 
 
 if __name__ == "__main__":

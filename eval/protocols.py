@@ -13,15 +13,11 @@ from strata.distributed import all_equal, only_writer
 from strata.errors import ConfigError
 from strata.eval.accuracy import ClassSpace
 from strata.eval.bench import Bench, Evaluation, OneNetwork, SetPair, open_bench, set_pairs
-from strata.eval.classifier import (
-    ClassifierConfig,
-    ClassifierRun,
-    finetune_settings,
-    linear_settings,
-)
+from strata.eval.classifier import ClassifierConfig, ClassifierRun
 from strata.eval.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
 from strata.eval.film import jpeg, write_video
 from strata.eval.linear import LinearConfig, linear_probe
+from strata.eval.named import PROTOCOLS, ProtocolName, protocol_words
 from strata.eval.page import Cue
 from strata.eval.record import Figures, PairResult, accuracy_result, retrieval_result
 from strata.eval.retrieval import (
@@ -76,8 +72,10 @@ class RetrievalEvaluation(OneNetwork):
     """Shards of the training set."""
     query: Path | None = None
     """Shards of the test set."""
+    protocol: ProtocolName = "supplement"
+    """What is set that is not given here, docs/evaluation.md."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """What the protocol leaves open."""
+    """Centring, and what the report shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,9 @@ class FinetuneEvaluation(OneNetwork):
     """Shards of the training set."""
     test: Path | None = None
     """Shards of the test set."""
-    training: ClassifierConfig = field(default_factory=finetune_settings)
+    protocol: ProtocolName = "supplement"
+    """What is set that is not given here, docs/evaluation.md."""
+    training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].finetune)
     """How the network is trained."""
     run: Path | None = None
     """Folder of the training; by default one by its settings, so that the same command goes on
@@ -103,10 +103,12 @@ class LinearEvaluation(OneNetwork):
     """Shards of the training set."""
     test: Path | None = None
     """Shards of the test set."""
+    protocol: ProtocolName = "supplement"
+    """What is set that is not given here, docs/evaluation.md."""
     variant: Literal["augmented", "cached"] = "augmented"
     """augmented trains on augmented clips, encoded anew each epoch (CoCLR). cached trains on the
     features of the training videos' test clips, encoded once: minutes instead of hours."""
-    training: ClassifierConfig = field(default_factory=linear_settings)
+    training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].linear)
     """Of the augmented variant."""
     probe: LinearConfig = field(default_factory=LinearConfig)
     """Of the cached variant."""
@@ -124,10 +126,20 @@ class CompareEvaluation(Evaluation):
     """Shards of the test set."""
     untrained_seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the untrained networks."""
+    protocol: ProtocolName = "supplement"
+    """What is set that is not given here, docs/evaluation.md; the cached probe is ours."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """What retrieval leaves open."""
+    """Centring of the retrieval, and what the report shows."""
     probe: LinearConfig = field(default_factory=LinearConfig)
-    """What the linear probe leaves open."""
+    """Of the cached linear probe."""
+
+    def __post_init__(self) -> None:
+        """Check the protocol.
+
+        Raises:
+            ConfigError: It has no cached probe.
+        """
+        _refuse_cached(self.protocol)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,20 +188,36 @@ def _level_text(config: FeatureConfig) -> str:
     return f"the {config.level} level's average over time and space"
 
 
+def _refuse_cached(protocol: ProtocolName) -> None:
+    """Refuse to give CoCLR's name to a probe that is not CoCLR's.
+
+    Raises:
+        ConfigError: The protocol is CoCLR's.
+    """
+    if protocol == "coclr":
+        raise ConfigError(
+            "--protocol coclr trains its probe on augmented clips, the cached probe is ours; use "
+            "linear with --variant augmented, or --protocol supplement or ours"
+        )
+
+
 def retrieval_text(bench: Bench, centre: Centring) -> str:
     """The protocol of a retrieval in words."""
+    named = protocol_words(bench.settings(), "retrieval")
     return (
-        f"retrieval: test videos query the training set, cosine similarity, {bench.clips_text()}; "
+        f"retrieval, {named}: test videos query the training set, cosine similarity, "
+        f"{bench.clips_text()}; "
         f"{_level_text(bench.features)}, mean over clips, {_CENTRE_TEXT[centre]}"
     )
 
 
 def cached_text(bench: Bench) -> str:
     """The protocol of the cached linear probe in words."""
+    named = protocol_words(bench.settings(), "cached")
     return (
-        f"linear, cached: a linear layer on frozen features of the centre crops, "
-        f"{bench.clips_text()}; {_level_text(bench.features)}, unit length and batch norm; softmax "
-        "probabilities averaged over a video's clips"
+        f"linear, cached, {named} with a probe of ours: a linear layer on frozen features of the "
+        f"centre crops, {bench.clips_text()}; {_level_text(bench.features)}, unit length and batch "
+        "norm; softmax probabilities averaged over a video's clips"
     )
 
 
@@ -198,12 +226,17 @@ def training_text(name: str, bench: Bench, config: ClassifierConfig) -> str:
     learns = "the encoder frozen" if config.train == "head" else "all weights learn"
     norm = "unit length and batch norm" if config.normalised else "no normalisation"
     low = config.views.crop_area[0]
+    drops = ", ".join(map(str, config.lr_drop_epochs)) or "no epoch"
+    optimizer = "Adam" if config.optimizer == "adam" else "SGD with momentum 0.9"
+    encoder = f" (encoder x{config.backbone_lr_factor:g})" if config.train == "all" else ""
+    crops = "" if config.test_crops == 1 else f", {config.test_crops} crops of each"
     return (
-        f"{name}: {learns}, {config.epochs} epochs of one augmented clip a video (crop from {low:g}"
-        f" of the area, jitter with probability {config.jitter:g}, flip), Adam "
-        f"{config.learning_rate:g} (encoder x{config.backbone_lr_factor:g}), batch "
-        f"{config.batch_size}, L2 {config.weight_decay:g}, {norm}, dropout {config.dropout:g}; "
-        f"test of the last epoch's weights: {bench.clips_text()}, softmax probabilities averaged"
+        f"{name}, {protocol_words(bench.settings(), name)}: {learns}, {config.epochs} epochs of one"
+        f" augmented clip a video at stride {config.stride} (crop from {low:g} of the area, jitter "
+        f"with probability {config.views.jitter:g}, flip), {optimizer} {config.learning_rate:g}"
+        f"{encoder}, x{config.lr_drop_factor:g} at {drops}, batch {config.batch_size}, L2 "
+        f"{config.weight_decay:g}, {norm}, dropout {config.dropout:g}; test of the last epoch's "
+        f"weights: {bench.clips_text()}{crops}, softmax probabilities averaged"
     )
 
 
@@ -230,7 +263,7 @@ def _chance_recall(gallery: Features, queries: Features) -> dict[str, float]:
 
 
 def chance_accuracy(num_classes: int) -> dict[str, float]:
-    """Accuracy of drawing classes by lot."""
+    """Accuracy of drawing classes at random."""
     return {"Top-1": 1 / num_classes, "Top-5": min(5, num_classes) / num_classes}
 
 
@@ -304,7 +337,9 @@ def run_linear(config: LinearEvaluation) -> None:
     """Train a linear classifier on a frozen encoder and report Top-1 and Top-5."""
     if config.training.train != "head":
         raise ConfigError("training.train is all; the linear probe is for head, use finetune")
-    if config.variant == "augmented":
+    if config.variant == "cached":
+        _refuse_cached(config.protocol)
+    else:
         _run_classifier("linear", config, config.training, config.train, config.test)
         return
     pairs = set_pairs(config, config.train, config.test, ("train", "test"))
@@ -622,7 +657,11 @@ def run_features(config: FeaturesExport) -> None:
         features = bench.encode(reader, seed)
         if bench.world.is_first:
             write_features(features, config.out)
-            print(f"features of {len(features.keys)} videos written to {config.out}", flush=True)
+            print(
+                f"features of {len(features.keys)} videos (listed {reader.num_listed}) written to "
+                f"{config.out}",
+                flush=True,
+            )
 
 
 RUNNERS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {

@@ -1,4 +1,7 @@
-"""What others published, to stand beside one's own figures; each with its protocol and source."""
+"""What others published, to stand beside one's own figures; each with its protocol and source.
+
+A name like R3D-18 stands for several networks (docs/method.md): each entry says which it was.
+"""
 
 from strata.eval.page import Published
 
@@ -6,6 +9,10 @@ __all__ = ["PUBLISHED"]
 
 _SUPPLEMENT = "supplement of Qian et al., ICCV 2021, Table 3"
 _PAPER = "Qian et al., ICCV 2021, as listed by wizwand.com (backbone not named there)"
+_TCLR = (
+    "TCLR, torchvision's R3D-18 with temporal stride 1 in the last stage (here model.stem_pool "
+    "false, stem_frames 3, last_temporal_stride 1), UCF101"
+)
 _TEMPORAL = {
     "neither temporal term": "55.9 / 28.1",
     "L_aug alone": "59.3 / 30.7",
@@ -16,7 +23,7 @@ _TEMPORAL = {
 PUBLISHED: tuple[Published, ...] = (
     *(
         Published(
-            what=f"Qian et al., R3D-18, Kinetics-400; {terms}",
+            what=f"Qian et al., R3D-18 as here by default, Kinetics-400; {terms}",
             protocol="linear probe, Top-1, UCF101 / HMDB51",
             figure=figure,
             source=_SUPPLEMENT,
@@ -24,31 +31,37 @@ PUBLISHED: tuple[Published, ...] = (
         for terms, figure in _TEMPORAL.items()
     ),
     Published(
-        what="Qian et al., best listed",
+        what="Qian et al., best listed, backbone not found",
         protocol="finetune, Top-1, UCF101 / HMDB51",
         figure="79.1 / 47.6",
         source=_PAPER,
     ),
     Published(
-        what="Qian et al., best listed",
+        what="Qian et al., best listed, backbone not found",
         protocol="retrieval R@1, UCF101 / HMDB51",
         figure="41.5 / 20.7",
         source=_PAPER,
     ),
     Published(
-        what="TCLR, R3D-18, UCF101",
+        what=_TCLR,
         protocol="retrieval R@1, UCF101",
         figure="56.2",
-        source="Dave et al., CVIU 2022, arXiv 2101.07974",
+        source="Dave et al., CVIU 2022, arXiv 2101.07974; network: its code",
     ),
     Published(
-        what="TCLR, R3D-18, UCF101",
+        what=_TCLR,
         protocol="finetune, Top-1, UCF101 / HMDB51",
         figure="82.4 / 52.9",
-        source="Dave et al., CVIU 2022, arXiv 2101.07974",
+        source="Dave et al., CVIU 2022, arXiv 2101.07974; network: its code",
     ),
     Published(
-        what="RSPNet, R3D-18, Kinetics-400, 200 epochs",
+        what=_TCLR,
+        protocol="linear probe, Top-1, UCF101",
+        figure="69.9",
+        source="README of github.com/DAVEISHAN/TCLR; network: its code",
+    ),
+    Published(
+        what="RSPNet, R3D-18 (which one: not found), Kinetics-400, 200 epochs",
         protocol="finetune, Top-1, UCF101 / HMDB51",
         figure="74.3 / 41.8",
         source="Chen et al., AAAI 2021, README of its code",

@@ -27,6 +27,7 @@ __all__ = [
     "commit",
     "mean_of",
     "retrieval_result",
+    "set_sizes",
     "table",
     "write_record",
 ]
@@ -45,7 +46,7 @@ class PairResult:
     data: str
     split: str
     sets: Mapping[str, Any]
-    """Of `train` and `test`: folder, manifest digest, videos."""
+    """Of `train` and `test`: folder, manifest digest, videos listed and those that are there."""
     figures: Figures
     variants: Figures = field(default_factory=dict)
     """The same figures under other settings, by their description."""
@@ -126,6 +127,34 @@ def retrieval_result(
     }
 
 
+def set_sizes(sets: Sequence[Mapping[str, Any]]) -> str:
+    """How many videos the lists name and how many were evaluated; of several splits in order."""
+    parts = []
+    for name, verb in (("train", "used"), ("test", "evaluated")):
+        pairs = dict.fromkeys(
+            f"listed {s[name]['num_listed']:,}, {verb} {s[name]['num_videos']:,}" for s in sets
+        )
+        parts.append(f"{name} {' / '.join(pairs)}")
+    return "; ".join(parts)
+
+
+def _incomplete(results: Sequence[PairResult]) -> str:
+    """The sentence that heads a report of sets without some of the listed videos; else empty."""
+    found = [
+        f"{result.data} {result.split} {name}: {s['num_listed'] - s['num_videos']:,} of "
+        f"{s['num_listed']:,}"
+        for result in results
+        for name, s in result.sets.items()
+        if s["num_listed"] != s["num_videos"]
+    ]
+    if not found:
+        return ""
+    return (
+        "INCOMPLETE: listed videos are missing (absent or rejected, by name in samples.jsonl), so "
+        f"these figures may not stand beside others': {'; '.join(found)}"
+    )
+
+
 def mean_of(results: Sequence[Figures]) -> tuple[Figures, Figures]:
     """Mean over several results of the figures that all have, and sample standard deviation.
 
@@ -180,6 +209,7 @@ def write_record(
     # A mean over data sets would tell nothing.
     only = next(iter(by_data.values())) if len(by_data) == 1 else {"mean": {}, "deviation": {}}
     record = {
+        "incomplete": _incomplete(results),
         "schema": RECORD_SCHEMA,
         "strata": strata.__version__,
         "commit": commit(),

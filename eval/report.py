@@ -27,7 +27,7 @@ from strata.eval.page import (
     write_page,
 )
 from strata.eval.published import PUBLISHED
-from strata.eval.record import commit
+from strata.eval.record import commit, set_sizes
 from strata.logs import read_json_lines
 
 __all__ = ["DemoResult", "build_page", "write_report"]
@@ -93,7 +93,7 @@ def _figure_rows(record: Record) -> tuple[FigureRow, ...]:
                 FigureRow(
                     name=f"{_KINDS[kind][0]} {name}",
                     protocol=_protocols(record)[kind],
-                    data=_where(data, results),
+                    data=f"{_where(data, results)}; {set_sizes([r['sets'] for r in results])}",
                     measured=tuple(f[main][name] for f in figures),
                     untrained=tuple(
                         f[row][name] for f in figures for row in f if row.startswith("untrained")
@@ -225,14 +225,19 @@ def _provenance(record: Record, lost: int | None) -> dict[str, str]:
         for result in results:
             for name, facts_of in result["sets"].items():
                 facts[f"{_where(data, [result])}, {name} set"] = (
-                    f"{facts_of['num_videos']} videos, manifest digest "
-                    f"{facts_of['manifest_digest']}"
+                    f"{facts_of['num_videos']} videos of {facts_of['num_listed']} listed, manifest "
+                    f"digest {facts_of['manifest_digest']}"
                 )
     if lost is None:
         facts["pretraining log"] = "not found beside the checkpoint; no curves"
     elif lost:
         facts["pretraining log"] = f"{lost} lines cannot be read"
     return facts
+
+
+def _first(record: Record, note: str) -> str:
+    """A page's note, headed by what is missing from the sets."""
+    return f"{record['incomplete']}. {note}" if record["incomplete"] else note
 
 
 def build_page(record: Record) -> Page:
@@ -266,10 +271,11 @@ def build_page(record: Record) -> Page:
     settings = {"evaluation": record["settings"], "pretraining": record["pretraining"]}
     return Page(
         title=f"{' and '.join(_KINDS[k][0] for k in kinds)}: {run.name}",
-        note=(
+        note=_first(
+            record,
             "Shares of the test set. Where there are several splits or networks: mean (lowest to "
             "highest). What is shown by class and by query is of the first split."
-            + (" The network that is called pretrained here is UNTRAINED." if untrained else "")
+            + (" The network that is called pretrained here is UNTRAINED." if untrained else ""),
         ),
         figures=_figure_rows(record),
         published=tuple(p for p in PUBLISHED if any(p.protocol.startswith(n) for n in names)),
@@ -368,7 +374,7 @@ def write_report(result: DemoResult, record: Record, out: Path) -> Path:
         replace(
             page,
             title="Strata: a pretrained video encoder",
-            note=result.note(),
+            note=_first(record, result.note()),
             figures=figures,
             provenance=dict(page.provenance) | took,
         ),

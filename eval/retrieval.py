@@ -24,7 +24,7 @@ CENTRINGS: tuple[Centring, ...] = get_args(Centring)
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """What TEXT leaves open."""
+    """What is subtracted from features, and what a report shows."""
 
     centre: Centring = "none"
     """Subtract no mean, the gallery's from both, or each set's own, as CoCLR does; the last uses

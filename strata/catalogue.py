@@ -245,7 +245,8 @@ _TRAINING = (
         "Training",
         "`embedding_std` towards 0 or `embedding_effective_rank` towards 1: collapse; "
         "few `prototypes_in_use`: smaller `method.sinkhorn_epsilon`; `cosine_altered_*` near 1 in "
-        "stage 2: blind to time.",
+        "stage 2: blind to time; `graph_off_diagonal_mass` below 0.001: the graph is the identity, "
+        "and L_gr a plain contrast (docs/method.md).",
         labels=("measure",),
         max_series=32,
         absent="Before `monitor.health_every` steps.",

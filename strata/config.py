@@ -21,7 +21,12 @@ jsonargparse.set_parsing_settings(
 
 
 def parse_config(
-    root: type[ConfigT], argv: Sequence[str], *, prog: str, description: str
+    root: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
 
@@ -33,6 +38,7 @@ def parse_config(
         argv: Arguments without the program's name.
         prog: Name shown in help and errors.
         description: First line of the help.
+        defaults: Values by dotted name that take the place of the fields' own defaults.
 
     Returns:
         A validated instance of `root`.
@@ -46,6 +52,7 @@ def parse_config(
     )
     parser.add_argument("--config", action="config", help="A YAML file; may be given repeatedly.")
     parser.add_class_arguments(root, fail_untyped=True, sub_configs=False)
+    parser.set_defaults(dict(defaults or {}))
     args = [a for a in argv if not a.startswith("--local_rank=")]
     try:
         namespace = parser.parse_args(args)

@@ -122,8 +122,9 @@ class NormalForm:
     segment_frames: int = 0
     """Most frames in a segment; 0 for as many as one JPEG holds, or 64 for mp4, as DALI decodes
     from a segment's beginning."""
-    min_frames: int = 33
-    """Videos with fewer frames are rejected; the published method drops those of 32 and fewer."""
+    min_frames: int = 1
+    """Videos with fewer frames are rejected. Those too short for a pretraining's window belong in
+    the set too: the evaluations use them, and the pretraining leaves them out by itself."""
 
     def __post_init__(self) -> None:
         """Check the ranges.

@@ -9,7 +9,7 @@ from typing import Any
 
 import strata
 from strata.errors import ConfigError
-from strata.eval.record import commit
+from strata.eval.record import commit, set_sizes
 from strata.logs import read_json_lines
 
 __all__ = ["Cell", "read_json", "summarise", "write_json", "write_tables"]
@@ -123,7 +123,8 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
                 report = read_json(cell.report(step))
                 record["evaluations"][step] |= {
                     "report": str(cell.report(step)),
-                    "protocol": report["protocol"],
+                    "protocol": f"{report['protocol']}; {_sizes(report)}",
+                    "incomplete": report["incomplete"],
                     "checkpoint_digest": report["checkpoint_digest"],
                     "num_ranks": report["num_ranks"],
                     "commit": report["commit"],
@@ -144,6 +145,21 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
             else:
                 record["reason"] = f"{step} was not run to its end"
     return record
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    return set_sizes([result["sets"] for result in report["results"]])
+
+
+def _incomplete(summary: Mapping[str, Any]) -> list[str]:
+    """What is missing from the sets, to stand first: the same of every row's evaluation."""
+    found = {
+        f"{name}: {evaluation['incomplete']}"
+        for run in summary["runs"]
+        for name, evaluation in run["evaluations"].items()
+        if evaluation.get("incomplete")
+    }
+    return sorted(found)
 
 
 def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -> None:
@@ -355,6 +371,7 @@ def _page(summary: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, grid["seeds"]))
     shared = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in grid["set"].items())
     lines = [
+        *(f"{text}\n" for text in _incomplete(summary)),
         f"# {summary['title']}",
         "",
         "Mean ± sample standard deviation over seeds, in %.",
@@ -402,5 +419,6 @@ def write_tables(out: Path, summary: Mapping[str, Any]) -> str:
     temporary = page.with_name(f".{page.name}.tmp")
     temporary.write_text(_page(summary), encoding="utf-8")
     temporary.replace(page)
-    head = f"{summary['title']} (mean ± sample standard deviation over seeds, %)"
+    head = "".join(f"{text}\n" for text in _incomplete(summary))
+    head += f"{summary['title']} (mean ± sample standard deviation over seeds, %)"
     return f"{head}\n{_aligned(_figures(summary))}"

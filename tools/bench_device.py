@@ -2,8 +2,8 @@
 
 Each part alone, then the whole, in one run, so that the parts can be set against each other:
 decoders, decoding with augmentation, the loader, the training step on clips that are there already
-(each variant differs from the plain one in one thing), and the real run. On a CPU the same at the
-size asked for.
+(each variant differs from the plain one in one thing), the step's speed and gradient at each
+precision, and the real run. On a CPU the same at the size asked for.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from strata.distributed import World
 from strata.errors import ConfigError
 from strata.tools import bench_train
 from strata.tools.bench_decoders import decodings
+from strata.tools.bench_precision import measure_precisions
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
 from strata.train.method import Method, MethodConfig, VideoModel
@@ -39,7 +40,7 @@ from strata.train.schedules import ScheduleConfig, phase_at
 __all__ = ["VARIANTS", "main"]
 
 _CLIPS = ClipSpec()
-_PARTS = ("ceilings", "decode", "graph", "loader", "step", "whole")
+_PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
 _PROFILED_STEPS = 3
 _PROFILED_ROWS = 15
 
@@ -302,6 +303,19 @@ class _Bench:
         print(f"{_PROFILED_STEPS} steps of {name}, stage {stage}:")
         print(profiler.key_averages().table(sort_by=order, row_limit=_PROFILED_ROWS), flush=True)
 
+    def precision(self) -> None:
+        """The step's speed at each precision, and how its gradient lies to fp32's."""
+        for found in measure_precisions(
+            self.reader,
+            self.device,
+            batch=min(self.args.batch, self.reader.num_samples),
+            size=self.args.size,
+            width=self.args.width,
+            stages=self.args.stages,
+            rate=self.rate,
+        ):
+            self.record("precision", **found)
+
     def whole(self) -> None:
         """The real run, and its share of what the step alone does."""
         batch = min(self.args.batch, self.reader.num_samples)
@@ -358,6 +372,8 @@ def _name(record: dict[str, Any]) -> str:
             return f"decode {record['decode']}"
         case "step":
             return f"{record['variant']}, stage {record['stage']}, batch {record['batch']}"
+        case "precision":
+            return f"{record['precision']}, stage {record['stage']}, batch {record['batch']}"
         case "whole":
             return f"stage {record['stage']}, batch {record['batch']}"
         case part:
@@ -387,6 +403,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for record in records:
+        if record["part"] == "precision":
+            lines.append(
+                f"\nprecision, {_name(record)}: against fp32's gradient the encoder's has cosine "
+                f"{record['cosine']:.3f} and {record['norm_ratio']:.3f} of the norm, that of all "
+                f"else cosine {record['rest_cosine']:.3f}"
+            )
         if record["part"] == "whole":
             parts = ", ".join(f"{n} {s:.1%}" for n, s in record["shares"].items())
             alone = record["of_step_alone"]

@@ -120,10 +120,10 @@ def _plain(name: str, legend: str, title: str = "", by: str = "", **more: Any) -
     return Panel(title=title or entry.help, queries=((query, legend),), **more)
 
 
-def _health(measures: str, title: str) -> Panel:
-    """Those measures of health that share a scale."""
+def _health(measures: str, title: str, *more: tuple[str, str]) -> Panel:
+    """Those measures of health that share a scale, and further queries with their legends."""
     query = f'max by (run, measure) (strata_health{{$on, measure=~"{measures}"}})'
-    return Panel(title=title, queries=((query, "{{run}} {{measure}}"),))
+    return Panel(title=title, queries=((query, "{{run}} {{measure}}"), *more))
 
 
 def _rate(name: str, legend: str, title: str, unit: str, by: str = "run", **more: Any) -> Panel:
@@ -147,6 +147,11 @@ _HEALTH = (
     ".*entropy_nats",
 )
 """Measures of health, by scale."""
+_GRAPH_IDENTITY = (
+    'max by (run) (strata_health{$on, measure="graph_off_diagonal_mass"}) < 0.001',
+    "{{run}}: the graph is the identity, L_gr a plain contrast",
+)
+"""A series that is there, with these words, only while it is so; the limit is train/health.py's."""
 _VERDICT_ROW = (
     "Is it busy with useful work, and if not, why?",
     (
@@ -343,7 +348,11 @@ _TRAINING_PAGE = Dashboard(
                     unit="percentunit",
                     width=12,
                 ),
-                _health(_HEALTH[0], "Health: spread, cosines of altered clips, off the diagonal"),
+                _health(
+                    _HEALTH[0],
+                    "Health: spread, cosines of altered clips, off the diagonal",
+                    _GRAPH_IDENTITY,
+                ),
                 _health(_HEALTH[1], "Health: effective rank, prototypes in use, partners"),
                 _health(_HEALTH[2], "Health: entropy of the prototypes in use, nats"),
                 _plain("strata_learning_rate", "{{run}}", "Learning rate", by="run", width=12),

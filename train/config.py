@@ -101,7 +101,8 @@ class TrainConfig:
                 f"method.queue_length {self.method.queue_length} is shorter than "
                 f"data.batch_size {self.data.batch_size}; lengthen the queue"
             )
-        self.method.check_clips(self.data.clips.clip_frames, self.data.clips.long_frames)
+        clips = self.data.clips
+        self.method.check_clips(clips.clip_frames, clips.long_frames, self.model.time_strides)
         if self.data.batch_size < 2:
             raise ConfigError(
                 "data.batch_size is 1; a video is contrasted with others, use 2 or more"

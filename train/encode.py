@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,10 @@ class VideoClips:
     """Rows and columns."""
     clip_frames: int
     """Frames of a clip; the loader wants an even number."""
+    crop: float = 1.0
+    """Side of a crop over the shorter side of the frame."""
+    num_crops: Literal[1, 10] = 1
+    """1: the centre. 10: the centre and the corners, each as it is and mirrored."""
     videos_per_batch: int
     """Videos that a rank encodes at a time; changes memory, not results."""
 
@@ -46,6 +51,8 @@ class VideoClips:
         for name in ("num_clips", "stride", "size", "clip_frames", "videos_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"test clips: {name} is {getattr(self, name)}; use 1 or more")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"test clips: crop is {self.crop}; use more than 0, at most 1")
 
 
 @torch.inference_mode()
@@ -90,6 +97,8 @@ def over_videos(
         videos_per_batch=clips.videos_per_batch,
         num_clips=clips.num_clips,
         stride=clips.stride,
+        crop=clips.crop,
+        num_crops=clips.num_crops,
     )
     samples: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {}
@@ -102,7 +111,7 @@ def over_videos(
             if metrics is not None:
                 num = int(batch.valid.sum())
                 metrics.add("strata_samples_total", num)
-                metrics.add("strata_clips_total", num * clips.num_clips)
+                metrics.add("strata_clips_total", num * clips.num_clips * clips.num_crops)
                 metrics.add("strata_frames_decoded_total", batch.frames_decoded)
                 metrics.add("strata_bytes_read_total", batch.bytes_read)
     finally:

@@ -14,6 +14,7 @@ from strata.distributed import World, any_rank, gather
 from strata.errors import CheckpointError, ConfigError
 from strata.logs import get_logger, warn_once
 from strata.train.convolutions import sound_convolutions
+from strata.train.models.synced_norm import synchronise_norms
 from strata.train.self_test import check_conv3d
 
 __all__ = [
@@ -30,6 +31,7 @@ logger = get_logger(__name__)
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _STEP = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTUM = "momentum_buffer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class EngineConfig:
     dump_bad_batch: bool = False
     """Whether the batch of such a step is written below the run, in `bad-batches`."""
     sync_batch_norm: bool = False
-    """Whether batch norm has the statistics of all ranks; GPUs only."""
+    """Whether batch norm has the statistics of all ranks, docs/method.md."""
     compile: bool = False
     """Whether the backbone goes through torch.compile."""
     channels_last: bool = True
@@ -116,7 +118,12 @@ def choose_device(config: EngineConfig, world: World) -> torch.device:
 
 
 def derive_deepspeed(
-    config: EngineConfig, *, batch_size: int, world_size: int, device: torch.device
+    config: EngineConfig,
+    *,
+    batch_size: int,
+    world_size: int,
+    device: torch.device,
+    momentum: float | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration; users never write it.
 
@@ -125,6 +132,7 @@ def derive_deepspeed(
         batch_size: Samples in a global batch.
         world_size: Ranks.
         device: Where this rank computes.
+        momentum: Of SGD, which then takes the place of Adam.
 
     Returns:
         What `deepspeed.initialize` takes.
@@ -136,11 +144,6 @@ def derive_deepspeed(
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
-    if config.sync_batch_norm and not on_gpu:
-        raise ConfigError(
-            "engine.sync_batch_norm needs GPUs: torch's synchronised batch norm has no CPU kernel; "
-            "leave it out"
-        )
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],
@@ -156,7 +159,9 @@ def derive_deepspeed(
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size // (world_size * config.accumulation),
         "gradient_accumulation_steps": config.accumulation,
-        "optimizer": {"type": "Adam", "params": optimizer},
+        "optimizer": {"type": "Adam", "params": optimizer}
+        if momentum is None
+        else {"type": "SGD", "params": _sgd(config, momentum)},
         "zero_optimization": {"stage": config.zero},
         "gradient_clipping": config.grad_clip,
         "steps_per_print": 1_000_000_000,
@@ -165,6 +170,17 @@ def derive_deepspeed(
         # Native bf16 casts parameters but not batch normalisation's buffers, and fails.
         derived["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
     return derived
+
+
+def _sgd(config: EngineConfig, momentum: float) -> dict[str, Any]:
+    if config.zero:
+        raise ConfigError(f"engine.zero {config.zero} shards Adam's state; use 0 with SGD")
+    return {
+        "lr": config.learning_rate,
+        "momentum": momentum,
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
 
 
 class Engine:
@@ -179,6 +195,7 @@ class Engine:
         world: This rank and its peers; the process group is formed.
         device: Where to compute.
         run: Folder in which DeepSpeed's derived settings are left for reading.
+        momentum: Of SGD, which then takes the place of Adam.
     """
 
     def __init__(
@@ -191,6 +208,7 @@ class Engine:
         world: World,
         device: torch.device,
         run: Path,
+        momentum: float | None = None,
     ) -> None:
         # Importing deepspeed probes compilers and devices for seconds; only a run pays for it.
         import deepspeed
@@ -199,7 +217,11 @@ class Engine:
         # Only for inference, yet compiled for a minute, with a compiler that may not be there.
         deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         derived = derive_deepspeed(
-            config, batch_size=batch_size, world_size=world.size, device=device
+            config,
+            batch_size=batch_size,
+            world_size=world.size,
+            device=device,
+            momentum=momentum,
         )
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
@@ -219,8 +241,8 @@ class Engine:
             )
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        if config.sync_batch_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.sync_batch_norm and world.size > 1:
+            synchronise_norms(model, device)
         self._config = config
         self._lr_factors = {g.name: g.lr_factor for g in groups}
         self._zero = config.zero
@@ -242,6 +264,12 @@ class Engine:
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the last step was left out, on the device; the same on all ranks."""
+        if momentum is not None:
+            # As after a first step of gradient 0, so that a first step can be left out too.
+            for group in self.engine.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.engine.optimizer.state[parameter][_MOMENTUM] = torch.zeros_like(parameter)
+        self._kinds = (_STEP, *_MOMENTS) if momentum is None else (_MOMENTUM,)
         self._guard_adam()
 
     def _guard_adam(self) -> None:
@@ -425,8 +453,8 @@ class Engine:
         saved: dict[str, dict[str, Tensor]] = {}
         for key, value in training.items():
             kind, _, name = key.partition(".")
-            fits = name in named and kind in (_STEP, *_MOMENTS)
-            if not fits or (kind in _MOMENTS and value.shape != named[name].shape):
+            fits = name in named and kind in self._kinds
+            if not fits or (kind != _STEP and value.shape != named[name].shape):
                 raise CheckpointError(f"the optimizer's {key} has no place in this model")
             saved.setdefault(name, {})[kind] = value
         if self._zero:
@@ -437,8 +465,10 @@ class Engine:
             for name, moments in saved.items():
                 parameter = named[name]
                 inner.state[parameter] = {
-                    _STEP: moments[_STEP].to(self._step_device(parameter)),
-                    **{k: torch.empty_like(parameter).copy_(moments[k]) for k in _MOMENTS},
+                    k: value.to(self._step_device(parameter))
+                    if k == _STEP
+                    else torch.empty_like(parameter).copy_(value)
+                    for k, value in moments.items()
                 }
         scaler = self.engine.torch_autocast_z0_gradscaler
         if scaler is not None and snapshot.loss_scale:
@@ -453,7 +483,7 @@ class Engine:
         names = {id(p): name for name, p in self._model.named_parameters()}
         if not self._zero:
             for parameter, state in self.engine.optimizer.state.items():
-                yield names[id(parameter)], {k: state[k] for k in (_STEP, *_MOMENTS)}
+                yield names[id(parameter)], {k: state[k] for k in self._kinds}
             return
         for parameters, flat, part, inner in self._shares():
             state = inner.state.get(part, {})

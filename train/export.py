@@ -9,6 +9,7 @@ Nothing in `model.safetensors` and `config.json` can be executed. A `.pt2` may h
 `torch.export.load` is for files of people you trust, and the card says so.
 """
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def write_export(command: ExportCommand) -> Path:
             f"the encoder's width is {trained.width}, torchvision's networks have "
             f"{_PUBLISHED_WIDTH}; use --names strata"
         )
+    if command.format == "safetensors" and not as_trained and trained.is_variant:
+        raise ConfigError(
+            "the encoder's stem or last stage is not that of TEXT, and the card's code for "
+            "torchvision builds that one; use --names strata"
+        )
     writing = command.out.with_name(f".{command.out.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
@@ -186,12 +192,9 @@ def _describe(
         "strata": strata.__version__,
         "file": _PROGRAM if command.format == "torch_export" else _WEIGHTS,
         "names": command.names,
-        "backbone": {
-            "name": trained.name,
-            "width": trained.width,
-            "in_channels": in_channels,
-            "bn_momentum": trained.bn_momentum,
-        },
+        "backbone": dataclasses.asdict(
+            dataclasses.replace(trained, in_channels=in_channels, fold_stem=False)  # type: ignore[arg-type]
+        ),
         "input": {
             "layout": "NCTHW",
             "frames": clips.frames,
@@ -222,7 +225,8 @@ def _program(
     encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
 ) -> torch.export.ExportedProgram:
     """The encoder with RGB input, for any number of clips."""
-    plain = build_backbone(BackboneConfig(name=trained.name, width=trained.width)).eval()
+    rgb = dataclasses.replace(trained, in_channels=_NUM_COLOURS, fold_stem=False)
+    plain = build_backbone(rgb).eval()
     load_torchvision(plain, export_backbone(encoder))
     clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)
     number = torch.export.Dim("clips", min=1)

@@ -16,12 +16,17 @@ from strata.train.losses.graph import DistributionGraphs
 from strata.train.losses.precision import full_precision, unit_length
 
 __all__ = [
+    "IDENTITY_MASS",
     "alteration_health",
     "chance_levels",
     "embedding_health",
     "graph_health",
+    "graph_in_words",
     "prototype_health",
 ]
+
+IDENTITY_MASS = 1e-3
+"""Off-diagonal mass of E below which the graph counts as the identity."""
 
 
 @torch.no_grad()
@@ -40,6 +45,16 @@ def graph_health(graphs: DistributionGraphs) -> dict[str, Tensor]:
         "graph_semantic_partners": graphs.semantic_BB.sum(dim=1).to(dtype).mean() - 1,
         "graph_instance_partners": (graphs.instance_BB > 0).sum(dim=1).to(dtype).mean() - 1,
     }
+
+
+def graph_in_words(mass: float) -> str:
+    """What `graph_off_diagonal_mass` means for the graph constraint."""
+    if mass < IDENTITY_MASS:
+        return (
+            "the graph is the identity: no video has another one as its neighbour, and L_gr tells "
+            "a video's two views from other videos, no more"
+        )
+    return f"the graph gives {mass:.1%} of a video's weight to other videos"
 
 
 @full_precision

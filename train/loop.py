@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from strata.train.config import TrainConfig
 from strata.train.engine import Engine
 from strata.train.findings import Finding, Report, mean_terms
 from strata.train.garbage import StepGarbage
+from strata.train.health import IDENTITY_MASS, graph_in_words
 from strata.train.method import LossTerms, Method, VideoModel
 from strata.train.monitor import RunMonitor
 from strata.train.probe import OnlineProbe
@@ -125,6 +126,7 @@ class Trainer:
         self._saver = Saver(config.run, config.checkpoint)
         self._seen_skipped = 0
         self._failed_saves, self._blocked_s, self._stopped = 0, 0.0, False
+        self._graph_is_identity: bool | None = None
 
     @property
     def total_steps(self) -> int:
@@ -510,6 +512,17 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return self.state.step % every == 0 if every else self.state.epoch_step == 0
 
+    def _say_graph(self, health: Mapping[str, float], phase: Phase) -> None:
+        """Say in words when the graph becomes the identity, or ceases to be it."""
+        mass = health.get("graph_off_diagonal_mass")
+        used = any(n.startswith("graph_") for n in self.config.method.active(phase.stage))
+        if mass is None or not used or not self.world.is_first:
+            return
+        is_identity = mass < IDENTITY_MASS
+        if is_identity != self._graph_is_identity:
+            self._graph_is_identity = is_identity
+            logger.info("step %d: %s", self.state.step, graph_in_words(mass))
+
     def _record_faults(self, faults: Sequence[Fault]) -> None:
         for fault in faults:
             if fault.sample not in self._faulty:
@@ -533,6 +546,7 @@ class Trainer:
             metrics.set("strata_loss", value, term=term)
         for measure, value in health.items():
             metrics.set("strata_health", value, measure=measure)
+        self._say_graph(health, phase)
         metrics.set("strata_learning_rate", rate)
         metrics.set("strata_stage", phase.stage)
         metrics.set("strata_epoch", batch.epoch)

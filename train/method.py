@@ -37,7 +37,12 @@ from strata.train.losses.precision import widen
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.models.alteration import draw_permutations, time_orders
-from strata.train.models.backbones import BackboneConfig, Levels, build_backbone
+from strata.train.models.backbones import (
+    BackboneConfig,
+    Levels,
+    LevelStrides,
+    build_backbone,
+)
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.prototypes import Prototypes
@@ -59,7 +64,6 @@ _LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_TIME_STRIDE: dict[Level, int] = {"low": 2, "mid": 4, "high": 8}
 _NUM_VIEWS = 3
 """Two short clips and the long sequence."""
 
@@ -82,6 +86,9 @@ class TermWeights:
     """L_aug at the low level."""
     augmentation_mid: float = 0.5
     """L_aug at the mid level."""
+    augmentation_high: float = 0.0
+    """L_aug at the high level, with a motion excitation of its own. A clip of 16 frames has two
+    steps there, which can be reversed but not shuffled (method.shuffle)."""
     retrieval_low: float = 0.3
     """L_ret at the low level."""
     retrieval_mid: float = 0.5
@@ -165,16 +172,20 @@ class MethodConfig:
             if weight > 0 and stage >= first_stage[name.partition("_")[0]]
         )
 
-    def check_clips(self, clip_frames: int, long_frames: int) -> None:
+    def check_clips(self, clip_frames: int, long_frames: int, strides: LevelStrides) -> None:
         """Check that the short clips' time steps line up with the long sequence's.
+
+        Args:
+            clip_frames: Of a short clip.
+            long_frames: Of the long sequence.
+            strides: Of the encoder.
 
         Raises:
             ConfigError: L_ret could not tell which steps belong together.
         """
         for level in _LEVELS:
-            short, long = (
-                -(-frames // _TIME_STRIDE[level]) for frames in (clip_frames, long_frames)
-            )
+            stride = getattr(strides, level)
+            short, long = (-(-frames // stride) for frames in (clip_frames, long_frames))
             pool, rest = divmod(2 * short, long)
             if self.uses("retrieval", level) and (rest or pool == 0 or short % pool):
                 raise ConfigError(
@@ -263,6 +274,7 @@ class VideoModel(nn.Module):
         super().__init__()
         self.config = config
         self.in_channels = backbone.in_channels
+        self.time_strides = backbone.time_strides
         self.backbone = build_backbone(backbone)
         widths, size = self.backbone.widths, config.embedding_size
         self.instance_head = StepHead(widths.high, size, average_steps=True)
@@ -284,9 +296,9 @@ class VideoModel(nn.Module):
                 if config.uses(term, level):
                     heads[level] = StepHead(width, size, average_steps=average)
                     used = True
-            if used and level != "high":
+            if used and (level != "high" or config.uses("augmentation", level)):
                 self.motion[level] = MotionExcitation(width)
-            num_steps = -(-clip_frames // _TIME_STRIDE[level])
+            num_steps = -(-clip_frames // getattr(self.time_strides, level))
             if config.shuffle and config.uses("augmentation", level) and num_steps < 3:
                 raise ConfigError(
                     f"data.clips.clip_frames {clip_frames} leaves {num_steps} time steps at the "
@@ -326,7 +338,7 @@ class VideoModel(nn.Module):
         return {g.name for g in self.groups()} - moving
 
     def orders(self, samples: np.ndarray, epoch: int, seed: int, clip_frames: int) -> list[Tensor]:
-        """The orders in which the low and mid levels' steps are read, drawn by sample and view.
+        """The orders in which each level's steps are read, drawn by sample and view.
 
         There is an order for the long sequence too: where it is encoded together with the short
         clips, its altered copies take part in the statistics of motion excitation.
@@ -338,17 +350,18 @@ class VideoModel(nn.Module):
             clip_frames: Frames of a short clip.
 
         Returns:
-            For low and mid: `[1 + A, b (V + 1), T]`, int64, on the CPU: the identity first.
+            For each level: `[1 + A, b (V + 1), T]`, int64, on the CPU: the identity first.
         """
         result = []
-        for number, level in enumerate(_LEVELS[:2]):
-            num_steps = -(-clip_frames // _TIME_STRIDE[level])
+        for number, level in enumerate(_LEVELS):
+            num_steps = -(-clip_frames // getattr(self.time_strides, level))
             shuffled = None
             if self.config.shuffle and self.config.uses("augmentation", level):
-                draws = [
-                    uniforms(seed, Stream.SHUFFLE, epoch, samples, 2 * view + number, 2)
-                    for view in range(_NUM_VIEWS)
-                ]
+                # Counters of low and mid alternate by view; those of the high level follow.
+                counters = [2 * view + number for view in range(_NUM_VIEWS)]
+                if level == "high":
+                    counters = [2 * _NUM_VIEWS + view for view in range(_NUM_VIEWS)]
+                draws = [uniforms(seed, Stream.SHUFFLE, epoch, samples, c, 2) for c in counters]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
             result.append(
@@ -364,6 +377,7 @@ class VideoModel(nn.Module):
         long: Tensor | None,
         orders_low: Tensor,
         orders_mid: Tensor,
+        orders_high: Tensor,
         phase: Phase,
     ) -> Embeddings:
         """Embed a rank's videos as a phase needs it.
@@ -377,6 +391,7 @@ class VideoModel(nn.Module):
             long: `[b, L, S, S, 3]`, uint8, or None.
             orders_low: See `orders`.
             orders_mid: See `orders`.
+            orders_high: See `orders`.
             phase: Of the epoch.
 
         Returns:
@@ -400,7 +415,7 @@ class VideoModel(nn.Module):
         )
         orders: dict[str, Tensor] = {
             level: order.unflatten(1, (num_videos, _NUM_VIEWS))[:, :, : split[1]].flatten(1, 2)
-            for level, order in (("low", orders_low), ("mid", orders_mid))
+            for level, order in zip(_LEVELS, (orders_low, orders_mid, orders_high), strict=True)
         }
         for level in _LEVELS:
             terms = {t for t in ("augmentation", "retrieval", "graph") if f"{t}_{level}" in active}
@@ -410,7 +425,11 @@ class VideoModel(nn.Module):
             # [1 + A, b, V or V + 1, T, C], the originals first
             steps = self._steps(level, getattr(maps, level), altered).unflatten(1, split)
             if "augmentation" in terms:
-                embedded = self.augmentation_heads[level](steps[:, :, :2])
+                excited = steps
+                if level == "high":
+                    # The other terms of this level read its steps without motion excitation.
+                    excited = self.motion[level](maps.high, altered).unflatten(1, split)
+                embedded = self.augmentation_heads[level](excited[:, :, :2])
                 result.clips[level] = embedded[0]
                 result.altered[level] = embedded[1:].transpose(0, 1)
             if "graph" in terms:
@@ -429,7 +448,7 @@ class VideoModel(nn.Module):
         return self.backbone(normalise(clips, self.in_channels, weight.dtype))
 
     def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
-        """`[A', N, T, C]`: averages over space; the high level has no motion excitation."""
+        """`[A', N, T, C]`: averages over space; those of the high level are not excited."""
         if level == "high":
             return pool_space(maps)[None]
         return self.motion[level](maps, orders)
@@ -526,7 +545,9 @@ class Method:
             num_videos=num_videos,
             num_prototypes=self._config.num_prototypes,
             num_alterations=2 if self._config.shuffle else 1,
-            num_long_steps={v: -(-long_frames // _TIME_STRIDE[v]) for v in _LEVELS},
+            num_long_steps={
+                v: -(-long_frames // getattr(self._model.time_strides, v)) for v in _LEVELS
+            },
             divide_by_batch=self._config.graph_divides_by_batch,
         )
         chance = {"instance": by_kind["instance"], "prototype": by_kind["prototype"]}

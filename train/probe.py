@@ -90,8 +90,8 @@ class OnlineProbe:
             videos_per_batch=config.videos_per_batch,
         )
         self.protocol = (
-            f"retrieval of {self._sets[1].num_samples} videos among {self._sets[0].num_samples} "
-            f"by cosine similarity of the high level's average over time and space, "
+            f"retrieval of {_count(self._sets[1])} videos among {_count(self._sets[0])} by cosine "
+            "similarity of the high level's average over time and space, "
             f"{config.num_clips} clips of {clip_frames} frames at stride {config.stride} placed "
             f"uniformly, centre crop, {size}x{size}, mean over clips, no centring"
         )
@@ -177,6 +177,10 @@ class OnlineProbe:
             100 * chance[1],
             self.protocol,
         )
+
+
+def _count(reader: ShardReader) -> str:
+    return f"{reader.num_samples:,} (listed {reader.num_listed:,})"
 
 
 @contextmanager

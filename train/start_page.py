@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import strata
@@ -16,6 +17,9 @@ from strata.train.engine import derive_deepspeed
 from strata.train.schedules import ScheduleConfig, phase_at
 
 __all__ = ["StartPage", "describe_run", "stage_epochs"]
+
+_NAMED = 5
+"""Keys of videos that a line names; the log has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,7 @@ def describe_run(
             "data",
             f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
         ),
+        *_left_out(config, reader, plan),
         (
             "batch",
             f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
@@ -102,6 +107,7 @@ def describe_run(
             f"{costs[largest].parameters / 1e6:.2f} million parameters with heads",
         ),
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
+        *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
         ("memory", _memory(memory[largest], largest, world)),
         *_cache(config, reader),
@@ -121,6 +127,7 @@ def describe_run(
         "last_step": last,
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
+        "left_out": [reader.keys[sample] for sample in plan.left_out],
         "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
         "stages": {
@@ -143,6 +150,26 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
     return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
 
 
+def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
+    """How many videos the order leaves out, by which rule, and the first of them by name."""
+    if not plan.left_out:
+        return []
+    lengths = reader.num_frames[np.array(plan.left_out)]
+    named = [
+        f"{reader.keys[sample]} ({count})"
+        for sample, count in zip(plan.left_out[:_NAMED], lengths.tolist(), strict=False)
+    ]
+    rest = len(plan.left_out) - len(named)
+    more = f" and {rest} more, all named in log.jsonl" if rest else ""
+    return [
+        (
+            "left out",
+            f"{len(plan.left_out)} of {reader.num_samples} videos have fewer than the window's "
+            f"{config.data.clips.window_frames} frames: {', '.join(named)}{more}",
+        )
+    ]
+
+
 def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: int) -> str:
     weights = vars(config.method.weights)
     terms = " + ".join(
@@ -154,6 +181,27 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
         f"epochs {span[0]} to {span[1] - 1}, {_flops(cost.forward_flops)} forward and "
         f"{_flops(cost.backward_flops)} backward a rank and step: {terms}"
     )
+
+
+def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
+    """What to expect of the graph, where the run uses it."""
+    method, videos = config.method, config.data.batch_size
+    if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
+        return []
+    others = (videos - 1) / method.num_prototypes
+    expected = (
+        "so few that the graph may be the identity, where L_gr tells a video's two views from "
+        "other videos, no more"
+        if others < 1
+        else "so it can name other videos than a row's own"
+    )
+    return [
+        (
+            "graph",
+            f"{videos} videos and {method.num_prototypes} prototypes: {others:.2g} other videos on "
+            f"a video's prototype if all are used alike, {expected}; see graph_off_diagonal_mass",
+        )
+    ]
 
 
 def _rates(config: TrainConfig) -> str:

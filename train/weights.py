@@ -2,7 +2,8 @@
 
 Encoders have torchvision's names where the modules are the same (`backbones.py`): the four stages
 of R3D-18, all of S3D but its classifier. R3D-18's stem is another module than torchvision's (7x7x7
-instead of 3x7x7, and a max-pool), so it is neither taken from there nor accepted there.
+instead of 3x7x7, and a max-pool), so it is neither taken from there nor accepted there, unless
+`stem_frames` is 3.
 """
 
 import pickle

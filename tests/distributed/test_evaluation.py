@@ -11,8 +11,9 @@ import torch
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.eval.classifier import ClassifierRun, finetune_settings, linear_settings
+from strata.eval.classifier import ClassifierRun
 from strata.eval.features import FeatureConfig, extract_features
+from strata.eval.named import PROTOCOLS
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from tests.gloo import run_ranks
 from tests.made import make_shards
@@ -49,7 +50,7 @@ def features(world: World, sets: Path, cache: Path | None) -> dict[str, np.ndarr
 
 
 def probe(world: World, sets: Path, folder: Path) -> tuple[Any, ...]:
-    config = dataclasses.replace(linear_settings(), epochs=2, batch_size=6)
+    config = dataclasses.replace(PROTOCOLS["ours"].linear, epochs=2, batch_size=6)
     run = ClassifierRun(
         encoder(),
         ShardReader(sets / "train"),
@@ -69,7 +70,7 @@ def probe(world: World, sets: Path, folder: Path) -> tuple[Any, ...]:
 
 def finetuned(world: World, sets: Path, folder: Path) -> Any:
     """The figures of weights that were trained before, by any number of ranks."""
-    config = dataclasses.replace(finetune_settings(), epochs=1, batch_size=6)
+    config = dataclasses.replace(PROTOCOLS["ours"].finetune, epochs=1, batch_size=6)
     run = ClassifierRun(
         encoder(),
         ShardReader(sets / "train"),
@@ -118,7 +119,7 @@ def test_finetuned_weights_are_tested_alike_on_any_ranks(sets: Path, tmp_path: P
 
 
 def test_a_batch_that_does_not_divide_is_refused(sets: Path, tmp_path: Path):
-    config = dataclasses.replace(finetune_settings(), batch_size=5)
+    config = dataclasses.replace(PROTOCOLS["ours"].finetune, batch_size=5)
     train, test = (ShardReader(sets / name) for name in ("train", "test"))
     with pytest.raises(ConfigError, match="does not divide by 2 ranks"):
         ClassifierRun(

@@ -28,9 +28,9 @@ PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 
 
 def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodConfig:
-    """Every term of the method, the release's graph at the high level too."""
+    """Every term of the method, the graph and L_aug at the high level too."""
     return MethodConfig(
-        weights=TermWeights(graph_high=1.0),
+        weights=TermWeights(graph_high=1.0, augmentation_high=0.7),
         num_prototypes=6,
         queue_length=3 * BATCH,
         embedding_size=8,
@@ -42,7 +42,9 @@ def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodC
 def build(config: MethodConfig) -> VideoModel:
     """In float64, batch norms in evaluation mode: their statistics are each rank's own."""
     torch.manual_seed(0)
-    model = VideoModel(BackboneConfig(width=8), config, clip_frames=16).double().eval()
+    # Four steps at the high level, so that L_aug can shuffle them.
+    backbone = BackboneConfig(width=8, last_temporal_stride=1)
+    model = VideoModel(backbone, config, clip_frames=16).double().eval()
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         noise = torch.randn(BATCH, 2, config.num_prototypes, generator=generator)
@@ -158,9 +160,9 @@ def objective(world: World, num_parts: int, with_grad: bool) -> Step:
             loss = loss + weight * graph_loss(seen(out.graph[level]), target, anchors=own)
             steps, long = out.steps[level][own], out.long_steps[level][own]
             loss = loss + weight * retrieval_loss(steps, long)
-            if level != "high":
-                clips, altered = out.clips[level], out.altered[level][own]
-                loss = loss + weight * augmentation_loss(seen(clips), altered, anchors=own)
+            clips, altered = out.clips[level], out.altered[level][own]
+            weight = 0.7 if level == "high" else weight
+            loss = loss + weight * augmentation_loss(seen(clips), altered, anchors=own)
         total = total + loss / num_parts
     total.backward()
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}

@@ -22,6 +22,7 @@ __all__ = [
     "S3D",
     "Backbone",
     "BackboneConfig",
+    "LevelStrides",
     "LevelWidths",
     "Levels",
     "build_backbone",
@@ -38,6 +39,14 @@ class Levels(NamedTuple):
 
 class LevelWidths(NamedTuple):
     """Channels of each level."""
+
+    low: int
+    mid: int
+    high: int
+
+
+class LevelStrides(NamedTuple):
+    """Frames of a clip to a time step of each level."""
 
     low: int
     mid: int
@@ -63,6 +72,14 @@ class BackboneConfig:
     fold_stem: bool = False
     """Whether R3D-18's first convolution is computed with 2x2 pixels folded into channels: the same
     result. Alone it was 2.4 times as fast on an H200; in a whole step it was not measured."""
+    stem_pool: bool = True
+    """Whether R3D-18's stem ends in a max-pool, as in TEXT's shapes; torchvision's has none, and
+    its levels have four times the positions."""
+    stem_frames: Literal[3, 7] = 7
+    """Frames of R3D-18's first kernel: 7 is Hara's, 3 torchvision's."""
+    last_temporal_stride: Literal[1, 2] = 2
+    """Stride along time of R3D-18's last stage. With 1 its first convolution reads every second
+    step instead (TCLR): the same parameters, and twice the steps at the high level."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -76,12 +93,32 @@ class BackboneConfig:
             raise ConfigError(f"backbone: width is {self.width}; use a positive multiple of 8")
         if self.fold_stem and self.name != "r3d18":
             raise ConfigError(f"backbone: fold_stem is for r3d18, not {self.name}; turn it off")
+        for name, published, other in (
+            ("stem_pool", True, False),
+            ("stem_frames", 7, 3),
+            ("last_temporal_stride", 2, 1),
+        ):
+            value = getattr(self, name)
+            if value not in (published, other):
+                raise ConfigError(f"backbone: {name} is {value}; use {published} or {other}")
+            if value != published and self.name != "r3d18":
+                raise ConfigError(f"backbone: {name} is for r3d18, not {self.name}; leave it out")
         if self.in_channels not in (3, 4):
             raise ConfigError(f"backbone: in_channels is {self.in_channels}; use 3 or 4")
         if not 0 < self.bn_momentum <= 1:
             raise ConfigError(
                 f"backbone: bn_momentum is {self.bn_momentum}; use a number in (0, 1]"
             )
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether R3D-18 has another stem or last stage than in TEXT."""
+        return (self.stem_pool, self.stem_frames, self.last_temporal_stride) != (True, 7, 2)
+
+    @property
+    def time_strides(self) -> LevelStrides:
+        """Frames of a clip to a step of each level."""
+        return LevelStrides(2, 4, 4 * self.last_temporal_stride)
 
 
 class Backbone(nn.Module):
@@ -100,8 +137,8 @@ class Backbone(nn.Module):
             clips_NCTHW: `[N, C, T, H, W]`, C as configured; channels-last strides are kept.
 
         Returns:
-            The three levels; time is divided by 2, 4 and 8, rows and columns by 8, 16 and 32
-            (rounded up).
+            The three levels; time is divided by `BackboneConfig.time_strides`, rows and columns by
+            8, 16 and 32, or half of that without a max-pool in the stem (rounded up).
         """
         raise NotImplementedError
 
@@ -125,14 +162,21 @@ class R3D18(Backbone):
     own pools time too. A clip of 3x16x112x112 gives 128x8x14x14, 256x4x7x7 and 512x2x4x4; the
     encoder has 33,203,904 parameters.
 
-    Source: Hara et al., arXiv 1708.07632; initialisation: convolutions Kaiming normal by fan out,
-    batch norm 1 and 0.
+    Without the max-pool, with 3 frames and a last temporal stride of 1 it is the network of TCLR:
+    128x8x28x28, 256x4x14x14 and 512x4x7x7, and 33,166,272 parameters.
+
+    Source: Hara et al., arXiv 1708.07632; TCLR: arXiv 2101.07974 and its code, where the last
+    stage's first convolution has temporal stride 1, padding 2 and dilation 2. Initialisation:
+    convolutions Kaiming normal by fan out, batch norm 1 and 0.
 
     Args:
         width: Channels of the stem and of stage 1.
         in_channels: 3 or 4, see `BackboneConfig`.
         bn_momentum: See `BackboneConfig`.
         fold_stem: See `BackboneConfig`.
+        stem_pool: See `BackboneConfig`.
+        stem_frames: See `BackboneConfig`.
+        last_temporal_stride: See `BackboneConfig`.
     """
 
     def __init__(
@@ -142,20 +186,34 @@ class R3D18(Backbone):
         in_channels: int = 3,
         bn_momentum: float = 0.1,
         fold_stem: bool = False,
+        stem_pool: bool = True,
+        stem_frames: Literal[3, 7] = 7,
+        last_temporal_stride: Literal[1, 2] = 2,
     ) -> None:
         super().__init__()
         self.widths = LevelWidths(2 * width, 4 * width, 8 * width)
         convolution = FoldedStem if fold_stem else nn.Conv3d
         self.stem = nn.Sequential(
-            convolution(3, width, kernel_size=7, stride=(1, 2, 2), padding=3, bias=False),
+            convolution(
+                3,
+                width,
+                kernel_size=(stem_frames, 7, 7),
+                stride=(1, 2, 2),
+                padding=(stem_frames // 2, 3, 3),
+                bias=False,
+            ),
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
-            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
         )
+        if stem_pool:
+            pool = nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
+            self.stem.append(pool)
         self.layer1 = _stage(width, width, stride=1)
         self.layer2 = _stage(width, 2 * width, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, stride=2)
         self.layer4 = _stage(4 * width, 8 * width, stride=2)
+        if last_temporal_stride == 1:
+            _keep_time(self.layer4)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -245,6 +303,9 @@ def build_backbone(config: BackboneConfig) -> Backbone:
                 in_channels=in_channels,
                 bn_momentum=momentum,
                 fold_stem=config.fold_stem,
+                stem_pool=config.stem_pool,
+                stem_frames=config.stem_frames,
+                last_temporal_stride=config.last_temporal_stride,
             )
         case "s3d":
             return S3D(config.width, in_channels=in_channels, bn_momentum=momentum)
@@ -262,6 +323,14 @@ def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
         BasicBlock(in_width, width, Conv3DSimple, stride, shortcut),
         BasicBlock(width, width, Conv3DSimple),
     )
+
+
+def _keep_time(stage: nn.Sequential) -> None:
+    """Let a stage keep its time steps: temporal stride 1, and dilation 2 in its place."""
+    block = stage[0]
+    first, shortcut = block.conv1[0], block.downsample[0]
+    first.stride, first.padding, first.dilation = (1, 2, 2), (2, 1, 1), (2, 1, 1)
+    shortcut.stride = (1, 2, 2)
 
 
 def _first_conv(module: nn.Module) -> nn.Conv3d:

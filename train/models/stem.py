@@ -1,4 +1,4 @@
-"""The 7x7x7 stem with 2x2 pixels folded into channels: the same sum, in a shape that GPUs like.
+"""The stem's convolution with 2x2 pixels as channels: the same sum, in a shape that GPUs like.
 
 A convolution over 3 or 4 channels leaves most of a tensor core idle. Shape suffixes: N clips, C
 channels, T frames, H rows, W columns, O output channels.
@@ -11,7 +11,6 @@ from torch.nn import functional
 __all__ = ["FoldedStem", "fold_pixels", "fold_weight"]
 
 _FOLD = 2
-_TIME_PADDING = 3
 # Taps -2..1 of the folded kernel, in steps of two pixels: what is left of -3..3 with one zero tap.
 _BEFORE, _AFTER = 2, 1
 
@@ -34,24 +33,24 @@ def fold_pixels(clips_NCTHW: Tensor) -> Tensor:
 
 
 def fold_weight(weight_OCTHW: Tensor) -> Tensor:
-    """The 7x7x7 kernel for folded pixels.
+    """The kernel for folded pixels.
 
     Args:
-        weight_OCTHW: `[O, C, 7, 7, 7]`.
+        weight_OCTHW: `[O, C, T, 7, 7]`.
 
     Returns:
-        `[O, 4 C, 7, 4, 4]`, channels last in memory.
+        `[O, 4 C, T, 4, 4]`, channels last in memory.
     """
     # A zero tap before the first makes the extent even: pixel 2 p + r meets tap p of phase r.
     even = functional.pad(weight_OCTHW, (1, 0, 1, 0))
     split = even.unflatten(4, (-1, _FOLD)).unflatten(3, (-1, _FOLD))
-    # [O, C, 7, 4, 2, 4, 2] -> [O, 4 C, 7, 4, 4]
+    # [O, C, T, 4, 2, 4, 2] -> [O, 4 C, T, 4, 4]
     folded = split.permute(0, 4, 6, 1, 2, 3, 5).flatten(1, 3)
     return folded.contiguous(memory_format=torch.channels_last_3d)
 
 
 class FoldedStem(nn.Conv3d):
-    """A 7x7x7 convolution with stride (1, 2, 2) and padding 3, computed on folded pixels.
+    """A convolution of 7x7 pixels with stride (1, 2, 2) and padding 3, computed on folded pixels.
 
     Parameters, names and results are those of the plain convolution; clips with an odd number of
     rows or columns are convolved plainly.
@@ -62,5 +61,5 @@ class FoldedStem(nn.Conv3d):
         if input.shape[3] % _FOLD or input.shape[4] % _FOLD:
             return super().forward(input)
         return functional.conv3d(
-            fold_pixels(input), fold_weight(self.weight), padding=(_TIME_PADDING, 0, 0)
+            fold_pixels(input), fold_weight(self.weight), padding=(self.kernel_size[0] // 2, 0, 0)
         )

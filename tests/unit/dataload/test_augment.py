@@ -1,6 +1,7 @@
 """The distribution and the identity of augmentation parameters."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,36 @@ def test_gray_and_jitter_are_drawn_for_each_frame_where_the_release_does():
     assert (clip.gray == -1).all()
 
 
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_jitter_leaves_some_clips_as_they_are_and_the_others_alike(per_frame: bool):
+    plain = draw(4000, AugmentSpec(gray=0.2, per_frame=per_frame))
+    view = draw(4000, AugmentSpec(gray=0.2, per_frame=per_frame, jitter=0.8))
+    neutral = (view.brightness == 1).all(axis=1)
+    assert abs(neutral.mean() - 0.2) < 0.02
+    for name, value in (("contrast", 1), ("saturation", 1), ("hue_degrees", 0)):
+        np.testing.assert_array_equal((getattr(view, name) == value).all(axis=1), neutral)
+    for field in dataclasses.fields(view):
+        got, want = getattr(view, field.name), getattr(plain, field.name)
+        np.testing.assert_array_equal(got[~neutral], want[~neutral])
+        if field.name in ("box", "flip", "gray", "sigma"):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("spec", "digest"),
+    [
+        (AugmentSpec(), "eaab9f7688e4e28c"),
+        (AugmentSpec(gray=0.5, per_frame=True), "c5bc377577d4f898"),
+    ],
+    ids=["paper", "release"],
+)
+def test_the_draws_of_both_recipes_stay_what_they_were(spec: AugmentSpec, digest: str):
+    view = draw(64, spec)
+    content = [getattr(view, field.name) for field in dataclasses.fields(view)]
+    found = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in content))
+    assert found.hexdigest()[:16] == digest
+
+
 def test_a_clip_that_is_longer_begins_with_the_same_draws():
     spec = AugmentSpec(gray=0.5, per_frame=True)
     short, long = draw(8, spec, frames=16), draw(8, spec, frames=32)
@@ -127,6 +158,7 @@ def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
         ({"flip": 1.5}, "flip"),
         ({"gray": -0.1}, "gray"),
+        ({"jitter": 1.1}, "jitter"),
         ({"hue": 0.7}, "hue"),
     ],
 )

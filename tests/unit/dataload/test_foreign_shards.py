@@ -55,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.write({"__key__": "broken", "mp4": b"no video", "cls": "run"})
                 short = write_video(root / "s.mp4", moving_scene(9, 96, 64), codec="libx264")
                 writer.write({"__key__": "short", "mp4": short.read_bytes(), "cls": "run"})
-    main(["index", str(root / "set"), "--width", "64", "--height", "48", "--max-rejects", "1"])
+    limits = ["--min-frames", "33", "--max-rejects", "1"]
+    main(["index", str(root / "set"), "--width", "64", "--height", "48", *limits])
     return root / "set"
 
 
@@ -143,7 +144,7 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
 
 def test_a_classifier_gets_its_clips(folder: Path):
     reader, config = ShardReader(folder), config_for(folder)
-    spec = LabelledSpec(clip_frames=16, stride=1, jitter=0)
+    spec = LabelledSpec(clip_frames=16, stride=1)
     plan = labelled_plan(reader, config, SEED)
     loader = LabelledLoader(reader, config, plan, spec, world=World(), device=CPU, epochs=(0, 1))
     first = next(iter(loader))

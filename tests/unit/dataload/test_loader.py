@@ -190,9 +190,17 @@ def test_evaluation_takes_every_sample_once_on_any_number_of_ranks(shards: Path)
         assert torch.equal(seen, alone[sample])
 
 
-def test_videos_shorter_than_the_window_are_refused(shards: Path):
+def test_videos_shorter_than_the_window_are_in_no_batch(shards: Path):
+    # Videos have 33 to 37 frames, and the window 36.
+    config = config_for(shards / "train", clips=ClipSpec(clip_frames=18))
+    reader = ShardReader(shards / "train")
+    short = np.flatnonzero(reader.num_frames < 36)
+    assert open_plan(reader, config, SEED).left_out == tuple(short.tolist())
+    seen = np.concatenate([batch.samples for batch in batches(config)])
+    assert len(seen)
+    assert not np.isin(seen, short).any()
     config = config_for(shards / "train", clips=ClipSpec(clip_frames=20))
-    with pytest.raises(ConfigError, match="videos of 33 frames, the window takes 40"):
+    with pytest.raises(ConfigError, match="hold 0 samples and 24 too short ones"):
         batches(config)
 
 

@@ -9,7 +9,12 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import pipeline_def
 
 from strata.dataload import pipeline
-from strata.dataload.augment import ViewParameters, colour_transforms
+from strata.dataload.augment import (
+    AugmentSpec,
+    ViewParameters,
+    colour_transforms,
+    draw_view,
+)
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reference import decode_strip, reference_view
 from tests.views import (
@@ -18,6 +23,7 @@ from tests.views import (
     HEIGHT,
     IDENTITY,
     SIZE,
+    WIDTH,
     encode,
     moving_pictures,
     rows_of,
@@ -38,6 +44,33 @@ def test_every_operation_agrees_with_the_reference(name: str):
     # way, and contrast enlarges the first.
     assert gap.max() <= 3, f"largest difference {gap.max()}"
     assert gap.mean() <= 0.3, f"mean difference {gap.mean():.3f}"
+
+
+def test_clips_with_and_without_jitter_agree_with_the_reference():
+    """Views as they are drawn by a recipe that leaves some clips' colours alone."""
+    num = 6
+    views = draw_view(
+        AugmentSpec(crop_area=(0.2, 1.0), jitter=0.5, gray=0.2),
+        height=HEIGHT,
+        width=WIDTH,
+        size=SIZE,
+        frames=FRAMES,
+        seed=0,
+        epoch=0,
+        samples=np.arange(num),
+        view=0,
+    )
+    assert 0 < (views.brightness == 1).sum() < num
+    strips = [encode(moving_pictures(seed)) for seed in range(num)]
+    cut = ViewSlice(0, FRAMES)
+    (got,) = run_graph(strips, [views], (cut,), colour_maps=True)
+    for row, strip in enumerate(strips):
+        frames = decode_strip(strip, HEIGHT)
+        want = reference_view(frames, cut, views, row, SIZE, photometric=True)
+        gap = np.abs(got[row].astype(int) - want.astype(int))
+        # The roundings of the test above.
+        assert gap.max() <= 3, f"row {row}: largest difference {gap.max()}"
+        assert gap.mean() <= 0.3, f"row {row}: mean difference {gap.mean():.3f}"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,21 @@ def test_every_epoch_holds_every_sample_once_in_another_order(plan: Plan):
         assert (orders[1] != orders[2]).any()
 
 
+def test_what_is_left_out_is_in_no_batch_and_all_else_in_each_epoch():
+    left_out = (0, 4, 5, 9)
+    plan = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4, left_out=left_out)
+    assert (plan.num_samples, plan.steps_per_epoch) == (8, 4)
+    for epoch in range(3):
+        expected = sorted(set(range(12)) - set(left_out))
+        assert sorted(plan.epoch_order(epoch).tolist()) == expected
+    everything = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4)
+    assert plan.digest != everything.digest
+    # The identity of a set's order from before anything could be left out; runs go on from it.
+    assert everything.digest == "74e2e1edbdba8d22"
+    with pytest.raises(ConfigError, match="hold 8 samples and 4 too short ones, fewer than one"):
+        Plan(shard_sizes=(12,), batch_size=9, seed=3, left_out=left_out)
+
+
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):

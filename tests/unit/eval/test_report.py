@@ -50,6 +50,7 @@ def pair(shards: Path, split: str, details: dict[str, Any], **more: Any) -> Pair
         sets[name] = {
             "folder": str(shards / name),
             "manifest_digest": reader.manifest.digest,
+            "num_listed": reader.num_listed,
             "num_videos": reader.num_samples,
         }
     return PairResult(data="made", split=split, sets=sets, details=details, **more)
@@ -115,7 +116,9 @@ def test_a_retrieval_over_two_splits(retrieval: dict[str, Any]):
         assert row.untrained == (0.2, 0.2)
         assert row.chance == pytest.approx(0.1)
         assert row.protocol == "retrieval: 10 clips, not centred"
-        assert row.data == "made, mean of splits 1, 2"
+        assert row.data == (
+            "made, mean of splits 1, 2; train listed 24, used 24; test listed 12, evaluated 12"
+        )
     each, variants = page.tables
     assert list(each.rows) == ["split 1", "split 2", "standard deviation"]
     assert each.rows["standard deviation"][0] == pytest.approx(math.sqrt(0.02))
@@ -128,9 +131,25 @@ def test_a_retrieval_over_two_splits(retrieval: dict[str, Any]):
     assert len(shown.queries) == 6
     assert [q.key for q in shown.queries][::5] == ["video-0000", "video-0011"]
     assert all(len(q.neighbours) == 5 for q in shown.queries)
-    assert page.provenance["made, split 2, test set"].startswith("12 videos, manifest digest ")
+    assert page.provenance["made, split 2, test set"].startswith(
+        "12 videos of 12 listed, manifest digest "
+    )
     assert "num_clips: 10" in page.config
     assert "name: r3d18" in page.config
+
+
+def test_missing_videos_head_the_page(shards: Path, checkpoint: Path, tmp_path: Path):
+    details, _ = found(shards)
+    figures = {"measured": recalls(0.4), "chance": recalls(0.1)}
+    result = pair(shards, "1", details, figures=figures)
+    result.sets["test"]["num_listed"] = 1530
+    head = {"evaluation": "retrieval", "protocol": "retrieval: 10 clips, not centred"}
+    content = record(checkpoint, tmp_path / "report.json", [result], **head)
+    assert next(iter(content)) == "incomplete"
+    page = build_page(content)
+    assert page.note.startswith("INCOMPLETE: listed videos are missing")
+    assert "made 1 test: 1,518 of 1,530. Shares of the test set" in page.note
+    assert all("test listed 1,530, evaluated 12" in row.data for row in page.figures)
 
 
 def test_curves_are_those_of_the_log(retrieval: dict[str, Any]):

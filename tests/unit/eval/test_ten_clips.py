@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.eval.classifier import Classifier, linear_settings, video_probabilities
+from strata.eval.classifier import Classifier, video_probabilities
 from strata.eval.features import FeatureConfig
+from strata.eval.named import PROTOCOLS
 from strata.schema import NormalForm
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from tests.made import HEIGHT, WIDTH, make_shards
@@ -37,14 +38,20 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
 def model() -> Classifier:
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(width=8))
-    model = Classifier(backbone, 3, dataclasses.replace(linear_settings(), normalised=False))
+    settings = dataclasses.replace(PROTOCOLS["supplement"].linear, normalised=False)
+    model = Classifier(backbone, 3, settings)
     # Far from equal probabilities, whose average would hide the clips.
     torch.nn.init.normal_(model.linear.weight, std=0.3)
     return model.eval()
 
 
-def pictures(reader: ShardReader, sample: int) -> list[torch.Tensor]:
-    """All frames of a stored video, `[3, SIZE, SIZE]` each, as anyone would prepare them."""
+def pictures(
+    reader: ShardReader, sample: int, place: tuple[int, int] | None = None, mirrored: bool = False
+) -> list[torch.Tensor]:
+    """All frames of a stored video, `[3, SIZE, SIZE]` each, as anyone would prepare them.
+
+    Of the largest centred square, or of a square of 36 pixels at a place.
+    """
     members = sorted(e for e in reader.members(sample)[1] if e.endswith(".mp4"))
     prepared = []
     for name in members:
@@ -53,6 +60,9 @@ def pictures(reader: ShardReader, sample: int) -> list[torch.Tensor]:
                 rgb = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float()
                 left = (rgb.shape[2] - rgb.shape[1]) // 2
                 square = rgb[:, :, left : left + rgb.shape[1]]
+                if place is not None:
+                    square = rgb[:, place[0] : place[0] + 36, place[1] : place[1] + 36]
+                square = square.flip(2) if mirrored else square
                 small = functional.interpolate(
                     square[None], size=(SIZE, SIZE), mode="bilinear", antialias=True
                 )[0]
@@ -90,3 +100,20 @@ def test_ten_clips_are_averaged(reader: ShardReader, model: Classifier, clip_fra
     # Decoders upsample chroma each in its own way; other frames are further off.
     np.testing.assert_allclose(got, want, atol=5e-3)
     assert np.abs(shifted - want).max() > 1e-2
+
+
+def test_ten_crops_of_each_clip_are_averaged(reader: ShardReader, model: Classifier):
+    config = FeatureConfig(size=SIZE, clip_frames=16, crop=0.75, videos_per_batch=1)
+    clips = dataclasses.replace(config.clips(), num_crops=10)
+    got = video_probabilities(model, reader, clips, world=World(), device=CPU)
+    # Squares of 36 pixels of frames of 64x48: the centre and the corners.
+    places = ((6, 14), (0, 0), (0, 28), (12, 0), (12, 28))
+    each = [
+        [plainly(model, pictures(reader, sample, place, flip), 16) for sample in range(4)]
+        for place in places
+        for flip in (False, True)
+    ]
+    want = np.array(each)
+    np.testing.assert_allclose(got, want.mean(axis=0), atol=5e-3)
+    # No crop alone gives this: each shows something else.
+    assert np.abs(want - want.mean(axis=0)).max() > 2e-2

@@ -189,7 +189,7 @@ def fault_of(path: Path, form: NormalForm = FORM) -> VideoFault:
 
 def test_too_short_is_named(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving_scene(32, 64, 48))
-    fault = fault_of(path, NormalForm())
+    fault = fault_of(path, NormalForm(min_frames=33))
     assert fault.kind is FaultKind.TOO_SHORT
     assert fault.detail == "32 frames, 33 asked for"
 

@@ -10,7 +10,7 @@ from strata.errors import ConfigError
 from strata.tools.bench_device import main
 from tests.commands import succeed
 
-PARTS = ("ceilings", "decode", "graph", "loader", "step", "whole")
+PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
 
 
 def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
@@ -34,6 +34,14 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
         ("plain", 4),
         ("half the batch", 2),
     ]
+    exact, rounded = by_part["precision"]
+    assert (exact["precision"], rounded["precision"]) == ("fp32", "bf16")
+    assert exact["cosine"] == pytest.approx(1)
+    assert exact["norm_ratio"] == pytest.approx(1)
+    # Rounded, and still the same direction; not fp32 once more.
+    assert 0.5 < rounded["cosine"] < 1 - 1e-7
+    assert 0.5 < rounded["rest_cosine"] < 1 - 1e-7
+    assert "precision, bf16, stage 1, batch 4: against fp32's gradient the encoder's has" in told
     (whole,) = by_part["whole"]
     assert whole["of_step_alone"] == pytest.approx(
         whole["samples_per_s"] / by_part["step"][0]["samples_per_s"]

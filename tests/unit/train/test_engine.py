@@ -64,8 +64,8 @@ def test_batch_accumulation_clipping_and_zero():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="sync_batch_norm needs GPUs"):
-        derive(sync_batch_norm=True)
+    with pytest.raises(ConfigError, match="zero 1 shards Adam's state; use 0 with SGD"):
+        derive_deepspeed(EngineConfig(zero=1), batch_size=8, world_size=1, device=CPU, momentum=0.9)
     with pytest.raises(ConfigError, match="loss scale would never fall"):
         EngineConfig(precision="fp16", zero=1)
     with pytest.raises(ConfigError, match=r"engine\.accumulation is 0"):
@@ -107,7 +107,7 @@ class Small(nn.Module):
         return self.second(self.first(x)).float().square().mean()
 
 
-def make(world: World, **settings: Any) -> tuple[Small, Engine]:
+def make(world: World, momentum: float | None = None, **settings: Any) -> tuple[Small, Engine]:
     model = Small()
     config = EngineConfig(device="cpu", learning_rate=0.1, weight_decay=1e-3, **settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +119,7 @@ def make(world: World, **settings: Any) -> tuple[Small, Engine]:
             world=world,
             device=CPU,
             run=Path(folder),
+            momentum=momentum,
         )
         if world.is_first:
             assert json.loads((Path(folder) / "deepspeed.json").read_text())["optimizer"]
@@ -176,6 +177,42 @@ def test_a_step_not_finite_moves_nothing_on_any_rank(zero: int, ranks: int, bad:
         own = {"first.1.running_mean", "first.1.running_var", "seen"}
         assert set(differing(after, again)) <= (own if ranks > 1 else set())
         assert differing(left, after) != []
+
+
+def sgd(world: World) -> list[dict[str, torch.Tensor]]:
+    """Steps of the engine and of torch's own SGD; the first is not finite and left out."""
+    model, engine = make(world, momentum=0.9)
+    plain = Small()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    advance(engine, 1, world, factor=float("nan"))
+    assert bool(engine.skipped)
+    for step in range(1, 4):
+        advance(engine, step, world)
+        optimizer.zero_grad()
+        plain(inputs(step, world)).backward()
+        optimizer.step()
+    saved = engine.snapshot()
+    assert set(saved.training) == {
+        "random.cpu",
+        *(f"momentum_buffer.{name}" for name, _ in model.named_parameters()),
+    }
+    _, other = make(world, momentum=0.9)
+    other.restore(saved)
+    for one in (engine, other):
+        advance(one, 4, world)
+    return [
+        dict(saved.model),
+        {name: value.clone() for name, value in plain.state_dict().items()},
+        content(engine.snapshot()),
+        content(other.snapshot()),
+    ]
+
+
+def test_sgd_with_momentum_is_torch_s_and_goes_on_from_its_state():
+    ((mine, theirs, after, again),) = run_ranks(sgd, 1)
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, msg=name)
+    assert differing(after, again) == []
 
 
 def accumulate(world: World) -> tuple[dict[str, torch.Tensor], list[str], dict[str, torch.Tensor]]:

@@ -122,6 +122,18 @@ def test_our_own_names_keep_everything(name: Any, tmp_path: Path):
     assert not load_export(out).training
 
 
+def test_another_stem_or_last_stage_is_kept_and_not_called_torchvision_s(tmp_path: Path):
+    model = BackboneConfig(stem_pool=False, last_temporal_stride=1)
+    made = checkpoint(tmp_path / "step-1", model)
+    with pytest.raises(ConfigError, match="the card's code for torchvision builds that one"):
+        write_export(ExportCommand(checkpoint=made, out=tmp_path / "out"))
+    out = write_export(ExportCommand(checkpoint=made, out=tmp_path / "out", names="strata"))
+    clips = torch.randn(1, 3, 8, 32, 32)
+    with torch.no_grad():
+        features = load_export(out)(clips).high.mean(dim=(2, 3, 4))
+    torch.testing.assert_close(features, expected(made, clips))
+
+
 @pytest.mark.parametrize("name", ["r3d18", "s3d"])
 def test_a_program_takes_any_number_of_clips(name: Any, tmp_path: Path):
     made = checkpoint(tmp_path / "step-1", BackboneConfig(name=name, width=8, in_channels=4))

@@ -116,6 +116,33 @@ def test_a_stage_computes_its_terms_and_moves_their_groups_alone(config, stage, 
         assert {int(n.num_batches_tracked or 0) for n in norms} == {0}
 
 
+def test_l_aug_at_the_high_level_is_one_more_term_and_changes_no_other():
+    backbone = BackboneConfig(width=8, last_temporal_stride=1)
+    models = [
+        VideoModel(backbone, recipe(weights=TermWeights(augmentation_high=weight)), clip_frames=16)
+        for weight in (0.0, 0.4)
+    ]
+    without, model = models
+    model.load_state_dict(without.state_dict(), strict=False)
+    plain, more = (losses(m, SECOND) for m in models)
+    assert set(more.terms) - set(plain.terms) == {"augmentation_high"}
+    for name, value in plain.terms.items():
+        torch.testing.assert_close(more.terms[name], value, msg=name)
+    added = 0.4 * more.terms["augmentation_high"]
+    torch.testing.assert_close(more.total.detach(), plain.total.detach() + added)
+    more.total.backward()
+    assert moved(model) - moved(without) >= {"motion_high"}
+    # Without motion excitation the average over steps is blind to their order: log 5 at least.
+    model.motion["high"].excite = False
+    assert losses(model, SECOND).terms["augmentation_high"] >= math.log(5) - 1e-5
+    # A high level of two steps can be reversed alone.
+    high = TermWeights(augmentation_high=0.4)
+    with pytest.raises(ConfigError, match="leaves 2 time steps at the high level, too few to shuf"):
+        build(recipe(weights=high))
+    reversed_alone = losses(build(recipe(weights=high, shuffle=False)), SECOND)
+    assert reversed_alone.terms["augmentation_high"].isfinite()
+
+
 def test_the_weights_are_those_of_the_recipe_table():
     assert vars(PAPER) == {
         "instance": 1.0,
@@ -125,6 +152,7 @@ def test_the_weights_are_those_of_the_recipe_table():
         "graph_high": 0.0,
         "augmentation_low": 0.3,
         "augmentation_mid": 0.5,
+        "augmentation_high": 0.0,
         "retrieval_low": 0.3,
         "retrieval_mid": 0.5,
         "retrieval_high": 1.0,
@@ -290,7 +318,7 @@ def test_views_keep_their_places_in_the_shared_pass():
 
 
 def test_every_altered_order_is_a_change_of_order_and_drawn_by_view():
-    low, mid = build(recipe()).orders(np.arange(64), 0, 0, 16)
+    low, mid, _ = build(recipe()).orders(np.arange(64), 0, 0, 16)
     assert low.shape == (3, 3 * 64, 8)
     assert mid.shape == (3, 3 * 64, 4)
     for orders in (low, mid):

@@ -12,6 +12,7 @@ from strata.train.schedules import phase_at
 FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
 PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")
 RELEASE = ("ucf101_r3d18_release", "k400_r3d18_release")
+COCLR_VIEWS = "ucf101_r3d18_coclr_views"
 
 
 def parse(name: str, *overrides: str) -> TrainConfig:
@@ -25,7 +26,7 @@ def test_every_recipe_parses(path: Path):
 
 
 def test_every_recipe_is_known_here():
-    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, "demo"}
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, COCLR_VIEWS, "demo"}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *RELEASE])
@@ -40,7 +41,7 @@ def test_rows_that_are_the_same_in_both_recipes(name: str):
     views = config.data.views
     assert views.crop_area == (0.5, 1.0)
     assert (views.flip, views.brightness, views.contrast) == (0.5, 0.5, 0.5)
-    assert (views.saturation, views.hue) == (0.5, 0.25)
+    assert (views.saturation, views.hue, views.jitter) == (0.5, 0.25, 1.0)
     method = config.method
     assert (method.num_prototypes, method.queue_length) == (1000, 1024)
     assert (method.temperature, method.graph_threshold) == (0.07, 0.05)
@@ -48,6 +49,7 @@ def test_rows_that_are_the_same_in_both_recipes(name: str):
     assert method.embedding_size == 128
     weights = method.weights
     assert (weights.instance, weights.prototype, weights.retrieval_high) == (1, 0.5, 1)
+    assert weights.augmentation_high == 0
     assert (weights.graph_mid, weights.augmentation_mid, weights.retrieval_mid) == (0.5,) * 3
     assert (weights.graph_low, weights.augmentation_low, weights.retrieval_low) == (0.3,) * 3
     engine = config.engine
@@ -91,10 +93,23 @@ def test_the_release_differs_in_its_rows_alone(name: str):
         "method.gather_with_grad": False,
         "method.graph_divides_by_batch": True,
         "engine.precision": "fp32",
+        "engine.sync_batch_norm": True,
     }
     assert config.data.clips.long_frames == 16
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "Differs from the release in:" in text
+
+
+def test_the_views_of_coclr_are_all_that_its_recipe_changes():
+    assert _differences(plain(parse("ucf101_r3d18")), plain(parse(COCLR_VIEWS))) == {
+        "data.views.crop_area": [0.2, 1.0],
+        "data.views.jitter": 0.8,
+        "data.views.brightness": 0.4,
+        "data.views.contrast": 0.4,
+        "data.views.saturation": 0.4,
+        "data.views.hue": 0.1,
+        "data.views.gray": 0.2,
+    }
 
 
 def _differences(one: dict, other: dict, prefix: str = "") -> dict[str, object]:

@@ -77,6 +77,39 @@ def test_a_cache_is_told_with_its_size(shards: Path):
     assert told.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
 
 
+def test_videos_that_are_left_out_are_told_by_name(shards: Path):
+    sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
+    told = page(shards, *sizes)
+    assert "left out" not in dict(told.lines)
+    assert told.record["left_out"] == []
+    # Videos have 33, 34, 35, 36, 37, 33, ... frames, and the window 36.
+    aligned = ("--method.weights.retrieval_low=0", "--method.weights.retrieval_mid=0")
+    aligned = (*aligned, "--method.weights.retrieval_high=0")
+    told = page(shards, *sizes, *aligned, "--data.clips.clip_frames", "18")
+    left_out = told.record["left_out"]
+    assert left_out == [f"video-{k:04d}" for k in range(24) if 33 + k % 5 < 36]
+    named = "video-0000 (33), video-0001 (34), video-0002 (35), video-0005 (33), video-0006 (34)"
+    assert dict(told.lines)["left out"] == (
+        f"15 of 24 videos have fewer than the window's 36 frames: {named} and 10 more, all named "
+        "in log.jsonl"
+    )
+
+
+def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
+    sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
+    told = dict(page(shards, *sizes).lines)["graph"]
+    assert told.startswith(
+        "4 videos and 1000 prototypes: 0.003 other videos on a video's prototype"
+    )
+    assert "so few that the graph may be the identity" in told
+    told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
+    assert "1.5 other videos" in told
+    assert "may be the identity" not in told
+    without = [f"--method.weights.graph_{level}=0" for level in ("low", "mid")]
+    assert "graph" not in dict(page(shards, *sizes, *without).lines)
+    assert "graph" not in dict(page(shards, *sizes, "--schedule.epochs", "50").lines)
+
+
 def test_stages_that_the_run_does_not_reach_are_not_told():
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=20)) == {1: (0, 10)}
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=0)) == {2: (0, 10)}

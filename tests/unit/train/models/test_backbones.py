@@ -1,4 +1,5 @@
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -82,6 +83,60 @@ def test_r3d18_has_the_stages_of_torchvision_s():
         torch.testing.assert_close(ours(clip).high, expected)
 
 
+def tclr() -> nn.Module:
+    """The network of TCLR's code, made from torchvision's."""
+    network = r3d_18()
+    first = network.layer4[0]
+    first.conv1[0] = nn.Conv3d(
+        *(256, 512, 3), stride=(1, 2, 2), padding=(2, 1, 1), dilation=(2, 1, 1), bias=False
+    )
+    first.downsample[0] = nn.Conv3d(256, 512, 1, stride=(1, 2, 2), bias=False)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("stride", "theirs"), [(2, r3d_18), (1, tclr)], ids=["torchvision", "TCLR"]
+)
+def test_r3d18_of_others_is_had_by_three_settings(stride: Literal[1, 2], theirs):
+    torch.manual_seed(0)
+    config = BackboneConfig(stem_pool=False, stem_frames=3, last_temporal_stride=stride)
+    network = theirs().eval()
+    ours = build_backbone(config).eval()
+    weights = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    ours.load_state_dict(weights)
+    assert sum(p.numel() for p in ours.parameters()) == 33_166_272
+    clip = torch.randn(1, 3, 16, 32, 32)
+    with torch.no_grad():
+        maps = network.stem(clip)
+        for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+            maps = stage(maps)
+        torch.testing.assert_close(ours(clip).high, maps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"stem_pool": False}, ((128, 8, 28, 28), (256, 4, 14, 14), (512, 2, 7, 7))),
+        ({"last_temporal_stride": 1}, ((128, 8, 14, 14), (256, 4, 7, 7), (512, 4, 4, 4))),
+        ({"stem_frames": 3}, ((128, 8, 14, 14), (256, 4, 7, 7), (512, 2, 4, 4))),
+        (
+            {"stem_pool": False, "stem_frames": 3, "last_temporal_stride": 1},
+            ((128, 8, 28, 28), (256, 4, 14, 14), (512, 4, 7, 7)),
+        ),
+    ],
+    ids=["no pool", "last stage", "kernel", "TCLR"],
+)
+def test_shapes_and_strides_of_the_variants(settings: dict, want: tuple):
+    config = BackboneConfig(**settings)
+    assert config.is_variant
+    assert not BackboneConfig().is_variant
+    found = shapes(build_backbone(config), 3, 16, 112, 112)
+    assert found == want
+    assert tuple(16 // shape[1] for shape in found) == config.time_strides
+    with pytest.raises(ConfigError, match="is for r3d18, not s3d"):
+        BackboneConfig(name="s3d", **settings)
+
+
 def test_stem_keeps_time_and_initialisation_is_by_fan_out():
     torch.manual_seed(0)
     backbone = R3D18(32)
@@ -154,6 +209,8 @@ def test_momentum_is_a_setting():
         ({"width": 0}, "width is 0"),
         ({"in_channels": 1}, "in_channels is 1; use 3 or 4"),
         ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use a number in"),
+        ({"stem_frames": 5}, "stem_frames is 5; use 7 or 3"),
+        ({"last_temporal_stride": 4}, "last_temporal_stride is 4; use 2 or 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message: str):

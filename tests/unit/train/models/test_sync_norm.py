@@ -1,4 +1,4 @@
-"""`convert_sync_batchnorm` of the whole model, as several GPUs may want it."""
+"""Batch norm of all ranks: torch's on GPUs, ours on CPUs, in the complete model."""
 
 import copy
 
@@ -11,6 +11,7 @@ from strata.train.method import MethodConfig, VideoModel
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.stem import FoldedStem
+from strata.train.models.synced_norm import HostSyncedNorm, synchronise_norms
 from strata.train.schedules import Phase
 from tests.clips import smooth_videos
 
@@ -18,9 +19,11 @@ PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("settings", [{"fold_stem": True}, {"name": "s3d"}], ids=["r3d18", "s3d"])
-def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict):
-    """In evaluation: in training a synchronised norm takes CUDA tensors alone."""
+def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict, device: str):
+    """In evaluation: in training torch's synchronised norm takes CUDA tensors alone."""
+    kind = nn.SyncBatchNorm if device == "cuda" else HostSyncedNorm
     torch.manual_seed(0)
     backbone = BackboneConfig(width=8, in_channels=4, **settings)
     config = MethodConfig(num_prototypes=6, queue_length=24, embedding_size=8)
@@ -33,21 +36,21 @@ def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict):
     names, count = list(model.state_dict()), sum(isinstance(m, NORMS) for m in model.modules())
     parameters = {id(p) for g in model.groups() for p in g.parameters}
 
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert isinstance(converted, VideoModel)
+    synchronise_norms(model, torch.device(device))
+    converted = model
     assert list(converted.state_dict()) == names
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == count
+    assert sum(isinstance(m, kind) for m in converted.modules()) == count
     assert not any(isinstance(m, NORMS) for m in converted.modules())
     # The same tensors, so that groups to freeze and an optimiser still mean them.
     assert {id(p) for g in converted.groups() for p in g.parameters} == parameters
-    momenta = {m.momentum for m in converted.backbone.modules() if isinstance(m, nn.SyncBatchNorm)}
+    momenta = {m.momentum for m in converted.backbone.modules() if isinstance(m, kind)}
     assert momenta == {backbone.bn_momentum}
     if backbone.fold_stem:
         assert isinstance(converted.backbone.input_conv(), FoldedStem)
     for branch in converted.motion.values():
         assert isinstance(branch, MotionExcitation)
-        assert isinstance(branch.squeeze_norm, nn.SyncBatchNorm)
-        assert isinstance(branch.expand_norm, nn.SyncBatchNorm)
+        assert isinstance(branch.squeeze_norm, kind)
+        assert isinstance(branch.expand_norm, kind)
     with torch.no_grad():
         after = converted.eval()(*given)
     torch.testing.assert_close(after.scores, before.scores, rtol=0, atol=0)
