@@ -25,6 +25,7 @@ from strata.errors import CheckpointError, ConfigError
 from strata.train.checkpoint import find_checkpoint, load_backbone, read_state
 from strata.train.method import IMAGENET_MEAN, IMAGENET_STD
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.models.inputs import DIFFERENCE_SCALE, InputChoice
 from strata.train.weights import export_backbone, load_torchvision
 
 __all__ = ["ExportCommand", "example_code", "load_export", "write_export"]
@@ -154,6 +155,7 @@ def _describe(
             "name": trained.name,
             "width": trained.width,
             "in_channels": in_channels,
+            "input": _input(trained),
             "bn_momentum": trained.bn_momentum,
         },
         "input": {
@@ -164,6 +166,11 @@ def _describe(
             "std": IMAGENET_STD,
         },
     }
+
+
+def _input(trained: BackboneConfig) -> InputChoice:
+    """What the encoder sees once it is trained."""
+    return "difference" if trained.input == "difference" else "rgb"
 
 
 def _training(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +185,8 @@ def _program(
     encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
 ) -> torch.export.ExportedProgram:
     """The encoder with RGB input, for any number of clips."""
-    plain = build_backbone(BackboneConfig(name=trained.name, width=trained.width)).eval()
+    like = BackboneConfig(name=trained.name, width=trained.width, input=_input(trained))
+    plain = build_backbone(like).eval()
     load_torchvision(plain, export_backbone(encoder))
     clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)
     number = torch.export.Dim("clips", min=1)
@@ -215,6 +223,13 @@ features = model.eval()(clips)
 """,
 }
 
+_DIFFERENCES_CODE = f"""\
+import torch
+
+change = {DIFFERENCE_SCALE:g} * clips.diff(dim=2)  # it was trained on differences of frames
+clips = torch.cat([change, change[:, :, -1:]], dim=2)
+"""
+
 _STRATA_CODE = """\
 from pathlib import Path
 
@@ -246,6 +261,8 @@ def example_code(described: dict[str, Any], folder: str) -> str:
         code = _STRATA_CODE
     else:
         code = _TORCHVISION_CODE[described["backbone"]["name"]]
+        if described["backbone"].get("input", "rgb") == "difference":
+            code = _DIFFERENCES_CODE + code
     return code.replace("{folder}", folder)
 
 
@@ -259,6 +276,12 @@ def _card(described: dict[str, Any]) -> str:
     shape = f"[N, {backbone['in_channels']}, {clips['frames']}, {size}, {size}]"
     length = backbone["width"] * _FEATURES[backbone["name"]]
     planes = "" if backbone["in_channels"] == _NUM_COLOURS else ", then a plane of zeros"
+    seen = (
+        f"\n| sees | the differences of neighbouring frames, times {DIFFERENCE_SCALE:g}, the last one "
+        "repeated; the code below computes them from the RGB clips |"
+        if backbone["input"] == "difference"
+        else ""
+    )
     trust = (
         "A `.pt2` may hold pickled parts, which run code when they are loaded: load it only if you "
         "trust its source."
@@ -275,7 +298,7 @@ A video encoder, pretrained by multi-level feature optimization (Qian et al., IC
 |---|---|
 | architecture | {name}, width {backbone["width"]} |
 | input | `{shape}`: clips of RGB frames in [0, 1], minus the mean {list(clips["mean"])}, divided \
-by {list(clips["std"])}{planes} |
+by {list(clips["std"])}{planes} |{seen}
 | data | `{settings["data"]["shards"]}`, manifest {training["manifest_digest"]} |
 | trained | {training["step"]} steps of {settings["data"]["batch_size"]} videos, \
 {training["epoch"]} epochs, seed {settings["seed"]} |
