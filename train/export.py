@@ -277,8 +277,8 @@ def _card(described: dict[str, Any]) -> str:
     length = backbone["width"] * _FEATURES[backbone["name"]]
     planes = "" if backbone["in_channels"] == _NUM_COLOURS else ", then a plane of zeros"
     seen = (
-        f"\n| sees | the differences of neighbouring frames, times {DIFFERENCE_SCALE:g}, the last one "
-        "repeated; the code below computes them from the RGB clips |"
+        f"\n| sees | differences of neighbouring frames, times {DIFFERENCE_SCALE:g}, the last one "
+        "repeated; the code below has them computed from these clips |"
         if backbone["input"] == "difference"
         else ""
     )
