@@ -130,6 +130,11 @@ class Backbone(nn.Module):
         """The convolution that reads the clips."""
         raise NotImplementedError
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the clips that it takes, 3 or 4."""
+        return self.input_conv().in_channels
+
 
 class R3D18(Backbone):
     """3D ResNet-18 with max-pool and a 7x7x7 stem, both of which keep time (method.md 2).
