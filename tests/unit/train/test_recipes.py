@@ -12,6 +12,7 @@ from strata.train.schedules import phase_at
 FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
 PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")
 RELEASE = ("ucf101_r3d18_release", "k400_r3d18_release")
+BEST = tuple(f"{name}_best" for name in PAPER)
 
 
 def parse(name: str, *overrides: str) -> TrainConfig:
@@ -25,7 +26,7 @@ def test_every_recipe_parses(path: Path):
 
 
 def test_every_recipe_is_known_here():
-    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, "demo"}
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, *BEST, "demo"}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *RELEASE])
@@ -95,6 +96,13 @@ def test_the_release_differs_in_its_rows_alone(name: str):
     assert config.data.clips.long_frames == 16
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "Differs from the release in:" in text
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_differs_from_the_paper_recipe_in_its_input_alone(name: str):
+    config, paper = parse(name), parse(name.removesuffix("_best"))
+    assert paper.model.input == "rgb"
+    assert _differences(plain(paper), plain(config)) == {"model.input": "difference"}
 
 
 def _differences(one: dict, other: dict, prefix: str = "") -> dict[str, object]:
