@@ -100,7 +100,8 @@ class OneNetwork(Evaluation):
             return {"measured": self.seed}
         if self.weights in PIXEL_MAPS:
             return {"measured": self.weights}
-        return {"measured": None} | {f"untrained, seed {s}": s for s in self.untrained_seeds}
+        found: dict[str, Network] = {"measured": None}
+        return found | {f"untrained, seed {s}": s for s in self.untrained_seeds}
 
 
 @dataclass(frozen=True, kw_only=True)

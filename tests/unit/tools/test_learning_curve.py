@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from strata.errors import ConfigError
@@ -28,9 +29,9 @@ def test_what_is_drawn_is_the_last_of_each_step(tmp_path: Path):
     assert found["new"].points == {"R@1": [(0, 30.0), (150, 50.0)], "linear": [(0, 40), (150, 60)]}
     retrieval, linear = draw(found).axes
     lines = {str(line.get_label()): line for line in retrieval.get_lines()}
-    assert list(lines["new"].get_ydata()) == [30.0, 50.0]
-    assert lines["chance"].get_ydata()[0] == pytest.approx(20)
-    assert [len(list(line.get_ydata())) for line in linear.get_lines()] == [0, 2]
+    assert np.asarray(lines["new"].get_ydata()).tolist() == [30.0, 50.0]
+    assert np.asarray(lines["chance"].get_ydata())[0] == pytest.approx(20)
+    assert [np.asarray(line.get_ydata()).size for line in linear.get_lines()] == [0, 2]
 
 
 def test_the_command_writes_the_same_svg_twice(tmp_path: Path):
