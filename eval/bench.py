@@ -25,6 +25,7 @@ from strata.distributed import (
 from strata.errors import CheckpointError, ConfigError
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.page import Page, write_page
+from strata.eval.pixels import PIXEL_MAPS, PixelMaps, PixelMapsChoice
 from strata.eval.record import PairResult, set_sizes, table, write_record
 from strata.eval.report import build_page
 from strata.exporter import export_process
@@ -42,7 +43,26 @@ from strata.train.checkpoint import (
 from strata.train.engine import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
 
-__all__ = ["Bench", "Evaluation", "OneNetwork", "SetPair", "open_bench", "set_pairs"]
+__all__ = [
+    "Bench",
+    "Evaluation",
+    "Network",
+    "OneNetwork",
+    "SetPair",
+    "network_name",
+    "open_bench",
+    "set_pairs",
+]
+
+Network = int | PixelMapsChoice | None
+"""The seed of an untrained network, maps of pixels, or None for the checkpoint's weights."""
+
+
+def network_name(which: Network) -> str:
+    """As a part of a file's name."""
+    if which is None:
+        return "pretrained"
+    return which if isinstance(which, str) else f"untrained-{which}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +86,9 @@ class Evaluation:
 class OneNetwork(Evaluation):
     """An evaluation of one network."""
 
-    weights: Literal["pretrained", "untrained"] = "pretrained"
-    """untrained draws the same network anew from the seed: the baseline."""
+    weights: Literal["pretrained", "untrained", "thumbnails", "motion"] = "pretrained"
+    """untrained draws the same network anew from the seed: the baseline. thumbnails and motion
+    take no network but 8x8 maps of the clips' pixels, or of what changes between frames."""
     seed: int = 0
     """Of the untrained weights."""
     untrained_seeds: tuple[int, ...] = (0,)
@@ -82,11 +103,14 @@ class OneNetwork(Evaluation):
     """Splits of each folder of `data`."""
 
     @property
-    def networks(self) -> dict[str, int | None]:
-        """Which networks are measured: their seeds, None for the checkpoint's weights, by row."""
+    def networks(self) -> dict[str, "Network"]:
+        """Which networks are measured, by row."""
         if self.weights == "untrained":
             return {"measured": self.seed}
-        return {"measured": None} | {f"untrained, seed {s}": s for s in self.untrained_seeds}
+        if self.weights in PIXEL_MAPS:
+            return {"measured": self.weights}
+        found: dict[str, Network] = {"measured": None}
+        return found | {f"untrained, seed {s}": s for s in self.untrained_seeds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,20 +220,20 @@ class Bench:
                 "another checkpoint, or leave --backbone out"
             )
 
-    def network(self, untrained_seed: int | None) -> tuple[Backbone, str]:
+    def network(self, which: Network) -> tuple[Backbone, str]:
         """An encoder on the device, and what identifies its weights."""
-        if untrained_seed is None:
+        if which is None:
             return load_backbone(self.found).to(self.device), self.identity
-        torch.manual_seed(untrained_seed)
+        if isinstance(which, str):
+            return PixelMaps(which), f"pixels: {which}"
+        torch.manual_seed(which)
         backbone = build_backbone(backbone_config(self.state.config))
-        identity = json.dumps([self.state.config["model"], "untrained", untrained_seed])
+        identity = json.dumps([self.state.config["model"], "untrained", which])
         return backbone.to(self.device), identity
 
-    def encode(
-        self, reader: ShardReader, untrained_seed: int | None, *, backwards: bool = False
-    ) -> Features:
+    def encode(self, reader: ShardReader, which: Network, *, backwards: bool = False) -> Features:
         """Features of a data set, from the cache where they are; see `extract_features`."""
-        backbone, identity = self.network(untrained_seed)
+        backbone, identity = self.network(which)
         return extract_features(
             backbone,
             reader,

@@ -174,7 +174,7 @@ class Classifier(nn.Module):
 
     def features(self, clips: Tensor) -> Tensor:
         """Averages of the high level: uint8 `[n, T, S, S, 3]` to `[n, C]`, float32."""
-        maps = self.backbone(normalise(clips, self.backbone.input_conv().in_channels)).high
+        maps = self.backbone(normalise(clips, self.backbone.in_channels)).high
         return maps.float().mean(dim=(2, 3, 4))
 
     def head(self, features: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -152,6 +152,8 @@ class Page:
     """How the maps of `cues` are read."""
     training: tuple[Curve, ...] = ()
     """Of the classifier."""
+    probe: tuple[Curve, ...] = ()
+    """What the pretraining's probe found on its labelled set."""
     curves: tuple[Curve, ...] = ()
     """Of the pretraining."""
     health: tuple[Curve, ...] = ()
@@ -467,6 +469,12 @@ def render(page: Page) -> str:
             *(_classes(result) + _confusion(result) for result in page.classes),
             *(_queries(retrieved) for retrieved in page.retrieved),
             _curves("Training of the classifier", "Over its steps.", page.training),
+            _curves(
+                "Learning curve",
+                "Over the pretraining's steps: what its probe found on a labelled set of its own. "
+                "Dashed: R@1 at chance.",
+                page.probe,
+            ),
             _curves(
                 "Loss terms over steps",
                 "Of the pretraining; nats, before their weights. Dashed: the term at chance. Terms "

@@ -12,13 +12,23 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import all_equal, only_writer
 from strata.errors import ConfigError
 from strata.eval.accuracy import ClassSpace
-from strata.eval.bench import Bench, Evaluation, OneNetwork, SetPair, open_bench, set_pairs
+from strata.eval.bench import (
+    Bench,
+    Evaluation,
+    Network,
+    OneNetwork,
+    SetPair,
+    network_name,
+    open_bench,
+    set_pairs,
+)
 from strata.eval.classifier import ClassifierConfig, ClassifierRun
 from strata.eval.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
 from strata.eval.film import jpeg, write_video
 from strata.eval.linear import LinearConfig, linear_probe
 from strata.eval.named import PROTOCOLS, ProtocolName, protocol_words
 from strata.eval.page import Cue
+from strata.eval.pixels import PIXEL_MAPS
 from strata.eval.record import Figures, PairResult, accuracy_result, retrieval_result
 from strata.eval.retrieval import (
     CENTRINGS,
@@ -182,7 +192,11 @@ class TemporalCamEvaluation(OneNetwork):
             raise ConfigError("features.level all has no map of its own; use low, mid or high")
 
 
-def _level_text(config: FeatureConfig) -> str:
+def _level_text(bench: Bench) -> str:
+    weights = getattr(bench.config, "weights", "pretrained")
+    if weights in PIXEL_MAPS:
+        return PIXEL_MAPS[weights]
+    config = bench.features
     if config.level == "all":
         return "the three levels' averages over time and space, of unit length each, joined"
     return f"the {config.level} level's average over time and space"
@@ -207,7 +221,7 @@ def retrieval_text(bench: Bench, centre: Centring) -> str:
     return (
         f"retrieval, {named}: test videos query the training set, cosine similarity, "
         f"{bench.clips_text()}; "
-        f"{_level_text(bench.features)}, mean over clips, {_CENTRE_TEXT[centre]}"
+        f"{_level_text(bench)}, mean over clips, {_CENTRE_TEXT[centre]}"
     )
 
 
@@ -216,7 +230,7 @@ def cached_text(bench: Bench) -> str:
     named = protocol_words(bench.settings(), "cached")
     return (
         f"linear, cached, {named} with a probe of ours: a linear layer on frozen features of the "
-        f"centre crops, {bench.clips_text()}; {_level_text(bench.features)}, unit length and batch "
+        f"centre crops, {bench.clips_text()}; {_level_text(bench)}, unit length and batch "
         "norm; softmax probabilities averaged over a video's clips"
     )
 
@@ -245,7 +259,7 @@ def cam_text(bench: Bench, config: CamConfig) -> str:
     return (
         "temporal_cam: a linear head without bias on frozen features tells clips from the same "
         f"clips reversed in time (one logit, right above and below 0); {bench.clips_text()}, each "
-        f"once as it is and once reversed; {_level_text(bench.features)}, logistic regression with "
+        f"once as it is and once reversed; {_level_text(bench)}, logistic regression with "
         f"L2 {config.weight_decay:g}; videos: the mean of their clips' logits"
     )
 
@@ -308,8 +322,8 @@ def _retrieval_of_pair(bench: Bench, config: RetrievalEvaluation, pair: SetPair)
 
 
 def _name(protocol: str, config: OneNetwork) -> str:
-    untrained = config.weights == "untrained"
-    return f"{protocol}-untrained-{config.seed}" if untrained else protocol
+    which = config.networks["measured"]
+    return protocol if which is None else f"{protocol}-{network_name(which)}"
 
 
 def _probe(
@@ -371,6 +385,8 @@ def run_finetune(config: FinetuneEvaluation) -> None:
     """Train the whole network from the checkpoint's encoder and report Top-1 and Top-5."""
     if config.training.train != "all":
         raise ConfigError("training.train is head; finetuning is for all, use linear")
+    if config.weights in PIXEL_MAPS:
+        raise ConfigError(f"--weights {config.weights} has no network to finetune; use linear")
     _run_classifier("finetune", config, config.training, config.train, config.test)
 
 
@@ -433,10 +449,10 @@ def _train_and_test(
     training: ClassifierConfig,
     pair: SetPair,
     row: str,
-    seed: int | None,
+    seed: Network,
 ) -> _Tested | None:
     """One training; None where it was told to stop before its end."""
-    name = name if seed is None else f"{name}-untrained-{seed}"
+    name = name if seed is None else f"{name}-{network_name(seed)}"
     backbone, identity = bench.network(seed)
     sets = pair.facts()
     clips = bench.features.clips()

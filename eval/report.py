@@ -204,6 +204,28 @@ def _run_curves(records: Sequence[Record], part: str, unit: str) -> tuple[Curve,
     )
 
 
+def _probe_curves(records: Sequence[Record]) -> tuple[Curve, ...]:
+    """What the probe of a pretraining found; what a resume repeated counts once."""
+    by_step = {r["step"]: r for r in records if r["kind"] == "probe"}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step in sorted(by_step):
+        found = by_step[step]
+        # A log of before the classifiers has none.
+        named = {f"Top-1, {k}": v for k, v in found.get("accuracy", {}).items()}
+        for name, value in ({"R@1": found["recall"]["R@1"]} | named).items():
+            lines.setdefault(name, []).append((step, value))
+    chance = next((r["chance"]["R@1"] for r in by_step.values()), None)
+    return tuple(
+        Curve(
+            name=name,
+            unit="share of the queries",
+            points=_thinned(points),
+            chance=chance if name == "R@1" else None,
+        )
+        for name, points in lines.items()
+    )
+
+
 def _training(where: str, details: Record) -> Iterator[Curve]:
     found = details.get("curves") or {}
     for name, unit in (("loss", "nats"), ("top1", "share of the batch")):
@@ -283,6 +305,7 @@ def build_page(record: Record) -> Page:
         classes=tuple(classes),
         retrieved=tuple(retrieved),
         training=tuple(training),
+        probe=_probe_curves(log_records),
         curves=_run_curves(log_records, "losses", "nats"),
         health=_run_curves(log_records, "health", ""),
         provenance=_provenance(record, lost),

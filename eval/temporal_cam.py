@@ -148,7 +148,7 @@ def activation_maps(
     """
     seen = clips.flip(1) if backwards else clips
     with torch.autocast("cuda", torch.bfloat16, enabled=clips.device.type == "cuda"):
-        maps = getattr(backbone(normalise(seen, backbone.input_conv().in_channels)), level)
+        maps = getattr(backbone(normalise(seen, backbone.in_channels)), level)
     head = torch.from_numpy(weight).to(maps.device, torch.float32)
     cam = torch.einsum("ncthw,c->nthw", maps.float(), head)
     return cam.flip(1) if backwards else cam

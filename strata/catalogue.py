@@ -264,6 +264,18 @@ _TRAINING = (
         absent="Without `probe.every_epochs`, and on ranks other than 0.",
     ),
     Metric(
+        "strata_probe_accuracy_ratio",
+        "gauge",
+        "ratio",
+        "Top-1 on the labelled set of `probe`, last measured: `knn`, a vote of the nearest, and "
+        "`linear`, logistic regression.",
+        "Training",
+        "As `strata_probe_recall_ratio`.",
+        labels=("readout",),
+        max_series=2,
+        absent="Without `probe.every_epochs`, and on ranks other than 0.",
+    ),
+    Metric(
         "strata_probe_chance_ratio",
         "gauge",
         "ratio",

@@ -1,6 +1,6 @@
 """Pretrain and evaluate a grid of settings and seeds, and write the table: mean and spread.
 
-python tools/ablate.py --config configs/ablate/temporal.yaml
+python tools/ablate.py --config configs/ablate/table3.yaml
 """
 
 import sys

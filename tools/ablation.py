@@ -3,30 +3,30 @@
 import fcntl
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 
-from strata.config import dotted, parse_config, plain
+from strata.config import parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
 from strata.eval.protocols import RUNNERS
+from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
+from strata.tools.ablation_plan import gpu_hours
 from strata.tools.ablation_table import Cell, read_json, summarise, write_json, write_tables
 from strata.tools.launch import QUIET, program
 from strata.train.config import TrainConfig
 
-__all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "gpu_shares", "main"]
+__all__ = ["gpu_shares", "main"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
@@ -34,214 +34,6 @@ _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hos
 """Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
 _PORTS = 16
 """Between the ports of runs side by side; each local rank of a run has one."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_OURS = ("run", "seed", "resume", "plan_only")
-"""Settings of a pretraining that the grid decides."""
-_OURS_TOO = ("checkpoint", "out", "weights", "seed", "train", "test", "gallery", "query")
-"""Settings of an evaluation that the grid decides."""
-_FREE = ("run", "seed", "resume", "data.shards", "checkpoint", "out", "monitor.", "checkpoint.")
-"""Settings that do not change what a figure means: they may differ when a grid goes on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowConfig:
-    """One row of the table: a pretraining that each seed repeats."""
-
-    pretrain: Path | None = None
-    """Configuration of the pretraining instead of the grid's."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Settings of train/main.py by their dotted names."""
-    untrained: str = ""
-    """Instead of a pretraining: another row, whose network is evaluated with weights drawn anew
-    from the seed. The baseline."""
-
-    def __post_init__(self) -> None:
-        """Check the combination.
-
-        Raises:
-            ConfigError: A row is both trained and untrained, or sets what the grid decides.
-        """
-        if self.untrained and (self.set or self.pretrain is not None):
-            raise ConfigError("a row with untrained has no set and no pretrain of its own")
-        _refuse(self.set, _OURS, "a row")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """One evaluation of every run."""
-
-    protocol: Literal["retrieval", "linear", "finetune"]
-    """First word of eval/main.py."""
-    train: Path | None = None
-    """Shards of the training set (retrieval's gallery); by default the pretraining's."""
-    test: Path | None = None
-    """Shards of the test set (retrieval's queries); by default the grid's."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Settings of eval/main.py by their dotted names. With `data`, train and test are left out."""
-
-    def __post_init__(self) -> None:
-        """Check the combination.
-
-        Raises:
-            ConfigError: It sets what the grid decides, or names sets twice.
-        """
-        _refuse(self.set, _OURS_TOO, "an evaluation")
-        if "data" in self.set and (self.train or self.test):
-            raise ConfigError("an evaluation has data in its set; leave out train and test")
-
-
-def _refuse(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in names:
-        if name in settings:
-            raise ConfigError(f"{where} sets {name}, which the grid decides; leave it out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblateConfig:
-    """A grid."""
-
-    rows: dict[str, RowConfig]
-    """The table's rows by name."""
-    evaluations: dict[str, EvaluationConfig]
-    """The table's columns by name."""
-    pretrain: Path
-    """Configuration of the pretrainings, for train/main.py."""
-    shards: str | Path
-    """What is pretrained on: a folder of shards, or its URL."""
-    out: Path
-    """Folder for everything; the same command goes on in it."""
-    test: Path | None = None
-    """Test set of the evaluations that name none."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a run of every row; it decides weights, order and augmentation of the pretraining."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Settings of train/main.py for all rows; a row's own come after them."""
-    launcher: str = "deepspeed"
-    """Starts each process: for instance `deepspeed --num_gpus 4`, `deepspeed --hostfile hosts
-    --master_addr NODE`, `torchrun --standalone --nproc_per_node 4 --`, `srun python`, `python`."""
-    side_by_side: int = 1
-    """Runs at once, each with its share of the GPUs that are visible here: many small runs on one
-    node, or on one GPU. The launcher must not choose GPUs then."""
-    on_failure: Literal["go on", "stop"] = "go on"
-    """What follows a run that failed. It is named in the table either way, and tried again when
-    the same command is given again."""
-    plan_only: bool = False
-    """Print the commands and end."""
-    title: str = "Ablation"
-    """Of the table."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges and the names.
-
-        Raises:
-            ConfigError: Something is empty, badly named, or names a row that is not there.
-        """
-        for what in ("rows", "evaluations", "seeds"):
-            if not getattr(self, what):
-                raise ConfigError(f"{what} is empty; a grid needs one or more")
-        for name in (*self.rows, *self.evaluations):
-            if not _NAME.fullmatch(name):
-                raise ConfigError(
-                    f"the name {name!r} becomes that of a folder; use letters, digits and _.+- only"
-                )
-        for name, row in self.rows.items():
-            other = self.rows.get(row.untrained)
-            if row.untrained and (other is None or other.untrained):
-                raise ConfigError(
-                    f"row {name}: untrained is {row.untrained!r}; name a row that is pretrained"
-                )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds {list(self.seeds)} repeat; each counts once")
-        if not shlex.split(self.launcher):
-            raise ConfigError("launcher is empty; use for instance deepspeed")
-        if self.side_by_side < 1:
-            raise ConfigError(f"side_by_side is {self.side_by_side}; use 1 or more")
-        _refuse(self.set, _OURS, "set")
-
-    def cells(self) -> list[Cell]:
-        """All runs, seed by seed: a first table is there after the first seed."""
-        rows = self.out / "rows"
-        # What is untrained needs another row's checkpoint for its configuration.
-        ordered = sorted(self.rows, key=lambda name: bool(self.rows[name].untrained))
-        return [
-            Cell(
-                row=name,
-                seed=seed,
-                folder=rows / name / f"seed-{seed}",
-                source=rows / (self.rows[name].untrained or name) / f"seed-{seed}",
-            )
-            for seed in self.seeds
-            for name in ordered
-        ]
-
-
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}", value if isinstance(value, str) else json.dumps(plain(value))]
-    return words
-
-
-def pretraining(config: AblateConfig, cell: Cell) -> list[str]:
-    """Arguments of train/main.py for a run."""
-    row = config.rows[cell.row]
-    return [
-        *("--config", str(row.pretrain or config.pretrain)),
-        *("--data.shards", str(config.shards)),
-        *_words({**config.set, **row.set}),
-        *("--seed", str(cell.seed), "--run", str(cell.run), "--resume", "auto"),
-    ]
-
-
-def evaluating(config: AblateConfig, cell: Cell, name: str) -> list[str]:
-    """Arguments of eval/main.py for an evaluation of a run."""
-    evaluation = config.evaluations[name]
-    words = [evaluation.protocol, "--checkpoint", str(cell.run)]
-    if "data" not in evaluation.set:
-        train, test = evaluation.train or config.shards, evaluation.test or config.test
-        if test is None:
-            raise ConfigError(f"evaluation {name} has no test set; give test to it or to the grid")
-        if "://" in str(train):
-            raise ConfigError(
-                f"evaluation {name}: {train} is not a folder; give it a train of its own"
-            )
-        ours = ("gallery", "query") if evaluation.protocol == "retrieval" else ("train", "test")
-        words += [f"--{ours[0]}", str(train), f"--{ours[1]}", str(test)]
-    # The grid has a row for untrained networks, or does not want any.
-    words += ["--untrained_seeds", "[]", *_words(evaluation.set)]
-    if config.rows[cell.row].untrained:
-        words += ["--weights", "untrained", "--seed", str(cell.seed)]
-    return [*words, "--out", str(cell.report(name))]
-
-
-def _resolved(config: AblateConfig) -> dict[str, Any]:
-    """What each row and evaluation is, with all defaults.
-
-    Raises:
-        ConfigError: A setting is unknown or out of its range.
-    """
-    rows, evaluations = {}, {}
-    cells = [c for c in config.cells() if c.seed == config.seeds[0]]
-    for cell in cells:
-        row = config.rows[cell.row]
-        rows[cell.row] = {"untrained": row.untrained}
-        if not row.untrained:
-            prog = f"row {cell.row}: train/main.py"
-            built = parse_config(TrainConfig, pretraining(config, cell), prog=prog, description="")
-            rows[cell.row] |= _leaves(built)
-    for name, evaluation in config.evaluations.items():
-        prog = f"evaluation {name}: eval/main.py {evaluation.protocol}"
-        settings, _ = RUNNERS[evaluation.protocol]
-        trained = next(c for c in cells if not config.rows[c.row].untrained)
-        words = evaluating(config, trained, name)[1:]
-        built = parse_config(settings, words, prog=prog, description="")
-        evaluations[name] = {"protocol": evaluation.protocol} | _leaves(built)
-    return {"schema": 1, "rows": rows, "evaluations": evaluations}
-
-
-def _leaves(built: Any) -> dict[str, Any]:
-    found = dotted(plain(built))
-    return {k: v for k, v in found.items() if not k.startswith(_FREE)}
 
 
 def _keep(config: AblateConfig) -> None:
@@ -252,7 +44,7 @@ def _keep(config: AblateConfig) -> None:
     """
     path = config.out / "grid.json"
     # As JSON has it, so that tuples compare with lists.
-    now = json.loads(json.dumps(_resolved(config)))
+    now = json.loads(json.dumps(resolved(config)))
     if path.exists():
         before = read_json(path)
         for kind in ("rows", "evaluations"):
@@ -423,11 +215,13 @@ class _Runner:
         for cell in self._cells:
             for words in self.commands(cell).values():
                 _say(self.shown(words))
+        if self._config.rates.stage_1:
+            _say(gpu_hours(self._config))
 
     def _run(self, number: int, cell: Cell, slot: int) -> bool:
         """Run what a cell lacks; whether it is whole then."""
         whole = True
-        place = f"[{number}/{len(self._cells)}] {cell.row}, seed {cell.seed}"
+        place = f"[{number}/{len(self._cells)}] {cell.name}"
         for step, words in self.commands(cell).items():
             if cell.is_whole(step):
                 continue
@@ -475,8 +269,8 @@ class _Runner:
         cell.remember(step, {"exit_code": code, "command": shown, "took_s": round(took, 1)})
         if code == EXIT_PREEMPTED:
             raise _StoppedError(
-                f"{cell.row}, seed {cell.seed}: {step} was stopped by a signal and has saved; the "
-                "same command goes on"
+                f"{cell.name}: {step} was stopped by a signal and has saved; the same command "
+                "goes on"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
         _say(f"{place}: {step} {ended} after {took:.0f} s")
@@ -564,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
     with _Signals() as signals:
         runner = _Runner(config, signals)
         if config.plan_only:
-            _resolved(config)
+            resolved(config)
             runner.plan()
             return 0
         with _alone(config.out):
@@ -574,5 +368,5 @@ def main(argv: Sequence[str]) -> int:
     _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
     missing = [r for r in summary["runs"] if r["status"] != "whole"]
     for run in missing:
-        print(f"{run['row']}, seed {run['seed']}: {run['reason']}", file=sys.stderr, flush=True)
+        print(f"{run['name']}: {run['reason']}", file=sys.stderr, flush=True)
     return 1 if missing else 0

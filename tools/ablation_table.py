@@ -9,6 +9,7 @@ from typing import Any
 
 import strata
 from strata.errors import ConfigError
+from strata.eval.pixels import PIXEL_MAPS
 from strata.eval.record import commit, set_sizes
 from strata.logs import read_json_lines
 
@@ -32,10 +33,17 @@ class Cell:
 
     row: str
     seed: int
+    split: int | None = None
     folder: Path
     """Its own: outcomes, output of its processes, reports."""
     source: Path
     """Folder of the cell whose checkpoint is evaluated: its own, unless it is untrained."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        of = "" if self.split is None else f", split {self.split}"
+        return f"{self.row}{of}, seed {self.seed}"
 
     @property
     def run(self) -> Path:
@@ -105,7 +113,9 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
     """All that is known of one run."""
     state = cell.state()
     record: dict[str, Any] = {
+        "name": cell.name,
         "row": cell.row,
+        "split": cell.split,
         "seed": cell.seed,
         "untrained": untrained,
         "run": str(cell.run),
@@ -168,26 +178,26 @@ def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[st
     Raises:
         ConfigError: It was.
     """
-    pretrained: dict[str, tuple[str, Any]] = {}
+    pretrained: dict[Any, tuple[str, Any]] = {}
     for name in evaluations:
-        measured: tuple[str, Any] | None = None
+        measured_by_split: dict[int | None, tuple[str, Any]] = {}
         for run in runs:
             found = run["evaluations"][name]
             if "figures" not in found:
                 continue
-            here = f"{run['row']}, seed {run['seed']}"
+            here = run["name"]
             digests = [
                 [data, split, {k: v["manifest_digest"] for k, v in sets.items()}]
                 for data, split, sets in found["sets"]
             ]
-            measured = measured or (here, digests)
+            measured = measured_by_split.setdefault(run["split"], (here, digests))
             if digests != measured[1]:
                 raise ConfigError(
                     f"evaluation {name} was of other data for {measured[0]} than for {here}; the "
                     "shards have changed since, choose another --out"
                 )
             digest = found["pretraining_manifest_digest"]
-            first = pretrained.setdefault(run["row"], (here, digest))
+            first = pretrained.setdefault((run["row"], run["split"]), (here, digest))
             if digest != first[1]:
                 raise ConfigError(
                     f"{first[0]} and {here} were pretrained on different data; the shards have "
@@ -195,11 +205,13 @@ def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[st
                 )
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+def _over_runs(values: Sequence[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
     return {
         "mean": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-        "num_seeds": len(values),
+        "deviation": deviation,
+        "error": None if deviation is None else deviation / len(values) ** 0.5,
+        "num_runs": len(values),
     }
 
 
@@ -209,9 +221,7 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
     for name in evaluations:
         found = [r["evaluations"][name] for r in runs if "figures" in r["evaluations"][name]]
         figures[name] = {
-            data: {
-                figure: _over_seeds([f["figures"][data][figure] for f in found]) for figure in of
-            }
+            data: {figure: _over_runs([f["figures"][data][figure] for f in found]) for figure in of}
             for data, of in (found[0]["figures"] if found else {}).items()
         }
     # Of whole pretrainings: what one that failed last said is not its end.
@@ -221,11 +231,11 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
         n for n in (healths[0] if healths else {}) if all(h.get(n) is not None for h in healths)
     ]
     return {
-        "num_seeds": len(runs),
+        "num_runs": len(runs),
         "num_whole": sum(r["status"] == "whole" for r in runs),
         "figures": figures,
-        "health": {n: _over_seeds([h[n] for h in healths]) for n in names},
-        "pretraining_s": _over_seeds([e["pretraining_s"] for e in ends]) if ends else None,
+        "health": {n: _over_runs([h[n] for h in healths]) for n in names},
+        "pretraining_s": _over_runs([e["pretraining_s"] for e in ends]) if ends else None,
     }
 
 
@@ -257,13 +267,13 @@ def summarise(
     _refuse_mixtures(runs, names)
     found = [r["evaluations"][n] for r in runs for n in names]
     protocols: dict[str, dict[str, str]] = {n: {} for n in names}
-    chance: dict[str, Any] = {}
+    chances: dict[str, dict[int | None, Any]] = {}
     for run in runs:
         for name in names:
             one = run["evaluations"][name]
             if "figures" in one:
                 protocols[name].setdefault(run["row"], one["protocol"])
-                chance.setdefault(name, one["chance"])
+                chances.setdefault(name, {}).setdefault(run["split"], one["chance"])
     return {
         "schema": 1,
         "strata": strata.__version__,
@@ -273,9 +283,17 @@ def summarise(
         "grid": dict(grid),
         "evaluations": {n: {"protocol": evaluations[n], "in_words": protocols[n]} for n in names},
         "rows": {row: _row_record([r for r in runs if r["row"] == row], names) for row in rows},
-        "chance": chance,
+        "chance": {name: _mean_of(list(of.values())) for name, of in chances.items()},
         "total_s": round(sum(_seconds(r) for r in runs), 1),
         "runs": runs,
+    }
+
+
+def _mean_of(by_split: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Of each data set and figure."""
+    return {
+        data: {figure: statistics.fmean(one[data][figure] for one in by_split) for figure in of}
+        for data, of in by_split[0].items()
     }
 
 
@@ -297,29 +315,39 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return columns
 
 
-def _cell_text(found: Mapping[str, Any] | None, num_seeds: int, scale: float, digits: int) -> str:
+def _spread(grid: Mapping[str, Any]) -> tuple[str, str]:
+    """What stands behind the ±: its key in the record, and its words."""
+    if grid["splits"]:
+        splits = ", ".join(map(str, grid["splits"]))
+        return "error", f"standard error over splits {splits} and seeds"
+    return "deviation", "sample standard deviation over seeds"
+
+
+def _cell_text(
+    found: Mapping[str, Any] | None, num_runs: int, spread: str, scale: float, digits: int
+) -> str:
     if not found:
         return "not measured"
     text = f"{scale * found['mean']:.{digits}f}"
-    if found["deviation"] is not None:
-        text += f" ± {scale * found['deviation']:.{digits}f}"
-    if found["num_seeds"] < num_seeds:
-        text += f" ({found['num_seeds']} of {num_seeds} seeds)"
+    if found[spread] is not None:
+        text += f" ± {scale * found[spread]:.{digits}f}"
+    if found["num_runs"] < num_runs:
+        text += f" ({found['num_runs']} of {num_runs} runs)"
     return text
 
 
 def _figures(summary: Mapping[str, Any]) -> list[list[str]]:
     """The table of figures, its heading first."""
-    columns = _columns(summary)
-    table = [["", "seeds", *(heading for heading, *_ in columns)]]
+    columns, (spread, _) = _columns(summary), _spread(summary["grid"])
+    table = [["", "runs", *(heading for heading, *_ in columns)]]
     for row, record in summary["rows"].items():
-        of = record["num_seeds"]
-        seeds = str(of) if record["num_whole"] == of else f"{record['num_whole']} of {of} whole"
+        of = record["num_runs"]
+        runs = str(of) if record["num_whole"] == of else f"{record['num_whole']} of {of} whole"
         cells = [
-            _cell_text(record["figures"][name].get(data, {}).get(figure), of, 100, 1)
+            _cell_text(record["figures"][name].get(data, {}).get(figure), of, spread, 100, 1)
             for _, name, data, figure in columns
         ]
-        table.append([row, seeds, *cells])
+        table.append([row, runs, *cells])
     chance = summary["chance"]
     if chance:
         shown = [chance.get(n, {}).get(d, {}).get(f) for _, n, d, f in columns]
@@ -330,17 +358,18 @@ def _figures(summary: Mapping[str, Any]) -> list[list[str]]:
 def _healths(summary: Mapping[str, Any]) -> list[list[str]]:
     """The table of health figures, its heading first; empty without pretrained rows."""
     rows = {k: v for k, v in summary["rows"].items() if v["pretraining_s"]}
+    spread, _ = _spread(summary["grid"])
     found = dict.fromkeys(n for v in rows.values() for n in v["health"] if n.startswith(_HEALTH))
     if not rows:
         return []
     table = [["", *found, "pretraining, s"]]
     for row, record in rows.items():
-        of = record["num_seeds"]
+        of = record["num_runs"]
         health = [
-            _cell_text(record["health"][n], of, 1, 3) if n in record["health"] else ""
+            _cell_text(record["health"][n], of, spread, 1, 3) if n in record["health"] else ""
             for n in found
         ]
-        table.append([row, *health, _cell_text(record["pretraining_s"], of, 1, 0)])
+        table.append([row, *health, _cell_text(record["pretraining_s"], of, spread, 1, 0)])
     return table
 
 
@@ -360,6 +389,8 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
 def _settings_text(grid: Mapping[str, Any], row: str) -> str:
     """What a row is, in words."""
     own = grid["rows"][row]
+    if own["pixels"]:
+        return f"{PIXEL_MAPS[own['pixels']]}, of the clips that {own['untrained']} is tested on"
     if own["untrained"]:
         return f"the network of {own['untrained']} with weights drawn anew from the seed"
     settings = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in own["set"].items())
@@ -374,7 +405,7 @@ def _page(summary: Mapping[str, Any]) -> str:
         *(f"{text}\n" for text in _incomplete(summary)),
         f"# {summary['title']}",
         "",
-        "Mean ± sample standard deviation over seeds, in %.",
+        f"Mean ± {_spread(grid)[1]}, in %.",
         "",
         _markdown(_figures(summary)),
         "",
@@ -399,7 +430,7 @@ def _page(summary: Mapping[str, Any]) -> str:
     missing = [r for r in summary["runs"] if r["status"] != "whole"]
     if missing:
         lines += ["", "## Not whole", ""]
-        lines += [f"- {r['row']}, seed {r['seed']}: {r['reason']}" for r in missing]
+        lines += [f"- {r['name']}: {r['reason']}" for r in missing]
     lines += [
         "",
         f"Strata {summary['strata']}, measured by {', '.join(summary['commits']) or 'nothing yet'};"
@@ -420,5 +451,5 @@ def write_tables(out: Path, summary: Mapping[str, Any]) -> str:
     temporary.write_text(_page(summary), encoding="utf-8")
     temporary.replace(page)
     head = "".join(f"{text}\n" for text in _incomplete(summary))
-    head += f"{summary['title']} (mean ± sample standard deviation over seeds, %)"
+    head += f"{summary['title']} (mean ± {_spread(summary['grid'])[1]}, %)"
     return f"{head}\n{_aligned(_figures(summary))}"

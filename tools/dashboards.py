@@ -358,9 +358,13 @@ _TRAINING_PAGE = Dashboard(
                 _plain("strata_learning_rate", "{{run}}", "Learning rate", by="run", width=12),
                 _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", by="run", width=12),
                 Panel(
-                    title="Retrieval on the labelled set of `probe`, and at chance",
+                    title="Retrieval and Top-1 on the labelled set of `probe`, and at chance",
                     queries=(
                         ("max by (run, k) (strata_probe_recall_ratio{$on})", "{{run}} R@{{k}}"),
+                        (
+                            "max by (run, readout) (strata_probe_accuracy_ratio{$on})",
+                            "{{run}} Top-1 {{readout}}",
+                        ),
                         (
                             'max by (run) (strata_probe_chance_ratio{$on, k="1"})',
                             "{{run}} R@1 at chance",

@@ -26,8 +26,7 @@ from strata.dataload.clips import ClipSpec, training_window
 from strata.dataload.reader import ShardReader
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import retrieval_loss
-from strata.train.method import Embeddings, MethodConfig, VideoModel, normalise
-from strata.train.models.backbones import Levels
+from strata.train.method import Embeddings, MethodConfig, VideoModel
 
 __all__ = [
     "FrameFiles",
@@ -142,9 +141,8 @@ def write_frame_files(reader: ShardReader, root: Path, num_videos: int) -> None:
 class PublishedModel(VideoModel):
     """The same network on inputs laid out channels first."""
 
-    def _encode(self, clips: Tensor) -> Levels:
-        weight = self.backbone.input_conv().weight
-        return self.backbone(normalise(clips, self.in_channels, weight.dtype).contiguous())
+    def _seen(self, clips: Tensor, second_of: int) -> Tensor:
+        return super()._seen(clips, second_of).contiguous()
 
 
 def pool_contrast(

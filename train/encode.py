@@ -138,7 +138,7 @@ def encode_levels(
     Returns:
         A function from clips to `[n, clips a video, C]` by level, float32.
     """
-    in_channels = backbone.input_conv().in_channels
+    in_channels = backbone.in_channels
 
     def compute(clips: Tensor) -> dict[str, Tensor]:
         flat = clips.flatten(0, 1)

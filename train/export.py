@@ -34,6 +34,7 @@ from strata.train.checkpoint import (
 )
 from strata.train.method import IMAGENET_MEAN, IMAGENET_STD
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.models.inputs import DIFFERENCE_SCALE, InputChoice
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 
@@ -193,7 +194,9 @@ def _describe(
         "file": _PROGRAM if command.format == "torch_export" else _WEIGHTS,
         "names": command.names,
         "backbone": dataclasses.asdict(
-            dataclasses.replace(trained, in_channels=in_channels, fold_stem=False)  # type: ignore[arg-type]
+            dataclasses.replace(
+                trained, in_channels=in_channels, input=_input(trained), fold_stem=False
+            )  # type: ignore[arg-type]
         ),
         "input": {
             "layout": "NCTHW",
@@ -203,6 +206,11 @@ def _describe(
             "std": IMAGENET_STD,
         },
     }
+
+
+def _input(trained: BackboneConfig) -> InputChoice:
+    """What the encoder sees once it is trained."""
+    return "difference" if trained.input == "difference" else "rgb"
 
 
 def _training(config: dict[str, Any], found: Path) -> dict[str, Any]:
@@ -225,7 +233,9 @@ def _program(
     encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
 ) -> torch.export.ExportedProgram:
     """The encoder with RGB input, for any number of clips."""
-    rgb = dataclasses.replace(trained, in_channels=_NUM_COLOURS, fold_stem=False)
+    rgb = dataclasses.replace(
+        trained, in_channels=_NUM_COLOURS, input=_input(trained), fold_stem=False
+    )
     plain = build_backbone(rgb).eval()
     load_torchvision(plain, export_backbone(encoder))
     clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)
@@ -263,6 +273,13 @@ features = model.eval()(clips)
 """,
 }
 
+_DIFFERENCES_CODE = f"""\
+import torch
+
+change = {DIFFERENCE_SCALE:g} * clips.diff(dim=2)  # it was trained on differences of frames
+clips = torch.cat([change, change[:, :, -1:]], dim=2)
+"""
+
 _STRATA_CODE = """\
 from pathlib import Path
 
@@ -294,6 +311,8 @@ def example_code(described: dict[str, Any], folder: str) -> str:
         code = _STRATA_CODE
     else:
         code = _TORCHVISION_CODE[described["backbone"]["name"]]
+        if described["backbone"].get("input", "rgb") == "difference":
+            code = _DIFFERENCES_CODE + code
     return code.replace("{folder}", folder)
 
 
@@ -307,6 +326,12 @@ def _card(described: dict[str, Any]) -> str:
     shape = f"[N, {backbone['in_channels']}, {clips['frames']}, {size}, {size}]"
     length = backbone["width"] * _FEATURES[backbone["name"]]
     planes = "" if backbone["in_channels"] == _NUM_COLOURS else ", then a plane of zeros"
+    seen = (
+        f"\n| sees | differences of neighbouring frames, times {DIFFERENCE_SCALE:g}, the last one "
+        "repeated; the code below has them computed from these clips |"
+        if backbone["input"] == "difference"
+        else ""
+    )
     trust = (
         "A `.pt2` may hold pickled parts, which run code when they are loaded: load it only if you "
         "trust its source."
@@ -323,7 +348,7 @@ A video encoder, pretrained by multi-level feature optimization (Qian et al., IC
 |---|---|
 | architecture | {name}, width {backbone["width"]} |
 | input | `{shape}`: clips of RGB frames in [0, 1], minus the mean {list(clips["mean"])}, divided \
-by {list(clips["std"])}{planes} |
+by {list(clips["std"])}{planes} |{seen}
 | data | `{settings["data"]["shards"]}`, manifest {training["manifest_digest"]} |
 | trained | {training["step"]} steps of {settings["data"]["batch_size"]} videos, \
 {training["epoch"]} epochs, seed {settings["seed"]} |

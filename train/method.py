@@ -44,6 +44,7 @@ from strata.train.models.backbones import (
     build_backbone,
 )
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
+from strata.train.models.inputs import frame_differences
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.prototypes import Prototypes
 from strata.train.schedules import Phase
@@ -275,6 +276,7 @@ class VideoModel(nn.Module):
         self.config = config
         self.in_channels = backbone.in_channels
         self.time_strides = backbone.time_strides
+        self.both_inputs = backbone.input == "both"
         self.backbone = build_backbone(backbone)
         widths, size = self.backbone.widths, config.embedding_size
         self.instance_head = StepHead(widths.high, size, average_steps=True)
@@ -404,7 +406,7 @@ class VideoModel(nn.Module):
         if long is not None and long.shape[1] == short.shape[2]:
             short, long = torch.cat([short, long[:, None]], dim=1), None
         split = (num_videos, short.shape[1])
-        maps = self._encode(short.flatten(0, 1))
+        maps = self._encode(short.flatten(0, 1), second_of=split[1] if self.both_inputs else 0)
         long_maps = None if long is None else self._encode(long)
 
         high_steps = pool_space(maps.high)
@@ -443,9 +445,16 @@ class VideoModel(nn.Module):
                 result.long_steps[level] = self.retrieval_heads[level](long_steps)
         return result
 
-    def _encode(self, clips: Tensor) -> Levels:
+    def _encode(self, clips: Tensor, second_of: int = 0) -> Levels:
+        return self.backbone(self._seen(clips, second_of))
+
+    def _seen(self, clips: Tensor, second_of: int) -> Tensor:
+        """`[N, T, S, S, 3]` for the encoder; the second of every `second_of` as differences."""
         weight = self.backbone.input_conv().weight
-        return self.backbone(normalise(clips, self.in_channels, weight.dtype))
+        seen = normalise(clips, self.in_channels, weight.dtype)
+        if second_of:
+            seen[1::second_of] = frame_differences(seen[1::second_of])
+        return seen
 
     def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
         """`[A', N, T, C]`: averages over space; those of the high level are not excited."""

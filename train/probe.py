@@ -1,7 +1,7 @@
-"""Retrieval on a labelled set while pretraining goes on: looks at the encoder, leaves no trace."""
+"""Retrieval and simple classifiers on a labelled set during pretraining; leaves no trace."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,19 @@ from strata.metrics import Metrics
 from strata.train.encode import VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 from strata.train.neighbours import RECALL_AT, chance_recall, nearest_by_cosine, recall_at
+from strata.train.readout import LINEAR_L2, NUM_VOTERS, knn_accuracy, linear_accuracy
 
-__all__ = ["OnlineProbe", "ProbeConfig"]
+__all__ = ["OnlineProbe", "ProbeConfig", "ProbeFigures"]
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Retrieval during pretraining, docs/evaluation.md."""
+    """Retrieval and simple classifiers during pretraining, docs/evaluation.md."""
 
     every_epochs: int = 0
-    """Epochs between retrievals, the first before training and one at the end; 0 does none."""
+    """Epochs between measurements, the first before training and one at the end; 0 does none."""
     gallery: Path | None = None
     """Shards of a labelled training set. Training does not see the labels."""
     query: Path | None = None
@@ -59,8 +60,20 @@ class ProbeConfig:
                 raise ConfigError(f"probe.{name} is {getattr(self, name)}; use 1 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeFigures:
+    """Shares in [0, 1]."""
+
+    recall: dict[int, float]
+    """R@k."""
+    accuracy: dict[str, float]
+    """Top-1: `knn`, by a vote of the nearest; `linear`, by logistic regression."""
+    chance: dict[int, float]
+    """R@k at chance."""
+
+
 class OnlineProbe:
-    """Measures R@k of an encoder that is being trained.
+    """Measures R@k and Top-1 of an encoder that is being trained.
 
     Weights, buffers, random state and the order of batches are afterwards what they were before.
 
@@ -93,7 +106,9 @@ class OnlineProbe:
             f"retrieval of {_count(self._sets[1])} videos among {_count(self._sets[0])} by cosine "
             "similarity of the high level's average over time and space, "
             f"{config.num_clips} clips of {clip_frames} frames at stride {config.stride} placed "
-            f"uniformly, centre crop, {size}x{size}, mean over clips, no centring"
+            f"uniformly, centre crop, {size}x{size}, mean over clips, no centring; Top-1 of the "
+            f"same features: knn, a vote of the {NUM_VOTERS} nearest by exp(cosine / 0.07); "
+            f"linear, logistic regression of standardised features, L2 {LINEAR_L2:g}"
         )
 
     def digests(self) -> dict[str, str]:
@@ -112,8 +127,8 @@ class OnlineProbe:
         world: World,
         device: torch.device,
         beat: Callable[[str], None],
-    ) -> tuple[dict[int, float], dict[int, float]]:
-        """R@k, and R@k at chance. All ranks call it and get the same.
+    ) -> ProbeFigures:
+        """All figures. All ranks call it and get the same.
 
         Args:
             backbone: The encoder.
@@ -133,11 +148,17 @@ class OnlineProbe:
                 for r in self._sets
             )
         beat("comparing the labelled set of probe")
-        nearest, _ = nearest_by_cosine(
-            queries.mean(axis=1), gallery.mean(axis=1), count=max(RECALL_AT)
+        known, asked = (r.labels for r in self._sets)
+        train, test = gallery.mean(axis=1), queries.mean(axis=1)
+        nearest, _ = nearest_by_cosine(test, train, count=max(RECALL_AT))
+        return ProbeFigures(
+            recall=recall_at(asked, known, nearest),
+            accuracy={
+                "knn": knn_accuracy(train, known, test, asked),
+                "linear": linear_accuracy(train, known, test, asked),
+            },
+            chance=chance_recall(asked, known),
         )
-        labels: Sequence = [r.labels for r in self._sets]
-        return recall_at(labels[1], labels[0], nearest), chance_recall(labels[1], labels[0])
 
     def report(
         self,
@@ -152,29 +173,34 @@ class OnlineProbe:
     ) -> None:
         """Measure, and tell the log and the metrics. All ranks call it."""
         start = time.perf_counter()
-        recall, chance = self.measure(backbone, world=world, device=device, beat=beat)
+        found = self.measure(backbone, world=world, device=device, beat=beat)
         took_s = time.perf_counter() - start
         metrics.add("strata_probe_seconds_total", took_s)
         if not world.is_first:
             return
-        for k, value in recall.items():
+        for k, value in found.recall.items():
             metrics.set("strata_probe_recall_ratio", value, k=str(k))
-            metrics.set("strata_probe_chance_ratio", chance[k], k=str(k))
+            metrics.set("strata_probe_chance_ratio", found.chance[k], k=str(k))
+        for readout, value in found.accuracy.items():
+            metrics.set("strata_probe_accuracy_ratio", value, readout=readout)
         metrics.set("strata_probe_epoch", epoch)
         metrics.record(
             "probe",
             step=step,
             epoch=epoch,
-            recall={f"R@{k}": value for k, value in recall.items()},
-            chance={f"R@{k}": value for k, value in chance.items()},
+            recall={f"R@{k}": value for k, value in found.recall.items()},
+            accuracy=found.accuracy,
+            chance={f"R@{k}": value for k, value in found.chance.items()},
             protocol=self.protocol,
             took_s=took_s,
         )
         logger.info(
-            "after %d epochs: R@1 %.1f %%, chance %.1f %% (%s)",
+            "after %d epochs: R@1 %.1f %%, chance %.1f %%, Top-1 knn %.1f %%, linear %.1f %% (%s)",
             epoch,
-            100 * recall[1],
-            100 * chance[1],
+            100 * found.recall[1],
+            100 * found.chance[1],
+            100 * found.accuracy["knn"],
+            100 * found.accuracy["linear"],
             self.protocol,
         )
 

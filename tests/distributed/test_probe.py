@@ -65,13 +65,14 @@ def measure(world: World, sets: Path) -> dict[str, Any]:
     )
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     random, beats = torch.get_rng_state(), []
-    figures, chance = OnlineProbe(config, size=32, clip_frames=8).measure(
+    figures = OnlineProbe(config, size=32, clip_frames=8).measure(
         backbone, world=world, device=CPU, beat=beats.append
     )
     after = backbone.state_dict()
     return {
-        "figures": figures,
-        "chance": chance,
+        "figures": figures.recall,
+        "accuracy": figures.accuracy,
+        "chance": figures.chance,
         "changed": [name for name, value in before.items() if not torch.equal(value, after[name])],
         "random": torch.equal(random, torch.get_rng_state()),
         "training": all(module.training for module in backbone.modules()),
@@ -84,10 +85,12 @@ def test_the_same_figures_on_any_ranks_and_nothing_is_changed(sets: Path):
     (one,) = found[1]
     (expected,) = run_ranks(of_the_evaluation, 1, sets)
     assert 0 < expected[1] < expected[5]
+    assert set(one["accuracy"]) == {"knn", "linear"}
     assert one["chance"][1] == pytest.approx(1 / 3, abs=0.02)
     for ranks in found.values():
         for rank in ranks:
             assert rank["figures"] == expected
+            assert rank["accuracy"] == one["accuracy"]
             assert rank["changed"] == []
             assert rank["random"]
             assert rank["training"]

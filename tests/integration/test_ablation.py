@@ -20,6 +20,7 @@ import yaml
 from strata.errors import ConfigError, StrataError
 from strata.tools.ablation import main
 from tests.commands import ROOT, TINY
+from tests.made import make_shards
 
 RETRIEVAL = {"protocol": "retrieval", "set": {"device": "cpu", "features.num_clips": 2}}
 PRETRAIN = {
@@ -111,7 +112,8 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
         recall = found["rows"][row]["figures"]["retrieval"]["made"]["R@1"]
         assert recall["mean"] == pytest.approx(statistics.fmean(values))
         assert recall["deviation"] == pytest.approx(statistics.stdev(values))
-        assert recall["num_seeds"] == 2
+        assert recall["num_runs"] == 2
+        assert recall["error"] == pytest.approx(recall["deviation"] / 2**0.5)
     mean, deviation = 100 * statistics.fmean(values), 100 * statistics.stdev(values)
     page = (Path(grid["out"]) / "ablation.md").read_text()
     assert f"| one | 2 | {mean:.1f} ± {deviation:.1f} |" in page
@@ -145,6 +147,45 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
         ConfigError, match="was of other data for one, seed 0 than for same, seed 1"
     ):
         main(written(grid, launcher="false"))
+
+
+def test_splits_have_their_own_sets_and_the_table_standard_errors(
+    grid: dict[str, Any], tmp_path: Path
+):
+    for split in (1, 2):
+        for name, videos in (("train", 16), ("test", 9)):
+            folder = tmp_path / "sets" / f"{name}0{split}"
+            seed = 2 * split + (name == "test")
+            make_shards(folder, num_videos=videos, num_classes=4, shard_size=16, seed=seed)
+    del grid["test"]
+    rows = {"one": {}, "motion": {"untrained": "one", "pixels": "motion"}}
+    changes = {"shards": str(tmp_path / "sets"), "splits": [1, 2], "seeds": [0], "rows": rows}
+    assert main(written(grid, **changes)) == 0
+    found = result(grid)
+    runs = {(r["row"], r["split"]): r for r in found["runs"]}
+    assert set(runs) == {(row, split) for row in rows for split in (1, 2)}
+    for row in rows:
+        recalls = []
+        for split in (1, 2):
+            report = json.loads(
+                (Path(grid["out"]) / f"rows/{row}/split-{split}/seed-0/retrieval.json").read_text()
+            )
+            (sets,) = (each["sets"] for each in report["results"])
+            assert sets["test"]["folder"].endswith(f"sets/test0{split}")
+            assert report["pretraining"]["data"]["shards"].endswith(f"sets/train0{split}")
+            assert ("without a network" in report["protocol"]) == (row == "motion")
+            recalls.append(report["figures"]["measured"]["R@1"])
+        summary = found["rows"][row]["figures"]["retrieval"]["made"]["R@1"]
+        assert summary["mean"] == pytest.approx(statistics.fmean(recalls))
+        assert summary["error"] == pytest.approx(statistics.stdev(recalls) / 2**0.5)
+        shown = f"{100 * summary['mean']:.1f} ± {100 * summary['error']:.1f}"
+        page = (Path(grid["out"]) / "ablation.md").read_text()
+        assert f"| {row} | 2 | {shown} |" in page
+        assert "Mean ± standard error over splits 1, 2 and seeds" in page
+    chances = [
+        runs["one", split]["evaluations"]["retrieval"]["chance"]["made"]["R@1"] for split in (1, 2)
+    ]
+    assert found["chance"]["retrieval"]["made"]["R@1"] == pytest.approx(statistics.fmean(chances))
 
 
 def script(folder: Path, text: str) -> str:

@@ -130,6 +130,9 @@ def test_it_is_exported(server: ForkServer, probed: list[str | Path], tmp_path: 
     recall = measured(run)[6 * int(found["strata_probe_epoch"])]
     for k in (1, 5, 10, 20, 50):
         assert found[f'strata_probe_recall_ratio{{k="{k}"}}'] == recall[f"R@{k}"]
+    accuracy = {r["step"]: r["accuracy"] for r in records(run, "probe")}
+    for readout, value in accuracy[6 * int(found["strata_probe_epoch"])].items():
+        assert found[f'strata_probe_accuracy_ratio{{readout="{readout}"}}'] == value
     assert found['strata_probe_chance_ratio{k="1"}'] == pytest.approx(0.25, abs=0.02)
     assert found["strata_probe_seconds_total"] > 0
     # What was trained on alone is counted.

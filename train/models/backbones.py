@@ -15,6 +15,7 @@ from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableC
 from torchvision.ops import Conv3dNormActivation
 
 from strata.errors import ConfigError
+from strata.train.models.inputs import INPUTS, InputChoice, frame_differences
 from strata.train.models.stem import FoldedStem
 
 __all__ = [
@@ -62,6 +63,10 @@ class BackboneConfig:
     width: int = 64
     """Channels of the stem, a positive multiple of 8; all other widths are in proportion. 64 is
     the published size, less is for small machines."""
+    input: InputChoice = "rgb"
+    """What the first convolution sees. TEXT: rgb. difference: frame differences, computed by the
+    encoder from the RGB clips that it is given. both: differences of the second short clip while
+    pretraining and RGB of all else, so that the two learn to agree; afterwards RGB."""
     in_channels: Literal[3, 4] = 3
     """Channels of a clip. 4 stands for RGB and a plane of zeros, which changes no result and
     suits the kernels of GPUs better; exported weights have 3."""
@@ -89,6 +94,8 @@ class BackboneConfig:
         """
         if self.name not in ("r3d18", "s3d"):
             raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
+        if self.input not in INPUTS:
+            raise ConfigError(f"backbone: input is {self.input!r}; use {', '.join(INPUTS)}")
         if self.width < 8 or self.width % 8:
             raise ConfigError(f"backbone: width is {self.width}; use a positive multiple of 8")
         if self.fold_stem and self.name != "r3d18":
@@ -126,21 +133,28 @@ class Backbone(nn.Module):
 
     Attributes:
         widths: Channels of each level.
+        differences: Whether it sees the frame differences of its clips instead of the clips.
     """
 
     widths: LevelWidths
+    differences: bool = False
 
     def forward(self, clips_NCTHW: Tensor) -> Levels:
         """Encode clips.
 
         Args:
-            clips_NCTHW: `[N, C, T, H, W]`, C as configured; channels-last strides are kept.
+            clips_NCTHW: `[N, C, T, H, W]`, normalised RGB, C as configured; channels-last strides
+                are kept.
 
         Returns:
             The three levels; time is divided by `BackboneConfig.time_strides`, rows and columns by
             8, 16 and 32, or half of that without a max-pool in the stem (rounded up).
         """
         raise NotImplementedError
+
+    def _seen(self, clips_NCTHW: Tensor) -> Tensor:
+        """What the first convolution reads."""
+        return frame_differences(clips_NCTHW) if self.differences else clips_NCTHW
 
     def channels_last(self) -> None:
         """Lay the convolutions' weights out as the clips are: channels last, no copies between."""
@@ -152,6 +166,11 @@ class Backbone(nn.Module):
     def input_conv(self) -> nn.Conv3d:
         """The convolution that reads the clips."""
         raise NotImplementedError
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the clips that it takes, 3 or 4."""
+        return self.input_conv().in_channels
 
 
 class R3D18(Backbone):
@@ -221,7 +240,7 @@ class R3D18(Backbone):
 
     def forward(self, clips_NCTHW: Tensor) -> Levels:
         """See `Backbone.forward`."""
-        low = self.layer2(self.layer1(self.stem(clips_NCTHW)))
+        low = self.layer2(self.layer1(self.stem(self._seen(clips_NCTHW))))
         mid = self.layer3(low)
         return Levels(low, mid, self.layer4(mid))
 
@@ -280,7 +299,7 @@ class S3D(Backbone):
 
     def forward(self, clips_NCTHW: Tensor) -> Levels:
         """See `Backbone.forward`."""
-        low = self.features[:_AFTER_MIXED_3C](clips_NCTHW)
+        low = self.features[:_AFTER_MIXED_3C](self._seen(clips_NCTHW))
         mid = self.features[_AFTER_MIXED_3C:_AFTER_MIXED_4F](low)
         return Levels(low, mid, self.features[_AFTER_MIXED_4F:](mid))
 
@@ -298,7 +317,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     in_channels, momentum = config.in_channels, config.bn_momentum
     match config.name:
         case "r3d18":
-            return R3D18(
+            backbone = R3D18(
                 config.width,
                 in_channels=in_channels,
                 bn_momentum=momentum,
@@ -308,7 +327,9 @@ def build_backbone(config: BackboneConfig) -> Backbone:
                 last_temporal_stride=config.last_temporal_stride,
             )
         case "s3d":
-            return S3D(config.width, in_channels=in_channels, bn_momentum=momentum)
+            backbone = S3D(config.width, in_channels=in_channels, bn_momentum=momentum)
+    backbone.differences = config.input == "difference"
+    return backbone
 
 
 def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:

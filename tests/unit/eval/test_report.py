@@ -32,6 +32,10 @@ def checkpoint(tmp_path: Path) -> Path:
     for n in STEPS:
         losses = {"instance": 6 / n, "total": None if n == 2 else 7 / n}
         lines.append(json.dumps({**step, "step": n, "losses": losses}))
+    for step, recall in ((0, 0.9), (0, 0.2), (500, 0.4)):
+        figures = {"recall": {"R@1": recall}, "accuracy": {"linear": recall / 2}}
+        probe = {"kind": "probe", "step": step, "chance": {"R@1": 0.1}, **figures}
+        lines.append(json.dumps(probe))
     run.mkdir()
     (run / "log.jsonl").write_text("\n".join(lines) + "\n")
     return run / "checkpoints" / "step-000001000"
@@ -161,6 +165,9 @@ def test_curves_are_those_of_the_log(retrieval: dict[str, Any]):
     assert instance.points[0] == (1, 6.0)
     assert instance.points[-1] == (1000, 6 / 1000)
     assert [c.name for c in page.health] == ["effective rank"]
+    recall, linear = page.probe
+    assert (recall.name, recall.chance, recall.points) == ("R@1", 0.1, ((0, 0.2), (500, 0.4)))
+    assert (linear.name, linear.points) == ("Top-1, linear", ((0, 0.1), (500, 0.2)))
     assert page.provenance["pretraining log"] == "1 lines cannot be read"
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from strata.config import parse_config
 from strata.errors import ConfigError
-from strata.tools.ablation import AblateConfig, gpu_shares, main, pretraining
+from strata.tools.ablation import gpu_shares, main
+from strata.tools.ablation_grid import AblateConfig, pretraining
 from strata.tools.launch import program
 from strata.train.config import TrainConfig
 from tests.commands import ROOT
@@ -29,18 +30,23 @@ def test_shipped_grids_are_understood(
     monkeypatch.chdir(ROOT)
     assert main(["--config", str(path), "--plan_only", "true"]) == 0
     config, lines = load(path), capsys.readouterr().out.splitlines()
-    trained = [name for name, row in config.rows.items() if not row.untrained]
-    evaluations = len(config.rows) * len(config.evaluations)
-    assert len(lines) == len(config.seeds) * (len(trained) + evaluations)
-    assert sum("--weights untrained" in line for line in lines) == len(config.seeds) * len(
-        config.evaluations
-    ) * (len(config.rows) - len(trained))
+    rows = config.rows.values()
+    commands = [line for line in lines if line.startswith((config.launcher, "OMP"))]
+    splits, seeds, columns = len(config.splits) or 1, len(config.seeds), len(config.evaluations)
+    trained = sum(not row.untrained for row in rows)
+    drawn = sum(bool(row.untrained) and not row.pixels for row in rows)
+    pixels = sum(bool(row.pixels) for row in rows)
+    runs = splits * ((trained + drawn) * seeds + pixels)
+    assert len(commands) == splits * seeds * trained + columns * runs
+    assert sum("--weights untrained" in line for line in lines) == splits * seeds * columns * drawn
+    assert sum("--weights motion" in line for line in lines) <= splits * columns
+    assert (commands != lines) == bool(config.rates.stage_1)
     assert not (ROOT / config.out).exists()
 
 
 def test_table_3_has_its_four_rows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    config = load(ROOT / "configs" / "ablate" / "temporal.yaml")
+    config = load(ROOT / "configs" / "ablate" / "table3.yaml")
     terms = {}
     for cell in config.cells():
         if not config.rows[cell.row].untrained:
@@ -71,7 +77,10 @@ def test_table_3_has_its_four_rows(monkeypatch: pytest.MonkeyPatch):
         ({"rows": {"a": {"untrained": "b"}}}, "untrained is 'b'; name a row that is pretrained"),
         ({"rows": {"a": {"set": {"method.tau": 1}}}}, "row a: train/main.py: .*method.tau"),
         ({"rows": {"a": {"set": {"method.num_prototypes": 0}}}}, "row a: train/main.py"),
-        ({"seeds": [1, 1]}, "each counts once"),
+        ({"seeds": [1, 1]}, "seeds .1, 1. repeat; each counts once"),
+        ({"splits": [1]}, "a grid with splits has a test set by split; leave out test"),
+        ({"rows": {"a": {"pixels": "motion"}}}, "name that in untrained"),
+        ({"rates": {"stage_1": 5}}, "rates: give stage_1 and stage_2, or neither"),
         ({"side_by_side": 0}, "side_by_side is 0; use 1 or more"),
         ({"test": None}, "evaluation r has no test set"),
         ({"evaluations": {"r": {"protocol": "knn"}}}, "evaluations"),
@@ -98,6 +107,49 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=message):
         main(["--config", str(path)])
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_gpu_hours_are_epochs_of_videos_at_the_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    no_long = {f"method.weights.retrieval_{level}": 0 for level in ("low", "mid", "high")}
+    schedule = {"schedule.epochs": 10, "schedule.second_stage_epoch": 4}
+    grid = {
+        "pretrain": str(ROOT / "configs/pretrain/demo.yaml"),
+        "shards": "data",
+        "splits": [1, 3],
+        "seeds": [0, 1, 2],
+        "set": schedule | {"schedule.lr_drop_epochs": []},
+        "out": str(tmp_path / "out"),
+        "rows": {
+            "both": {},
+            "one": {"set": no_long},
+            "untrained": {"untrained": "both"},
+            "motion": {"untrained": "one", "pixels": "motion"},
+        },
+        "evaluations": {"r": {"protocol": "retrieval"}},
+        "launcher": "python",
+        "rates": {"stage_1": 10, "stage_2": 5, "num_videos": 3600, "source": "a guess"},
+        "plan_only": True,
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    assert main(["--config", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # Six runs: 4 epochs of 360 s and 6 of 720 s, or ten of 360 s.
+    assert lines[-3].startswith("both: 6 pretrainings of 4 epochs without and 6 with")
+    assert lines[-3].endswith("9.6 GPU-hours")
+    assert lines[-2].endswith("10 epochs without and 0 with the long sequence, 6.0 GPU-hours")
+    assert lines[-1].startswith("in all 15.6 GPU-hours of pretraining at 10 and 5 samples/s (a gu")
+    commands = lines[:-3]
+    assert len(commands) == 12 + 12 + 6 + 2
+    (one,) = (c for c in commands if "rows/both/split-3/seed-2/run --resume" in c)
+    assert "--data.shards data/train03" in one
+    assert "--seed 2" in one
+    (two,) = (c for c in commands if "motion" in c and "split-1" in c)
+    assert "--gallery data/train01 --query data/test01" in two
+    assert "--checkpoint " + str(tmp_path / "out/rows/one/split-1/seed-0/run") in two
+    assert "--weights motion --seed 0" in two
 
 
 def test_launchers_run_in_this_environment():

@@ -86,9 +86,10 @@ def expected(folder: Path, clips: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["r3d18", "s3d"])
-@pytest.mark.parametrize("planes", [3, 4])
-def test_the_cards_code_gives_the_features(name: Any, planes: Any, tmp_path: Path):
-    made = checkpoint(tmp_path / "step-1", BackboneConfig(name=name, in_channels=planes))
+@pytest.mark.parametrize(("planes", "seen"), [(3, "rgb"), (4, "difference"), (3, "both")])
+def test_the_cards_code_gives_the_features(name: Any, planes: Any, seen: Any, tmp_path: Path):
+    model = BackboneConfig(name=name, in_channels=planes, input=seen)
+    made = checkpoint(tmp_path / "step-1", model)
     out = write_export(ExportCommand(checkpoint=made, out=tmp_path / "out"))
     # 112 pixels end in an odd map, where torchvision's own S3D would drop a row and a column.
     clips = torch.randn(1, 3, 8, 112, 112)
@@ -98,6 +99,7 @@ def test_the_cards_code_gives_the_features(name: Any, planes: Any, tmp_path: Pat
     assert f"a vector of {features.shape[1]}" in " ".join(card.split())
     torch.testing.assert_close(features, expected(made, clips), rtol=1e-5, atol=1e-6)
     assert "Loading executes nothing" in card
+    assert ("differences of neighbouring frames" in card) == (seen == "difference")
 
 
 def test_the_readmes_code_is_the_cards(tmp_path: Path):
@@ -108,8 +110,9 @@ def test_the_readmes_code_is_the_cards(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["r3d18", "s3d"])
-def test_our_own_names_keep_everything(name: Any, tmp_path: Path):
-    model = BackboneConfig(name=name, width=8, in_channels=4)
+@pytest.mark.parametrize("seen", ["rgb", "difference"])
+def test_our_own_names_keep_everything(name: Any, seen: Any, tmp_path: Path):
+    model = BackboneConfig(name=name, width=8, in_channels=4, input=seen)
     made = checkpoint(tmp_path / "step-1", model)
     command = ExportCommand(checkpoint=made, out=tmp_path / "out", names="strata")
     out = write_export(command)
@@ -135,8 +138,10 @@ def test_another_stem_or_last_stage_is_kept_and_not_called_torchvision_s(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["r3d18", "s3d"])
-def test_a_program_takes_any_number_of_clips(name: Any, tmp_path: Path):
-    made = checkpoint(tmp_path / "step-1", BackboneConfig(name=name, width=8, in_channels=4))
+@pytest.mark.parametrize("seen", ["rgb", "difference"])
+def test_a_program_takes_any_number_of_clips(name: Any, seen: Any, tmp_path: Path):
+    model = BackboneConfig(name=name, width=8, in_channels=4, input=seen)
+    made = checkpoint(tmp_path / "step-1", model)
     command = ExportCommand(checkpoint=made, out=tmp_path / "out", format="torch_export")
     out = write_export(command)
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "encoder.pt2"]

@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
 PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")
 RELEASE = ("ucf101_r3d18_release", "k400_r3d18_release")
 COCLR_VIEWS = "ucf101_r3d18_coclr_views"
+BEST = tuple(f"{name}_best" for name in PAPER)
 
 
 def parse(name: str, *overrides: str) -> TrainConfig:
@@ -26,7 +27,8 @@ def test_every_recipe_parses(path: Path):
 
 
 def test_every_recipe_is_known_here():
-    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*PAPER, *RELEASE, COCLR_VIEWS, "demo"}
+    known = {*PAPER, *RELEASE, *BEST, COCLR_VIEWS, "demo"}
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == known
 
 
 @pytest.mark.parametrize("name", [*PAPER, *RELEASE])
@@ -110,6 +112,13 @@ def test_the_views_of_coclr_are_all_that_its_recipe_changes():
         "data.views.hue": 0.1,
         "data.views.gray": 0.2,
     }
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_differs_from_the_paper_recipe_in_its_input_alone(name: str):
+    config, paper = parse(name), parse(name.removesuffix("_best"))
+    assert paper.model.input == "rgb"
+    assert _differences(plain(paper), plain(config)) == {"model.input": "difference"}
 
 
 def _differences(one: dict, other: dict, prefix: str = "") -> dict[str, object]:

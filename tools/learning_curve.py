@@ -1,0 +1,112 @@
+"""Draw what the probe of one or several pretrainings found, over their steps.
+
+python tools/learning_curve.py --runs '{paper: runs/a, difference: runs/b}' --out curve.svg
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from strata.config import parse_config
+from strata.errors import ConfigError, exit_with_one_line
+from strata.files import open_atomic
+
+__all__ = ["CurveCommand", "Learning", "draw", "main", "read_learning"]
+
+_PANELS = {"R@1": "Retrieval R@1, %", "linear": "Linear Top-1, %"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveCommand:
+    """What to draw."""
+
+    runs: dict[str, Path]
+    """Folders of pretrainings with `probe.every_epochs`, by the name that the picture shows."""
+    out: Path
+    """The picture, an SVG."""
+
+    def __post_init__(self) -> None:
+        """Check the number of runs.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if not self.runs:
+            raise ConfigError("runs is empty; use for instance --runs '{paper: runs/a}'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """A run's curves: points of step and percent, by the figure's name."""
+
+    points: dict[str, list[tuple[int, float]]]
+    chance: float
+    """R@1 at chance, in percent."""
+
+
+def read_learning(run: Path) -> Learning:
+    """What the probe wrote to a run's log; what a resume repeated counts once.
+
+    Raises:
+        ConfigError: The run has no log, or its log no record of a probe.
+    """
+    log = run / "log.jsonl"
+    if not log.is_file():
+        raise ConfigError(f"{log} is not there; give the folder of a pretraining")
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    probes = {r["step"]: r for r in records if r["kind"] == "probe"}
+    if not probes:
+        raise ConfigError(f"{log} has no record of a probe; pretrain with --probe.every_epochs")
+    points: dict[str, list[tuple[int, float]]] = {name: [] for name in _PANELS}
+    for step in sorted(probes):
+        found = probes[step]
+        # A log of before the classifiers has retrieval alone.
+        shares = {"R@1": found["recall"]["R@1"], "linear": found.get("accuracy", {}).get("linear")}
+        for name, share in shares.items():
+            if share is not None:
+                points[name].append((step, 100 * share))
+    return Learning(points=points, chance=100 * probes[max(probes)]["chance"]["R@1"])
+
+
+def draw(runs: dict[str, Learning]) -> Figure:
+    """Two panels, a line for each run, retrieval at chance dashed."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(_PANELS))
+    for axis, (name, title) in zip(axes, _PANELS.items(), strict=True):
+        for label, run in runs.items():
+            steps = [step for step, _ in run.points[name]]
+            axis.plot(steps, [v for _, v in run.points[name]], marker="o", ms=3, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step of pretraining")
+        axis.set_ylim(0, 100)
+        axis.grid(alpha=0.3)
+    chance = math.fsum(run.chance for run in runs.values()) / len(runs)
+    axes[0].axhline(chance, ls="--", c="gray", lw=1, label="chance")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    command = parse_config(
+        CurveCommand, argv, prog="tools/learning_curve.py", description="Draw learning curves."
+    )
+    figure = draw({name: read_learning(run) for name, run in command.runs.items()})
+    # The same picture has the same bytes.
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "strata"}),
+        open_atomic(command.out) as file,
+    ):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    print(f"wrote {command.out}")
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])
