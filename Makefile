@@ -50,7 +50,7 @@ format: $(SETUP_DEV)
 # The folders are subpackages of strata by pyproject.toml; a type checker wants to see them so.
 types: $(SETUP_DEV)
 	@rm -rf $(VENV)/typecheck && mkdir -p $(VENV)/typecheck/strata
-	@for f in strata/*.py; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
+	@for f in strata/*; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
 	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
 	@$(RUN) -m pyright --warnings
 

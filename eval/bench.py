@@ -20,9 +20,9 @@ from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.page import Page, write_page
 from strata.eval.record import PairResult, table, write_record
 from strata.eval.report import build_page
-from strata.exporter import export_process
-from strata.hardware import GpuCollector
-from strata.metrics import ExporterConfig, Metrics
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
 from strata.train.checkpoint import (
     RunState,
     backbone_config,

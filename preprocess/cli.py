@@ -14,8 +14,6 @@ from typing import Literal, NoReturn, get_args
 import yaml
 
 from strata.errors import ConfigError, ShardError
-from strata.exporter import export_process
-from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.official import Kinetics, find_hmdb51, find_kinetics, find_ucf101
@@ -24,6 +22,8 @@ from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates, some_of
 from strata.schema import MANIFEST_NAME, NO_LABEL, Manifest, NormalForm
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
 
 __all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
 

@@ -21,7 +21,6 @@ from PIL import features
 
 from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
-from strata.metrics import Metrics
 from strata.preprocess.driver import ShardBuild, drive, record_path
 from strata.preprocess.manifest import build_manifest, canonical_json, write_manifest
 from strata.preprocess.progress import LogKind, open_progress
@@ -37,6 +36,7 @@ from strata.schema import (
     SourceRow,
     read_manifest,
 )
+from strata.telemetry.metrics import Metrics
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strata.catalogue import CATALOGUE
 from strata.errors import ConfigError, exit_with_one_line
+from strata.telemetry.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARDS = ROOT / "monitoring" / "grafana" / "dashboards"
@@ -741,7 +741,8 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Written by `python tools/dashboards.py` from strata/catalogue.py; do not edit.",
+        "Written by `python tools/dashboards.py` from strata/telemetry/catalogue.toml.",
+        "Do not edit.",
         "",
         "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (of the",
         "straggler over the others from 1). Every series also has the labels `run`, `node`, `rank`",

@@ -22,7 +22,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
 from strata.logs import get_logger
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig

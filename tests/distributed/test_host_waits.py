@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.loop import Trainer
 from tests.commands import TINY

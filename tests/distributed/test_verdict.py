@@ -12,7 +12,7 @@ from strata.dataload.loader import DataConfig
 from strata.dataload.pipeline import ClipPipeline
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.checkpoint import CheckpointConfig
 from strata.train.config import MonitorConfig, TrainConfig
 from strata.train.engine import Engine, EngineConfig

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from strata.hardware import GpuCollector
+from strata.telemetry.gpu import GpuCollector
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

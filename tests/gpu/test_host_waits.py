@@ -10,7 +10,7 @@ import yaml
 from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.loop import Trainer
 from tests.commands import TINY

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from strata.catalogue import CATALOGUE
+from strata.telemetry.catalogue import CATALOGUE
 from strata.tools.dashboards import ANNOTATIONS, PAGES, ROOT, dashboard, expand, metric_names
 from strata.tools.render_dashboards import page_html, render
 from tests.commands import TINY, free_port, records, scrape

@@ -62,7 +62,15 @@ def test_imports_point_one_way(path: Path):
         ("torch.distributed", {"strata/distributed.py"}),
         ("nvidia.dali", {"dataload/pipeline.py"}),
         ("deepspeed", {"train/engine.py"}),
-        ("prometheus_client", {"strata/metrics.py", "strata/hardware.py"}),
+        (
+            "prometheus_client",
+            {
+                "strata/telemetry/metrics.py",
+                "strata/telemetry/gpu.py",
+                "strata/telemetry/host.py",
+                "strata/telemetry/readings.py",
+            },
+        ),
     ],
 )
 def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
@@ -78,15 +86,13 @@ def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
 
 def test_packages_are_the_folders():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {"strata"}
-    for stage in STAGES:
-        for path in [ROOT / stage, *(ROOT / stage).rglob("*")]:
-            if path.is_dir() and (path / "__init__.py").exists():
-                folders.add("strata." + ".".join(path.relative_to(ROOT).parts))
-    assert set(settings["packages"]) == folders
-    for name, folder in settings["package-dir"].items():
-        expected = name.removeprefix("strata.").replace(".", "/")
-        assert folder == expected
+    folders = {}
+    for top in ("strata", *STAGES):
+        for init in (ROOT / top).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            folders[".".join(parts if top == "strata" else ("strata", *parts))] = "/".join(parts)
+    assert set(settings["packages"]) == set(folders)
+    assert settings["package-dir"] == folders
 
 
 def test_no_file_in_a_run_by_path_folder_shadows_a_module():
@@ -133,5 +139,7 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
         inside = archive.namelist()
     top = {name.split("/")[0] for name in inside}
     assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
+    assert "strata/py.typed" in inside
+    assert "strata/telemetry/catalogue.toml" in inside
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside

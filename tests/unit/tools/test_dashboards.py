@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from strata.catalogue import CATALOGUE
+from strata.telemetry.catalogue import CATALOGUE
 from strata.tools.dashboards import PAGES, ROOT, dashboard, expand, files, metric_names
 
 NAMES = {entry.name for entry in CATALOGUE}

@@ -1,7 +1,7 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
-nothing. What there is to be set stands in strata/catalogue.py.
+nothing. What there is to be set stands in strata/telemetry/catalogue.py.
 """
 
 import base64
@@ -26,9 +26,9 @@ from prometheus_client import (
 from prometheus_client.registry import Collector
 
 import strata
-from strata.catalogue import CATALOGUE, Metric, Role
 from strata.errors import ConfigError
 from strata.logs import get_logger
+from strata.telemetry.catalogue import CATALOGUE, Metric, Role
 
 __all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics", "TargetFile"]
 

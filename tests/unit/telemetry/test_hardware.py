@@ -5,7 +5,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from strata.hardware import GpuCollector, HostCollector, ProcessCollector
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.host import HostCollector, ProcessCollector
 from tests.nvml import FakeNvml
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
-from strata.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
+from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
 from tests.commands import scrape
 
 UNITS = {
