@@ -32,6 +32,17 @@ _UNITS = {
     "operations/second": "flops",
 }
 """Grafana's units for the catalogue's."""
+_METRICS_HEAD = """\
+# Metrics
+
+Written by `python tools/dashboards.py` from strata/telemetry/catalogue.toml. Do not edit.
+
+Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (the ratio of the straggler
+to the others is at least 1). Every series also has the labels `run`, `node`, `rank` and `role` of
+its target file (`--monitor.file_sd`). A gauge without a value is absent, never 0. Losses and health
+are the same on all ranks.
+
+Start with `strata_bound`, which names the bottleneck, and read that part's section next."""
 _RATE_UNITS = {"seconds": "percentunit", "bytes": "Bps"}
 """Grafana's units for a counter's increase per second."""
 
@@ -228,6 +239,11 @@ def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
             for place, query in enumerate(queries)
         ],
     }
+    if panel.named:
+        # Of a range Grafana would show every series that was there at any time of it, so every part
+        # that was once the bottleneck; an instant query has those of now.
+        for target in made["targets"]:
+            target |= {"instant": True, "range": False}
     if panel.kind == "stat":
         made["options"] = {
             "textMode": "name" if panel.named else "auto",
@@ -303,19 +319,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 def metrics_page() -> str:
     """The text of docs/metrics.md."""
-    lines = [
-        "# Metrics",
-        "",
-        "Written by `python tools/dashboards.py` from strata/telemetry/catalogue.toml.",
-        "Do not edit.",
-        "",
-        "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (of the",
-        "straggler over the others from 1). Every series also has the labels `run`, `node`, `rank`",
-        "and `role` of its target file (`--monitor.file_sd`). A gauge without a value is absent,",
-        "never 0. Losses and health are the same on all ranks.",
-        "",
-        "Where to look first: `strata_bound`. Then the section that it names.",
-    ]
+    lines = [_METRICS_HEAD]
     section = ""
     for entry in CATALOGUE:
         if entry.section != section:

@@ -10,7 +10,7 @@ __all__ = ["CATALOGUE", "Metric", "Role", "Section"]
 
 Kind = Literal["counter", "gauge", "histogram"]
 Role = Literal["train", "evaluate", "preprocess"]
-Section = Literal["Verdict", "Training", "Data path", "GPU", "Host", "Process"]
+Section = Literal["Bottleneck", "Training", "Data path", "GPU", "Host", "Process"]
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -212,7 +212,7 @@ def test_every_query_has_data_or_a_reason(watched: Watched):
     for title, reason in without.items():
         page, _, panel = title.partition(": ")
         gpu = page == "gpu" or "GPU" in panel or panel in ("JPEG engines", "Video decoders")
-        assert gpu or panel in ("Videos a second", "Frames a second"), (title, reason)
+        assert gpu or panel in ("Videos per second", "Frames per second"), (title, reason)
 
 
 def test_annotations_and_variables_have_data(watched: Watched):

@@ -71,8 +71,8 @@ def test_a_dashboard_is_complete(uid: str):
     for annotation in made["annotations"]["list"]:
         assert metric_names(annotation["expr"]) <= NAMES
         assert set(re.findall(r"\$(\w+)", annotation["expr"])) <= variables
-    assert made["panels"][0]["title"] == "Is it busy with useful work, and if not, why?"
-    assert made["panels"][1]["title"] == "Bound by"
+    assert made["panels"][0]["title"] == "Is the hardware doing useful work, and if not, why?"
+    assert made["panels"][1]["title"] == "Bottleneck"
     numbers = [p["id"] for p in made["panels"]]
     assert len(set(numbers)) == len(numbers)
     taken: set[tuple[int, int]] = set()
@@ -101,6 +101,22 @@ def test_a_dashboard_is_complete(uid: str):
             assert used <= variables, target
             assert target["datasource"]["uid"] == "strata"
             assert "$" not in literal(target["expr"], made)
+
+
+def test_names_are_those_of_now_and_not_of_the_time_range():
+    stats = [p for made in PAGES.values() for p in made["panels"] if p["type"] == "stat"]
+    for panel in stats:
+        named = panel["options"]["textMode"] == "name"
+        assert [t.get("instant", False) for t in panel["targets"]] == [named], panel["title"]
+    asked: dict[str, bool] = {}
+
+    def ask(expr: str, instant: bool) -> list[dict[str, Any]]:
+        asked[expr] = instant
+        return []
+
+    draw(PAGES["data"], ask)
+    assert asked['max by (run, by) (strata_bound{run=~".*", node=~".*"}) == 1']
+    assert not asked['avg by (run, part) (strata_time_share_ratio{run=~".*", node=~".*"})']
 
 
 def test_a_panel_has_one_source_of_data():
