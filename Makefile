@@ -12,12 +12,13 @@ RUN = $(BIN)/python
 # Files of tests run side by side; 0 runs them in one process, with its output (-s) and its debugger.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test lint types format hooks clean
 
 help:
 	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
 	@echo "make test   set up, then the tests"
 	@echo "make setup  create $(VENV) and install Strata with all it needs (about 7 GB)"
+	@echo "make hooks  run the checks before each commit and push"
 	@echo "make lint | types | format | clean"
 
 setup: $(SETUP)
@@ -42,6 +43,7 @@ test: $(SETUP)
 lint: $(SETUP_DEV)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m codespell_lib
 
 format: $(SETUP_DEV)
 	@$(RUN) -m ruff check --fix .
@@ -53,6 +55,9 @@ types: $(SETUP_DEV)
 	@for f in strata/*; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
 	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
 	@$(RUN) -m pyright --warnings
+
+hooks: $(SETUP_DEV)
+	@$(RUN) -m pre_commit install
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

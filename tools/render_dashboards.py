@@ -24,9 +24,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.dates import AutoDateLocator, DateFormatter, date2num
+from matplotlib.dates import DateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LinearLocator
 
 from strata.config import parse_config
 from strata.errors import ConfigError, StrataError, exit_with_one_line
@@ -178,11 +179,11 @@ def _draw_lines(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None
     if "min" in defaults:
         axes.set_ylim(bottom=defaults["min"])
     axes.yaxis.set_major_formatter(lambda value, _: _number(value, defaults["unit"]))
-    locator = AutoDateLocator(minticks=2, maxticks=5)
-    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_locator(LinearLocator(4))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S", tz=UTC))
     axes.tick_params(colors=_DIM, labelsize=6, length=0)
     axes.grid(color="#2a2c33", linewidth=0.6)
+    axes.set_axisbelow(True)
     handles, names = axes.get_legend_handles_labels()
     axes.legend(
         handles[:_MAX_LEGEND],
@@ -233,15 +234,15 @@ def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
             figure.text(*title, panel["title"], color=_TEXT, fontsize=10, weight="bold")
             continue
         frame = (left / width, bottom / height), wide / width, high / height
-        figure.add_artist(Rectangle(*frame, facecolor=_PANEL, edgecolor="#2a2c33"))
+        figure.add_artist(Rectangle(*frame, facecolor=_PANEL, edgecolor="#2a2c33", zorder=-1))
         figure.text(*title, panel["title"], color=_TEXT, fontsize=7.5, weight="bold")
         series = _series(panel, dashboard, ask)
         lines = bool(series) and panel["type"] != "stat"
         edge, legend = 4, 4
         if lines:
-            edge, legend = 48, 16 + 11 * math.ceil(min(len(series), _MAX_LEGEND) / 2)
+            edge, legend = 48, 20 + 12 * math.ceil(min(len(series), _MAX_LEGEND) / 2)
         place = (left + edge) / width, (bottom + legend) / height
-        size = (wide - edge - 10) / width, (high - legend - 24) / height
+        size = (wide - edge - 22) / width, (high - legend - 24) / height
         axes = figure.add_axes((*place, *size), facecolor=_PANEL)
         axes.set_frame_on(False)
         if lines:

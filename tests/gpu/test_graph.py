@@ -26,7 +26,7 @@ from tests.views import (
     run_graph,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 VIDEO_HEIGHT, VIDEO_WIDTH = 128, 176
 
 

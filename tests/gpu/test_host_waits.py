@@ -16,7 +16,7 @@ from strata.train.loop import Trainer
 from tests.commands import TINY
 from tests.gloo import run_ranks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
 
 def train(world: World, folder: Path, shards: Path) -> int:

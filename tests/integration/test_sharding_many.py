@@ -26,11 +26,9 @@ from strata.preprocess.sources import find_folder
 from strata.schema import read_manifest
 from tests.commands import free_port, scrape
 from tests.integration.test_sharding import (
-    REAL_DATA,
     REPOSITORY,
     SMALL,
     contents,
-    needs_real_data,
     shard,
     shards,
     videos,
@@ -294,11 +292,10 @@ def test_mp4_payload(tmp_path: Path, codec: str) -> None:
         assert error.max() < 3
 
 
-@needs_real_data
 def test_hmdb51_and_kinetics_in_one_command_each(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hmdb, kinetics = REAL_DATA / "hmdb51", REAL_DATA / "kinetics400"
+    hmdb, kinetics = real_data / "hmdb51", real_data / "kinetics400"
     if not (hmdb.is_dir() and kinetics.is_dir()):
         pytest.skip("no HMDB51 or Kinetics clips")
     common = ["--log", "none", "--workers", "2", "--max-rejects", "0"]

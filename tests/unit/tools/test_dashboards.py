@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.colors
+import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from strata.errors import StrataError
 from strata.telemetry.catalogue import CATALOGUE
@@ -170,6 +172,13 @@ def test_a_rendering_follows_the_fields_of_the_json():
     assert tops == [0.5, 1.0]
     colours = [matplotlib.colors.to_hex(area.get_facecolor()[0]) for area in axes.collections]
     assert colours == ["#ff9830", "#73bf69"]
+    # The areas are seen: no frame is drawn over them.
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba()).reshape(-1, 4)[:, :3].tolist()
+    for red, green, blue in ((0xFF, 0x98, 0x30), (0x73, 0xBF, 0x69)):
+        assert pixels.count([red, green, blue]) > 1000
 
 
 def test_a_reducer_that_cannot_be_drawn_is_refused():
