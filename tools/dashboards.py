@@ -51,7 +51,7 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Part of dashboards.yaml; a field that is not known is an error."""
 
 
-class Query(_Strict):
+class Query(_Strict, frozen=True):
     """PromQL with `$on` or `$on_gpu` for the selection by variables, and the legend."""
 
     expr: str
@@ -62,7 +62,7 @@ def _legend(labels: list[str]) -> str:
     return " ".join("rank {{rank}}" if name == "rank" else f"{{{{{name}}}}}" for name in labels)
 
 
-class Panel(_Strict):
+class Panel(_Strict, frozen=True):
     """One panel. Exactly one of `gauge`, `rate` and `queries` is given.
 
     Args:
@@ -125,14 +125,14 @@ class Panel(_Strict):
         return (Query(expr=expr, legend=self.legend or _legend(labels)),), self.unit or unit
 
 
-class Row(_Strict):
+class Row(_Strict, frozen=True):
     """A titled group of panels."""
 
     title: str
     panels: tuple[Panel, ...]
 
 
-class Page(_Strict):
+class Page(_Strict, frozen=True):
     """One dashboard; `uid` names its file and its address."""
 
     uid: str
@@ -141,7 +141,7 @@ class Page(_Strict):
     rows: tuple[Row, ...]
 
 
-class Annotation(_Strict):
+class Annotation(_Strict, frozen=True):
     """Marks on the time axes of a dashboard.
 
     A mark is placed where the query has a value, or, with `value_is_time`, at its value in
@@ -154,7 +154,7 @@ class Annotation(_Strict):
     value_is_time: bool = False
 
 
-class Dashboards(_Strict):
+class Dashboards(_Strict, frozen=True):
     """The content of dashboards.yaml."""
 
     dashboard: dict[str, Any]

@@ -249,7 +249,7 @@ def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
             _draw_lines(axes, panel, series)
             low, most = axes.get_xlim()
             for moment, colour in marks:
-                at = date2num(datetime.fromtimestamp(moment, UTC))
+                at = float(date2num(datetime.fromtimestamp(moment, UTC)))
                 if low <= at <= most:
                     axes.axvline(at, color=colour, linestyle=":", linewidth=0.8)
             continue

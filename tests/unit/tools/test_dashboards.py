@@ -168,9 +168,10 @@ def test_a_rendering_follows_the_fields_of_the_json():
     # Areas on top of each other in their parts' colours: 0.25 and 0.5, on as much again.
     (axes,) = (a for a in figure.axes if a.collections)
     assert axes.get_ylim()[0] == 0
-    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    tops = [np.asarray(area.get_paths()[0].vertices)[:, 1].max() for area in axes.collections]
     assert tops == [0.5, 1.0]
-    colours = [matplotlib.colors.to_hex(area.get_facecolor()[0]) for area in axes.collections]
+    faces = [np.asarray(area.get_facecolor())[0] for area in axes.collections]
+    colours = [matplotlib.colors.to_hex(tuple(face)) for face in faces]
     assert colours == ["#ff9830", "#73bf69"]
     # The areas are seen: no frame is drawn over them.
     canvas = figure.canvas
@@ -201,7 +202,10 @@ def test_marks_are_where_annotations_have_values():
         return []
 
     (axes,) = (a for a in draw(PAGES["data"], ask).axes if a.lines)
-    places = {(round(line.get_xdata()[0] * 86_400), line.get_color()) for line in axes.lines[1:]}
+    places = {
+        (round(float(np.asarray(line.get_xdata())[0]) * 86_400), line.get_color())
+        for line in axes.lines[1:]
+    }
     assert places == {(60, "#5794f2"), (90, "#5794f2"), (0, "#b877d9"), (300, "#b877d9")}
 
 
