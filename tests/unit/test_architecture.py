@@ -1,6 +1,7 @@
 """The direction of imports, the one import name, and names that would shadow others."""
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_imports_point_one_way(path: Path):
         assert module.split(".")[0] not in STAGES, f"{path}: write strata.{module}"
 
 
+def test_no_file_imports_itself_through_others():
+    modules = {}
+    for path in sources():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts if parts[0] == "strata" else ("strata", *parts))
+        modules[name.removesuffix(".__init__")] = path
+    graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a cycle of imports: {' <- '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
@@ -100,7 +114,8 @@ def test_no_file_in_a_run_by_path_folder_shadows_a_module():
     taken |= set(importlib.metadata.packages_distributions())
     for folder in RUN_BY_PATH:
         for path in (ROOT / folder).iterdir():
-            if path.suffix == ".py" and path.stem not in ("__init__", "main"):
+            ours = path.suffix == ".py" or (path / "__init__.py").exists()
+            if ours and path.stem not in ("__init__", "main"):
                 assert path.stem not in taken, f"{path} shadows the module {path.stem}"
 
 
