@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.made import make_shards
 from tests.support.session import marks, not_proven
+from tests.support.shard_folders import make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 

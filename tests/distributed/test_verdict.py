@@ -21,7 +21,7 @@ from strata.train.method import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import ScheduleConfig
 from strata.train.verdict import Verdict
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
 
 _STEPS = 4
 _SCENES: dict[str, dict[str, Any]] = {

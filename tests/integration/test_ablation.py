@@ -19,7 +19,7 @@ import yaml
 
 from strata.errors import ConfigError, StrataError
 from strata.tools.ablation import main
-from tests.commands import ROOT, TINY
+from tests.support.commands import ROOT, TINY
 
 RETRIEVAL = {"protocol": "retrieval", "set": {"device": "cpu", "features.num_clips": 2}}
 PRETRAIN = {

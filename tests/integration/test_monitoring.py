@@ -28,7 +28,7 @@ from PIL import Image
 from strata.telemetry.catalogue import CATALOGUE
 from strata.tools.dashboards import ROOT, dashboards, metric_names
 from strata.tools.render_dashboards import draw, literal, prometheus
-from tests.commands import TINY, free_port, records, scrape
+from tests.support.commands import TINY, free_port, records, scrape
 
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
 PAGES = dashboards()

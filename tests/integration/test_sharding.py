@@ -22,7 +22,7 @@ from strata.preprocess.cli import closing_table, main, parse_command, run_comman
 from strata.preprocess.driver import WorkerError
 from strata.schema import FrameTable, NormalForm, read_manifest
 from strata.strip import assemble_strip
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--width", "64", "--height", "48", "--min-frames", "5", "--samples-per-shard", "4"]

@@ -17,7 +17,7 @@ from strata.preprocess.cli import main
 from strata.preprocess.manifest import digest_of, write_manifest
 from strata.schema import NormalForm, read_manifest
 from tests.integration.test_sharding import shard, shards, videos
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 __all__ = ["shards", "videos"]
 

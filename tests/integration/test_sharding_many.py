@@ -24,7 +24,6 @@ from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import find_folder
 from strata.schema import read_manifest
-from tests.commands import free_port, scrape
 from tests.integration.test_sharding import (
     REPOSITORY,
     SMALL,
@@ -33,7 +32,8 @@ from tests.integration.test_sharding import (
     shards,
     videos,
 )
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import free_port, scrape
+from tests.support.source_videos import moving_scene, write_video
 
 __all__ = ["shards", "videos"]
 

@@ -12,7 +12,7 @@ from strata.dataload import pipeline
 from strata.dataload.augment import ViewParameters, colour_transforms
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reference import decode_strip, reference_view
-from tests.views import (
+from tests.support.graph_cases import (
     CASES,
     FRAMES,
     HEIGHT,

@@ -10,7 +10,7 @@ import pytest
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip
 from strata.errors import ShardError
-from tests.made import HEIGHT, moving_picture
+from tests.support.shard_folders import HEIGHT, moving_picture
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.host import HostCollector, ProcessCollector
-from tests.nvml import FakeNvml
+from tests.support.fake_nvml import FakeNvml
 
 
 def read(collector: GpuCollector) -> dict[str, float]:

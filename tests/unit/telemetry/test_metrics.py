@@ -13,7 +13,7 @@ import pytest
 
 from strata.errors import ConfigError
 from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
-from tests.commands import scrape
+from tests.support.commands import scrape
 
 UNITS = {
     "seconds": ("_seconds", "_seconds_total"),

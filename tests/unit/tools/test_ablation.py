@@ -13,7 +13,7 @@ from strata.errors import ConfigError
 from strata.tools.ablation import AblateConfig, gpu_shares, main, pretraining
 from strata.tools.launch import program
 from strata.train.config import TrainConfig
-from tests.commands import ROOT
+from tests.support.commands import ROOT
 
 GRIDS = sorted((ROOT / "configs" / "ablate").glob("*.yaml"))
 
