@@ -12,12 +12,13 @@ RUN = $(BIN)/python
 # Files of tests run side by side; 0 runs them in one process, with its output (-s) and its debugger.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup demo test lint types format supply clean
+.PHONY: help setup demo test lint types format supply hooks clean
 
 help:
 	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
 	@echo "make test   set up, then the tests"
 	@echo "make setup  create $(VENV) and install Strata with all it needs (about 7 GB)"
+	@echo "make hooks  run the checks before each commit and push"
 	@echo "make lint | types | format | clean"
 	@echo "make supply known vulnerabilities, licences, tests on the lowest versions allowed"
 
@@ -43,6 +44,7 @@ test: $(SETUP)
 lint: $(SETUP_DEV)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) -m codespell_lib
 
 format: $(SETUP_DEV)
 	@$(RUN) -m ruff check --fix .
@@ -51,12 +53,15 @@ format: $(SETUP_DEV)
 # The folders are subpackages of strata by pyproject.toml; a type checker wants to see them so.
 types: $(SETUP_DEV)
 	@rm -rf $(VENV)/typecheck && mkdir -p $(VENV)/typecheck/strata
-	@for f in strata/*.py; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
+	@for f in strata/*; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
 	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
 	@$(RUN) -m pyright --warnings
 
 supply: $(SETUP_DEV)
 	@$(RUN) .ci/supply_chain.py
+
+hooks: $(SETUP_DEV)
+	@$(RUN) -m pre_commit install
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

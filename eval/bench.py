@@ -28,10 +28,10 @@ from strata.eval.page import Page, write_page
 from strata.eval.pixels import PIXEL_MAPS, PixelMaps, PixelMapsChoice
 from strata.eval.record import PairResult, set_sizes, table, write_record
 from strata.eval.report import build_page
-from strata.exporter import export_process
 from strata.files import FolderLock
-from strata.hardware import GpuCollector
-from strata.metrics import ExporterConfig, Metrics
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
 from strata.train.checkpoint import (
     RunState,
     backbone_config,

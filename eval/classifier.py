@@ -23,7 +23,7 @@ from strata.distributed import World, any_true, barrier, gather, mean_over_ranks
 from strata.errors import CheckpointError, ConfigError, StrataError
 from strata.eval.accuracy import Accuracy, ClassSpace, measure_accuracy
 from strata.logs import get_logger
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train import checkpoint
 from strata.train.checkpoint import CheckpointConfig, RunState
 from strata.train.encode import VideoClips, over_videos

@@ -17,7 +17,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
 from strata.files import open_atomic
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.encode import LEVELS, VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 

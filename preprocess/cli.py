@@ -15,10 +15,8 @@ import yaml
 
 from strata.decoding import Damaged
 from strata.errors import ConfigError, ShardError
-from strata.exporter import export_process
 from strata.files import FolderLock
 from strata.limits import usable_cpus
-from strata.metrics import ExporterConfig, Metrics
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.kinetics import Kinetics, find_kinetics
@@ -29,6 +27,8 @@ from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.sources import SourceSet, find_folder, mark_duplicates
 from strata.schema import MANIFEST_NAME, NO_LABEL, SAMPLES_NAME, Manifest, NormalForm
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
 
 __all__ = ["ShardCommand", "closing_table", "main", "parse_command", "run_command", "slice_of"]
 

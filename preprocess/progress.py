@@ -9,7 +9,7 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 
 __all__ = ["JsonLog", "LogKind", "Progress", "open_progress"]
 

@@ -25,7 +25,6 @@ from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
 from strata.files import write_atomic
 from strata.manifest import build_manifest, canonical_json, read_manifest, write_manifest
-from strata.metrics import Metrics
 from strata.preprocess.driver import ShardBuild, ShardRecord, drive, record_path
 from strata.preprocess.listing import is_ignored
 from strata.preprocess.progress import LogKind, open_progress
@@ -40,6 +39,7 @@ from strata.schema import (
     ShardEntry,
     SourceRow,
 )
+from strata.telemetry.metrics import Metrics
 from strata.untrusted import checked_name, decode_json
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]

@@ -6,9 +6,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.made import make_shards
+from tests.support.session import marks, not_proven
+from tests.support.shard_folders import make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder and by the fixture `real_data`, before -m selects."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        for mark in marks(folder, getattr(item, "fixturenames", ())):
+            item.add_marker(mark)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what this run did not prove, and why."""
+    stats = terminalreporter.stats
+    terminalreporter.section("not proven by this run")
+    for line in not_proven(stats.get("skipped", ()), len(stats.get("deselected", ()))):
+        terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

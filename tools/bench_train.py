@@ -29,7 +29,7 @@ from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world
 from strata.errors import ConfigError, StrataError
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.budget import memory_estimate, step_cost
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device

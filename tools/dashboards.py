@@ -1,25 +1,25 @@
-"""Write the Grafana dashboards and docs/metrics.md from the catalogue; or render the dashboards.
+"""Write what is generated from the catalogue of metrics: Grafana's dashboards and docs/metrics.md.
 
-python tools/dashboards.py                      writes both
-python tools/dashboards.py --render URL DIR     pictures of what the Prometheus at URL has now
+python tools/dashboards.py
+
+The dashboards are described in monitoring/dashboards.yaml, whose head explains its fields.
 """
 
 import json
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from strata.catalogue import CATALOGUE
-from strata.errors import ConfigError, exit_with_one_line
+import msgspec
+
+from strata.telemetry.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
-DASHBOARDS = ROOT / "monitoring" / "grafana" / "dashboards"
+FOLDER = ROOT / "monitoring" / "grafana" / "dashboards"
 DATASOURCE = {"type": "prometheus", "uid": "strata"}
 GRID = 24
-_HEIGHT = 7
+_HEIGHTS = {"stat": 4, "timeseries": 7}
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 _UNITS = {
     "ratio": "percentunit",
@@ -32,616 +32,218 @@ _UNITS = {
     "operations/second": "flops",
 }
 """Grafana's units for the catalogue's."""
+_METRICS_HEAD = """\
+# Metrics
+
+Written by `python tools/dashboards.py` from strata/telemetry/catalogue.toml. Do not edit.
+
+Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (the ratio of the straggler
+to the others is at least 1). Every series also has the labels `run`, `node`, `rank` and `role` of
+its target file (`--monitor.file_sd`). A gauge without a value is absent, never 0. Losses and health
+are the same on all ranks.
+
+Start with `strata_bound`, which names the bottleneck, and read that part's section next."""
+_RATE_UNITS = {"seconds": "percentunit", "bytes": "Bps"}
+"""Grafana's units for a counter's increase per second."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One picture of a dashboard.
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Part of dashboards.yaml; a field that is not known is an error."""
+
+
+class Query(_Strict, frozen=True):
+    """PromQL with `$on` or `$on_gpu` for the selection by variables, and the legend."""
+
+    expr: str
+    legend: str
+
+
+def _legend(labels: list[str]) -> str:
+    return " ".join("rank {{rank}}" if name == "rank" else f"{{{{{name}}}}}" for name in labels)
+
+
+class Panel(_Strict, frozen=True):
+    """One panel. Exactly one of `gauge`, `rate` and `queries` is given.
 
     Args:
-        title: Above it.
-        queries: PromQL with `$on` for the selection by the variables, and the legend.
-        unit: Grafana's name of the unit.
+        title: Shown above it.
+        gauge: A metric, shown as it is or as its maximum `by` some labels.
+        rate: A counter, whose increase per second is summed `by` some labels.
+        queries: PromQL in full.
+        by: Labels that stay; of a rate `run` if empty.
+        legend: Replaces the one made of the labels.
+        unit: Grafana's name of the unit; replaces the catalogue's.
         kind: Grafana's type of panel.
         width: Of 24 columns.
-        named: Whether a stat shows the names of its series; their values are always 1.
+        named: Whether a stat shows the names of its series instead of their values.
         stacked: Whether lines are areas on top of each other.
-        levels: Colours from a value on, for a stat; the first from minus infinity.
         parts: Whether series are parts of a step's time, each in its colour.
+        levels: Colours of a stat and the value from which each is used; the first also below.
     """
 
     title: str
-    queries: tuple[tuple[str, str], ...]
-    unit: str = "short"
-    kind: str = "timeseries"
+    gauge: str = ""
+    rate: str = ""
+    queries: tuple[Query, ...] = ()
+    by: list[str] = []
+    legend: str = ""
+    unit: str = ""
+    kind: Literal["timeseries", "stat"] = "timeseries"
     width: int = 8
     named: bool = False
     stacked: bool = False
-    levels: tuple[tuple[float, str], ...] = ()
     parts: bool = False
+    levels: dict[str, float] = {}
 
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the catalogue that its queries use."""
-        return sorted({n for query, _ in self.queries for n in metric_names(query)})
+    def __post_init__(self) -> None:
+        """Check that there is one source of data.
 
-    @property
-    def no_data(self) -> str:
-        """What stands in an empty panel's place: when that is as it should be."""
-        reasons = []
-        for entry in map(_ENTRIES.__getitem__, self.metrics):
-            if "train" not in entry.roles:
-                reasons.append(f"outside of {', '.join(entry.roles)}")
-            elif entry.absent:
-                reasons.append(entry.absent[0].lower() + entry.absent[1:].rstrip("."))
-        if not reasons:
-            return "no data: no run is watched"
-        if self.kind == "stat":  # Small: one reason, short.
-            reasons = [reasons[-1].partition(",")[0]]
-        return "no data, as is normal " + "; ".join(dict.fromkeys(reasons))
+        Raises:
+            ValueError: There is none or more than one, or the metric is not in the catalogue.
+        """
+        if bool(self.gauge) + bool(self.rate) + bool(self.queries) != 1:
+            raise ValueError(f"panel {self.title!r}: give one of gauge, rate and queries")
+        if not self.queries and self.gauge + self.rate not in _ENTRIES:
+            raise ValueError(f"panel {self.title!r}: {self.gauge + self.rate} is not a metric")
+
+    def expanded(self) -> tuple[tuple[Query, ...], str]:
+        """The queries in full, and Grafana's unit."""
+        if self.queries:
+            return self.queries, self.unit or "short"
+        entry = _ENTRIES[self.gauge + self.rate]
+        labels = self.by
+        if self.rate:
+            labels = labels or ["run"]
+            expr = f"sum by ({', '.join(labels)}) (rate({self.rate}{{$on}}[$__rate_interval]))"
+        else:
+            gpu = "gpu" in entry.labels
+            expr = f"{self.gauge}{{{'$on_gpu' if gpu else '$on'}}}"
+            if labels:
+                expr = f"max by ({', '.join(labels)}) ({expr})"
+            labels = labels or [*(["node"] if gpu else ["run", "rank"]), *entry.labels]
+        unit = (_RATE_UNITS if self.rate else _UNITS).get(entry.unit, "short")
+        return (Query(expr=expr, legend=self.legend or _legend(labels)),), self.unit or unit
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dashboard:
-    """One page.
+class Row(_Strict, frozen=True):
+    """A titled group of panels."""
 
-    Args:
-        uid: Of its file and its address.
-        title: For people.
-        variables: Names of its selections: run, node, gpu.
-        rows: Titled groups of panels.
-    """
+    title: str
+    panels: tuple[Panel, ...]
+
+
+class Page(_Strict, frozen=True):
+    """One dashboard; `uid` names its file and its address."""
 
     uid: str
     title: str
-    variables: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Panel, ...]], ...]
+    variables: list[str]
+    rows: tuple[Row, ...]
 
-    @property
-    def panels(self) -> list[Panel]:
-        """All, in order."""
-        return [panel for _, panels in self.rows for panel in panels]
+
+class Annotation(_Strict, frozen=True):
+    """Marks on the time axes of a dashboard.
+
+    A mark is placed where the query has a value, or, with `value_is_time`, at its value in
+    milliseconds.
+    """
+
+    name: str
+    colour: str
+    expr: str
+    value_is_time: bool = False
+
+
+class Dashboards(_Strict, frozen=True):
+    """The content of dashboards.yaml."""
+
+    dashboard: dict[str, Any]
+    variable: dict[str, Any]
+    variables: dict[str, str]
+    annotations: tuple[Annotation, ...]
+    part_colours: dict[str, str]
+    pages: tuple[Page, ...]
 
 
 def metric_names(query: str) -> set[str]:
-    """The catalogue's names in a query; a histogram's series count as its own."""
+    """The catalogue's names in a query; a histogram's series count as the histogram."""
     found = re.findall(r"\bstrata_[a-z0-9_]+", query)
     return {re.sub(r"_(bucket|count|sum)$", "", n) if n not in _ENTRIES else n for n in found}
 
 
-def _plain(name: str, legend: str, title: str = "", by: str = "", **more: Any) -> Panel:
-    """A gauge as it is, or its largest `by` some labels: what all ranks say alike is shown once."""
-    entry = _ENTRIES[name]
-    more.setdefault("unit", _UNITS.get(entry.unit, "short"))
-    gpu = name.startswith("strata_gpu_")
-    query = name + ('{$on, gpu=~"$gpu"}' if gpu else "{$on}")
-    if by:
-        query = f"max by ({by}) ({query})"
-    return Panel(title=title or entry.help, queries=((query, legend),), **more)
+def _select(query: str, page: Page) -> str:
+    """Replace `$on` and `$on_gpu` by a page's variables."""
+    on = [f'{name}=~"${name}"' for name in page.variables]
+    query = query.replace("$on_gpu", ", ".join(on))
+    return query.replace("$on", ", ".join(s for s in on if not s.startswith("gpu")))
 
 
-def _health(measures: str, title: str, *more: tuple[str, str]) -> Panel:
-    """Those measures of health that share a scale, and further queries with their legends."""
-    query = f'max by (run, measure) (strata_health{{$on, measure=~"{measures}"}})'
-    return Panel(title=title, queries=((query, "{{run}} {{measure}}"), *more))
+def _no_value(panel: Panel, names: list[str]) -> str:
+    """The text of an empty panel: when it is expected to be empty."""
+    reasons = []
+    for entry in map(_ENTRIES.__getitem__, names):
+        if "train" not in entry.roles:
+            reasons.append(f"outside of {', '.join(entry.roles)}")
+        elif entry.absent:
+            reasons.append(entry.absent[0].lower() + entry.absent[1:].rstrip("."))
+    if not reasons:
+        return "no data: no run is watched"
+    if panel.kind == "stat":  # Little space: one short reason.
+        reasons = [reasons[-1].partition(",")[0]]
+    return "no data, as is normal " + "; ".join(dict.fromkeys(reasons))
 
 
-def _rate(name: str, legend: str, title: str, unit: str, by: str = "run", **more: Any) -> Panel:
-    """A counter a second."""
-    query = f"sum by ({by}) (rate({name}{{$on}}[$__rate_interval]))"
-    return Panel(title=title, queries=((query, legend),), unit=unit, **more)
-
-
-_RANK = "{{run}} rank {{rank}}"
-_GPU = "{{node}} {{gpu}}"
-PART_COLOURS = {
-    "compute": "green",
-    "data": "orange",
-    "communication": "blue",
-    "host": "purple",
-    "checkpoint": "yellow",
-}
-_HEALTH = (
-    "embedding_std|cosine_altered_.*|graph_off_diagonal_mass",
-    "embedding_effective_rank|.*prototypes_in_use|graph_.*_partners",
-    ".*entropy_nats",
-)
-"""Measures of health, by scale."""
-_GRAPH_IDENTITY = (
-    'max by (run) (strata_health{$on, measure="graph_off_diagonal_mass"}) < 0.001',
-    "{{run}}: the graph is the identity, L_gr a plain contrast",
-)
-"""A series that is there, with these words, only while it is so; the limit is train/health.py's."""
-_VERDICT_ROW = (
-    "Is it busy with useful work, and if not, why?",
-    (
-        Panel(
-            title="Bound by",
-            queries=(("max by (run, by) (strata_bound{$on}) == 1", "{{run}}: {{by}}"),),
-            kind="stat",
-            width=6,
-            named=True,
-            parts=True,
-        ),
-        Panel(
-            title="Time in useful work",
-            queries=(('avg by (run) (strata_time_share_ratio{$on, part="compute"})', "{{run}}"),),
-            unit="percentunit",
-            kind="stat",
-            width=4,
-            levels=((0.0, "red"), (0.5, "orange"), (0.8, "green")),
-        ),
-        Panel(
-            title="GPU busy",
-            queries=(
-                (
-                    'avg by (run) (strata_gpu_sm_activity_ratio{$on, gpu=~"$gpu"})'
-                    ' or avg by (run) (strata_gpu_utilization_ratio{$on, gpu=~"$gpu"})',
-                    "{{run}}",
-                ),
-            ),
-            unit="percentunit",
-            kind="stat",
-            width=4,
-            levels=((0.0, "red"), (0.3, "orange"), (0.6, "green")),
-        ),
-        Panel(
-            title="The slowest rank over the others",
-            queries=(("max by (run) (strata_straggler_ratio{$on})", "{{run}}"),),
-            unit="percentunit",
-            kind="stat",
-            width=5,
-            levels=((0.0, "green"), (1.1, "orange"), (1.2, "red")),
-        ),
-        Panel(
-            title="If data: read or decoding",
-            queries=(("max by (run, part) (strata_data_bound_by{$on}) == 1", "{{run}}: {{part}}"),),
-            kind="stat",
-            width=5,
-            named=True,
-        ),
-        Panel(
-            title="Where the slowest rank's time goes",
-            queries=(("avg by (run, part) (strata_time_share_ratio{$on})", "{{run}} {{part}}"),),
-            unit="percentunit",
-            width=12,
-            stacked=True,
-            parts=True,
-        ),
-        _plain(
-            "strata_own_step_seconds", _RANK, "Time of a step without waiting, by rank", width=12
-        ),
-    ),
-)
-
-_GPU_PAGE = Dashboard(
-    uid="gpu",
-    title="Strata: GPU utilisation",
-    variables=("run", "node", "gpu"),
-    rows=(
-        _VERDICT_ROW,
-        (
-            "Engines",
-            (
-                _plain("strata_gpu_utilization_ratio", _GPU, "Any kernel running"),
-                _plain("strata_gpu_sm_activity_ratio", _GPU, "SM activity"),
-                _plain("strata_gpu_tensor_activity_ratio", _GPU, "Tensor cores"),
-                _plain("strata_gpu_memory_bandwidth_ratio", _GPU, "Memory bandwidth"),
-                _plain("strata_gpu_jpeg_utilization_ratio", _GPU, "JPEG engines"),
-                _plain("strata_gpu_decoder_utilization_ratio", _GPU, "Video decoders"),
-                _plain("strata_mfu_ratio", _RANK, "MFU: model FLOPs utilisation"),
-                _plain("strata_gpu_sm_occupancy_ratio", _GPU, "SM occupancy"),
-                _plain("strata_gpu_up", _GPU, "GPU answers"),
-            ),
-        ),
-        (
-            "Memory, power, clocks",
-            (
-                Panel(
-                    title="Device memory in use",
-                    queries=(
-                        (
-                            'strata_gpu_memory_used_bytes{$on, gpu=~"$gpu"}'
-                            " / strata_gpu_memory_total_bytes",
-                            _GPU,
-                        ),
-                    ),
-                    unit="percentunit",
-                ),
-                Panel(
-                    title="Power",
-                    queries=(
-                        ('strata_gpu_power_watts{$on, gpu=~"$gpu"}', _GPU),
-                        (
-                            'rate(strata_gpu_energy_joules_total{$on, gpu=~"$gpu"}'
-                            "[$__rate_interval])",
-                            f"{_GPU} mean",
-                        ),
-                    ),
-                    unit="watt",
-                ),
-                _plain("strata_gpu_temperature_celsius", _GPU, "Temperature"),
-                _plain("strata_gpu_clock_hertz", _GPU + " {{domain}}", "Clocks"),
-                _plain("strata_gpu_throttled", _GPU + " {{reason}}", "Clocks held down by"),
-                Panel(
-                    title="Samples a kilojoule",
-                    queries=(
-                        (
-                            "1000 * sum by (run) (rate(strata_samples_total{$on}"
-                            "[$__rate_interval])) / sum by (run) (rate("
-                            "strata_gpu_energy_joules_total{$on}[$__rate_interval]))",
-                            "{{run}}",
-                        ),
-                    ),
-                ),
-            ),
-        ),
-        (
-            "Links",
-            (
-                _plain("strata_gpu_pcie_bytes_per_second", _GPU + " {{direction}}", "PCIe"),
-                _plain("strata_gpu_nvlink_bytes_per_second", _GPU + " {{direction}}", "NVLink"),
-                _rate(
-                    "strata_host_network_bytes_total",
-                    "{{node}} {{direction}}",
-                    "Network of the node",
-                    "Bps",
-                    by="node, direction",
-                ),
-            ),
-        ),
-    ),
-)
-
-_TRAINING_PAGE = Dashboard(
-    uid="training",
-    title="Strata: training",
-    variables=("run", "node"),
-    rows=(
-        _VERDICT_ROW,
-        (
-            "Progress",
-            (
-                _plain("strata_step", "{{run}}", "Step", by="run", kind="stat", width=4),
-                _plain("strata_epoch", "{{run}}", "Epoch", by="run", kind="stat", width=4),
-                _plain("strata_stage", "{{run}}", "Stage", by="run", kind="stat", width=4),
-                Panel(
-                    title="Age of the last checkpoint",
-                    queries=(
-                        (
-                            "time() - max by (run) "
-                            "(strata_checkpoint_last_success_timestamp_seconds{$on})",
-                            "{{run}}",
-                        ),
-                    ),
-                    unit="s",
-                    kind="stat",
-                    width=4,
-                ),
-                _plain(
-                    "strata_restarts_total", "{{run}}", "Restarts", by="run", kind="stat", width=4
-                ),
-                Panel(
-                    title="Steps that were not finite, records lost",
-                    queries=(
-                        ("max by (run) (strata_skipped_steps_total{$on})", "{{run}} steps"),
-                        ("max by (run) (strata_log_records_lost_total{$on})", "{{run}} records"),
-                    ),
-                    kind="stat",
-                    width=4,
-                ),
-            ),
-        ),
-        (
-            "Learning",
-            (
-                _plain("strata_loss", "{{run}} {{term}}", "Loss terms", by="run, term", width=12),
-                Panel(
-                    title="Loss terms over what they are at chance",
-                    queries=(
-                        (
-                            "max by (run, term) (strata_loss{$on}) / "
-                            "max by (run, term) (strata_loss_chance{$on})",
-                            "{{run}} {{term}}",
-                        ),
-                    ),
-                    unit="percentunit",
-                    width=12,
-                ),
-                _health(
-                    _HEALTH[0],
-                    "Health: spread, cosines of altered clips, off the diagonal",
-                    _GRAPH_IDENTITY,
-                ),
-                _health(_HEALTH[1], "Health: effective rank, prototypes in use, partners"),
-                _health(_HEALTH[2], "Health: entropy of the prototypes in use, nats"),
-                _plain("strata_learning_rate", "{{run}}", "Learning rate", by="run", width=12),
-                _plain("strata_grad_norm", "{{run}}", "Norm of the gradient", by="run", width=12),
-                Panel(
-                    title="Retrieval and Top-1 on the labelled set of `probe`, and at chance",
-                    queries=(
-                        ("max by (run, k) (strata_probe_recall_ratio{$on})", "{{run}} R@{{k}}"),
-                        (
-                            "max by (run, readout) (strata_probe_accuracy_ratio{$on})",
-                            "{{run}} Top-1 {{readout}}",
-                        ),
-                        (
-                            'max by (run) (strata_probe_chance_ratio{$on, k="1"})',
-                            "{{run}} R@1 at chance",
-                        ),
-                    ),
-                    unit="percentunit",
-                    width=12,
-                ),
-                _plain(
-                    "strata_probe_epoch",
-                    "{{run}}",
-                    "Epoch of the last retrieval",
-                    by="run",
-                    width=6,
-                ),
-                _rate(
-                    "strata_probe_seconds_total",
-                    _RANK,
-                    "Share of time in retrieval",
-                    "percentunit",
-                    by="run, rank",
-                    width=6,
-                ),
-            ),
-        ),
-        (
-            "Speed",
-            (
-                _rate("strata_samples_total", "{{run}}", "Samples a second", "short"),
-                _rate("strata_clips_total", "{{run}}", "Clips a second", "short"),
-                _plain(
-                    "strata_samples_per_second",
-                    "{{run}}",
-                    "Samples a second, last interval",
-                    by="run",
-                ),
-                Panel(
-                    title="Time of a step",
-                    queries=tuple(
-                        (
-                            f"histogram_quantile({q}, sum by (run, le) (rate("
-                            "strata_step_duration_seconds_bucket{$on}[$__rate_interval])))",
-                            f"{{{{run}}}} {name}",
-                        )
-                        for q, name in ((0.5, "median"), (0.95, "95 %"))
-                    ),
-                    unit="s",
-                ),
-                _plain(
-                    "strata_straggler_ratio", "{{run}}", "Slowest rank over the others", by="run"
-                ),
-                _plain("strata_straggler_rank", "{{run}}", "Slowest rank", by="run"),
-                _rate("strata_steps_total", _RANK, "Steps a second", "short", by="run, rank"),
-                _plain("strata_model_flops_per_second", _RANK, "Operations a second"),
-                _rate(
-                    "strata_device_seconds_total",
-                    _RANK,
-                    "Share of time in steps",
-                    "percentunit",
-                    by="run, rank",
-                ),
-                _rate(
-                    "strata_optimizer_seconds_total",
-                    _RANK,
-                    "Share of time in the optimizer",
-                    "percentunit",
-                    by="run, rank",
-                ),
-                _rate(
-                    "strata_communication_seconds_total",
-                    _RANK,
-                    "Share of time in communication",
-                    "percentunit",
-                    by="run, rank",
-                ),
-                _rate(
-                    "strata_checkpoint_seconds_total",
-                    _RANK,
-                    "Share of time waiting for checkpoints",
-                    "percentunit",
-                    by="run, rank",
-                ),
-                Panel(
-                    title="Checkpoints: until whole, and what training waited",
-                    queries=(
-                        ("strata_checkpoint_duration_seconds{$on}", "{{run}} whole"),
-                        ("strata_checkpoint_blocked_seconds{$on}", f"{_RANK} waited"),
-                    ),
-                    unit="s",
-                ),
-                Panel(
-                    title="Version",
-                    queries=(
-                        (
-                            "count by (run, version) (strata_build_info{$on})",
-                            "{{run}}: {{version}}",
-                        ),
-                    ),
-                    kind="stat",
-                    named=True,
-                ),
-            ),
-        ),
-    ),
-)
-
-_DATA_PAGE = Dashboard(
-    uid="data",
-    title="Strata: data path",
-    variables=("run", "node"),
-    rows=(
-        _VERDICT_ROW,
-        (
-            "Loader",
-            (
-                _rate(
-                    "strata_data_wait_seconds_total",
-                    _RANK,
-                    "Share of time waiting for data",
-                    "percentunit",
-                    by="run, rank",
-                ),
-                _plain("strata_data_wait_ratio", _RANK, "The same, last interval"),
-                _plain("strata_loader_queue_depth", _RANK, "Batches ready"),
-                _rate(
-                    "strata_loader_seconds_total",
-                    _RANK + " {{part}}",
-                    "The loader's thread: reading and decoding",
-                    "percentunit",
-                    by="run, rank, part",
-                ),
-                _rate("strata_frames_decoded_total", "{{run}}", "Frames decoded a second", "short"),
-                _rate("strata_bytes_read_total", "{{run}}", "Coded bytes a second", "Bps"),
-                _plain("strata_decode_faults_total", _RANK, "Samples that failed to decode"),
-                _plain("strata_gpu_jpeg_utilization_ratio", _GPU, "JPEG engines"),
-                _plain("strata_gpu_decoder_utilization_ratio", _GPU, "Video decoders"),
-            ),
-        ),
-        (
-            "Host",
-            (
-                Panel(
-                    title="Cores in use, by mode",
-                    queries=(
-                        (
-                            "sum by (node, mode) (rate(strata_host_cpu_seconds_total"
-                            '{$on, mode!="idle"}[$__rate_interval]))',
-                            "{{node}} {{mode}}",
-                        ),
-                        ("max by (node) (strata_host_cpus{$on})", "{{node}} there are"),
-                    ),
-                ),
-                _rate(
-                    "strata_process_cpu_seconds_total",
-                    _RANK,
-                    "Cores in use by each process",
-                    "short",
-                    by="run, rank",
-                ),
-                Panel(
-                    title="Memory",
-                    queries=(
-                        ("max by (node) (strata_host_memory_total_bytes{$on})", "{{node}} total"),
-                        (
-                            "max by (node) (strata_host_memory_available_bytes{$on})",
-                            "{{node}} available",
-                        ),
-                        ("strata_process_resident_memory_bytes{$on}", _RANK),
-                    ),
-                    unit="bytes",
-                ),
-                _plain("strata_host_shm_free_bytes", "{{node}}", "Free shared memory"),
-                Panel(
-                    title="Free disk",
-                    queries=(
-                        ("strata_disk_free_bytes{$on}", "{{run}} {{place}}"),
-                        ("strata_disk_size_bytes{$on}", "{{run}} {{place}} size"),
-                    ),
-                    unit="bytes",
-                ),
-                _rate(
-                    "strata_host_disk_bytes_total",
-                    "{{node}} {{direction}}",
-                    "Disks",
-                    "Bps",
-                    by="node, direction",
-                ),
-            ),
-        ),
-        (
-            "Preprocessing",
-            (
-                _rate(
-                    "strata_videos_sharded_total",
-                    "{{run}} {{outcome}}",
-                    "Videos a second",
-                    "short",
-                    by="run, outcome",
-                    width=12,
-                ),
-                _rate(
-                    "strata_frames_sharded_total", "{{run}}", "Frames a second", "short", width=12
-                ),
-            ),
-        ),
-    ),
-)
-
-PAGES = (_GPU_PAGE, _TRAINING_PAGE, _DATA_PAGE)
-
-
-def expand(query: str, page: Dashboard, *, literal: bool = False) -> str:
-    """A panel's query as Grafana gets it, or with every variable replaced for Prometheus.
-
-    Args:
-        query: With `$on`.
-        page: Whose variables select.
-        literal: Whether nothing of Grafana's is left.
-    """
-    names = [name for name in page.variables if name != "gpu"]
-    query = query.replace("$on", ", ".join(f'{name}=~"${name}"' for name in names))
-    if "gpu" not in page.variables:
-        query = query.replace(', gpu=~"$gpu"', "")
-    if literal:
-        query = re.sub(r'"\$(run|node|gpu)"', '".*"', query)
-        query = query.replace("$__rate_interval", "20s")
-    return query
-
-
-def _describe(panel: Panel) -> str:
+def _description(names: list[str]) -> str:
     lines = []
-    for name in panel.metrics:
-        entry = _ENTRIES[name]
-        line = f"**{name}**: {entry.help} {entry.advice}"
+    for entry in map(_ENTRIES.__getitem__, names):
+        line = f"**{entry.name}**: {entry.help} {entry.advice}"
         lines.append(line + (f" Absent: {entry.absent}" if entry.absent else ""))
     return "\n\n".join(lines)
 
 
-def _panel_json(panel: Panel, page: Dashboard, number: int, x: int, y: int) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"unit": panel.unit, "noValue": panel.no_data}
+def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
+    """A panel as Grafana's JSON, without its number and place."""
+    queries, unit = panel.expanded()
+    names = sorted({name for query in queries for name in metric_names(query.expr)})
+    defaults: dict[str, Any] = {"unit": unit, "noValue": _no_value(panel, names)}
     overrides: list[dict[str, Any]] = []
-    made: dict[str, Any] = {
-        "id": number,
+    if unit == "percentunit":
+        defaults["min"] = 0
+    if panel.stacked:
+        defaults["custom"] = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 50}
+    if panel.levels:
+        steps = [{"color": colour, "value": value} for colour, value in panel.levels.items()]
+        steps[0]["value"] = None  # Minus infinity.
+        defaults["color"] = {"mode": "thresholds"}
+        defaults["thresholds"] = {"mode": "absolute", "steps": steps}
+    elif panel.kind == "stat":
+        defaults["color"] = {"mode": "fixed", "fixedColor": "blue"}
+    for part, colour in colours.items() if panel.parts else ():
+        fixed = {"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}
+        matcher = {"id": "byRegexp", "options": f"/ {part}$/"}
+        overrides.append({"matcher": matcher, "properties": [fixed]})
+    made = {
         "type": panel.kind,
         "title": panel.title,
-        "description": _describe(panel),
+        "description": _description(names),
         "datasource": DATASOURCE,
-        "gridPos": {"x": x, "y": y, "w": panel.width, "h": 4 if panel.kind == "stat" else _HEIGHT},
+        "gridPos": {"w": panel.width, "h": _HEIGHTS[panel.kind]},
         "fieldConfig": {"defaults": defaults, "overrides": overrides},
         "targets": [
             {
                 "refId": chr(ord("A") + place),
                 "datasource": DATASOURCE,
-                "expr": expand(query, page),
-                "legendFormat": legend,
+                "expr": _select(query.expr, page),
+                "legendFormat": query.legend,
             }
-            for place, (query, legend) in enumerate(panel.queries)
+            for place, query in enumerate(queries)
         ],
     }
-    if panel.unit == "percentunit":
-        defaults["min"] = 0
-    if panel.stacked:
-        defaults["custom"] = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 50}
-    if panel.levels:
-        steps = [
-            {"color": colour, "value": value if place else None}
-            for place, (value, colour) in enumerate(panel.levels)
-        ]
-        defaults["color"] = {"mode": "thresholds"}
-        defaults["thresholds"] = {"mode": "absolute", "steps": steps}
-    elif panel.kind == "stat":
-        defaults["color"] = {"mode": "fixed", "fixedColor": "blue"}
-    if panel.parts:
-        for part, colour in PART_COLOURS.items():
-            fixed = {"id": "color", "value": {"mode": "fixed", "fixedColor": colour}}
-            matcher = {"id": "byRegexp", "options": f"/ {part}$/"}
-            overrides.append({"matcher": matcher, "properties": [fixed]})
+    if panel.named:
+        # Of a range Grafana would show every series that was there at any time of it, so every part
+        # that was once the bottleneck; an instant query has those of now.
+        for target in made["targets"]:
+            target |= {"instant": True, "range": False}
     if panel.kind == "stat":
         made["options"] = {
             "textMode": "name" if panel.named else "auto",
@@ -651,134 +253,82 @@ def _panel_json(panel: Panel, page: Dashboard, number: int, x: int, y: int) -> d
     return made
 
 
-def _panels_json(page: Dashboard) -> Iterator[dict[str, Any]]:
+def _panels(page: Page, colours: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows and panels, numbered from 1 and placed from left to right."""
     number, y = 1, 0
-    for title, panels in page.rows:
+    for row in page.rows:
         grid = {"x": 0, "y": y, "w": GRID, "h": 1}
-        yield {"id": number, "type": "row", "title": title, "gridPos": grid, "panels": []}
+        yield {"id": number, "type": "row", "title": row.title, "gridPos": grid, "panels": []}
         number, y, x, tallest = number + 1, y + 1, 0, 0
-        for panel in panels:
+        for panel in row.panels:
             if x + panel.width > GRID:
                 x, y, tallest = 0, y + tallest, 0
-            made = _panel_json(panel, page, number, x, y)
-            yield made
+            made = _panel(panel, page, colours)
+            made["gridPos"] = {"x": x, "y": y, **made["gridPos"]}
+            yield {"id": number, **made}
             number, x = number + 1, x + panel.width
             tallest = max(tallest, made["gridPos"]["h"])
         y += tallest
 
 
-def _variable(name: str) -> dict[str, Any]:
-    source = "strata_gpu_up" if name == "gpu" else "strata_build_info"
-    query = f"label_values({source}, {name})"
+def _variable(name: str, described: Dashboards) -> dict[str, Any]:
+    query = f"label_values({described.variables[name]}, {name})"
     return {
         "name": name,
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": query, "refId": name},
         "definition": query,
-        "refresh": 2,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
+        **described.variable,
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Annotation:
-    """Marks on all of a dashboard's time axes.
-
-    Args:
-        name: For people.
-        colour: Of the marks.
-        query: PromQL with `$on`.
-        value_is_time: Whether its value, in milliseconds, is where the mark goes; otherwise it
-            goes where the query has a value.
-    """
-
-    name: str
-    colour: str
-    query: str
-    value_is_time: bool = False
-
-
-ANNOTATIONS = (
-    Annotation(
-        name="Checkpoint",
-        colour="blue",
-        query="1000 * max by (run) (strata_checkpoint_last_success_timestamp_seconds{$on})",
-        value_is_time=True,
-    ),
-    Annotation(
-        name="Stage",
-        colour="purple",
-        query="max by (run) (changes(strata_stage{$on}[1m])) > 0",
-    ),
-)
-
-
-def _annotation(made: Annotation, page: Dashboard) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "name": made.name,
+def _annotation(annotation: Annotation, page: Page) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "name": annotation.name,
         "enable": True,
         "datasource": DATASOURCE,
-        "iconColor": made.colour,
-        "expr": expand(made.query, page),
-        "titleFormat": f"{made.name} ({{{{run}}}})",
+        "iconColor": annotation.colour,
+        "expr": _select(annotation.expr, page),
+        "titleFormat": f"{annotation.name} ({{{{run}}}})",
     }
-    # A word, as Grafana's own form writes it.
-    return found | ({"useValueForTime": "on"} if made.value_is_time else {})
+    # Grafana's own form writes the word "on", not true.
+    return made | ({"useValueForTime": "on"} if annotation.value_is_time else {})
 
 
-def dashboard(page: Dashboard) -> dict[str, Any]:
-    """A page as Grafana's JSON."""
+def dashboards() -> dict[str, dict[str, Any]]:
+    """Every dashboard as Grafana's JSON, by its `uid` without the prefix.
+
+    Raises:
+        msgspec.ValidationError: dashboards.yaml has an unknown, missing or wrong field.
+    """
+    text = (ROOT / "monitoring" / "dashboards.yaml").read_bytes()
+    described = msgspec.yaml.decode(text, type=Dashboards)
     return {
-        "uid": f"strata-{page.uid}",
-        "title": page.title,
-        "tags": ["strata"],
-        "schemaVersion": 39,
-        "version": 1,
-        "editable": True,
-        "timezone": "browser",
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "graphTooltip": 1,
-        "links": [
-            {"type": "dashboards", "title": "Strata", "tags": ["strata"], "asDropdown": False}
-        ],
-        "templating": {"list": [_variable(name) for name in page.variables]},
-        "annotations": {"list": [_annotation(made, page) for made in ANNOTATIONS]},
-        "panels": list(_panels_json(page)),
+        page.uid: {
+            "uid": f"strata-{page.uid}",
+            "title": page.title,
+            **described.dashboard,
+            "templating": {"list": [_variable(v, described) for v in page.variables]},
+            "annotations": {"list": [_annotation(a, page) for a in described.annotations]},
+            "panels": list(_panels(page, described.part_colours)),
+        }
+        for page in described.pages
     }
 
 
 def metrics_page() -> str:
-    """docs/metrics.md."""
-    lines = [
-        "# Metrics",
-        "",
-        "Written by `python tools/dashboards.py` from strata/catalogue.py; do not edit.",
-        "",
-        "Prometheus naming: base units, `_total` for counters, ratios from 0 to 1 (of the",
-        "straggler over the others from 1). Every series also has the labels `run`, `node`, `rank`",
-        "and `role` of its target file (`--monitor.file_sd`). A gauge without a value is absent,",
-        "never 0. Losses and health are the same on all ranks.",
-        "",
-        "Where to look first: `strata_bound`. Then the section that it names.",
-    ]
+    """The text of docs/metrics.md."""
+    lines = [_METRICS_HEAD]
     section = ""
     for entry in CATALOGUE:
         if entry.section != section:
             section = entry.section
             lines += ["", f"## {section}"]
-        labels = "".join(f", {label}" for label in entry.labels)
-        kind = f"{entry.kind}, {entry.unit}{'; by' + labels[1:] if labels else ''}"
-        roles = (
-            ""
-            if len(entry.roles) == 1 and entry.roles[0] == "train"
-            else (f"; in {', '.join(entry.roles)}")
-        )
-        lines += ["", f"### {entry.name}", "", f"{entry.help} ({kind}{roles})", ""]
+        by = f"; by {', '.join(entry.labels)}" if entry.labels else ""
+        roles = "" if entry.roles == ("train",) else f"; in {', '.join(entry.roles)}"
+        meaning = f"{entry.help} ({entry.kind}, {entry.unit}{by}{roles})"
+        lines += ["", f"### {entry.name}", "", meaning, ""]
         lines.append(f"When it looks wrong: {entry.advice}")
         if entry.absent:
             lines += ["", f"Absent: {entry.absent}"]
@@ -786,33 +336,20 @@ def metrics_page() -> str:
 
 
 def files() -> dict[Path, str]:
-    """Everything that is generated, by its path."""
+    """The text of every generated file, by its path."""
     made = {
-        DASHBOARDS / f"{page.uid}.json": json.dumps(dashboard(page), indent=1) + "\n"
-        for page in PAGES
+        FOLDER / f"{uid}.json": json.dumps(dashboard, indent=1) + "\n"
+        for uid, dashboard in dashboards().items()
     }
     return {**made, ROOT / "docs" / "metrics.md": metrics_page()}
 
 
-def main(argv: Sequence[str]) -> None:
-    """Write the files, or render.
-
-    Raises:
-        ConfigError: The arguments are not understood.
-    """
-    if not argv:
-        for path, content in files().items():
-            path.write_text(content, encoding="utf-8")
-            print(f"wrote {path.relative_to(ROOT)}")
-        return
-    if argv[0] != "--render" or len(argv) != 3:
-        raise ConfigError("tools/dashboards.py takes nothing, or --render URL DIR")
-    # Only this needs a browser.
-    from strata.tools.render_dashboards import render
-
-    render(argv[1], Path(argv[2]))
+def main() -> None:
+    """Write the files."""
+    for path, content in files().items():
+        path.write_text(content, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
-        main(sys.argv[1:])
+    main()

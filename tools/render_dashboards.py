@@ -1,36 +1,44 @@
-"""Pictures of the dashboards as a Prometheus has them now: a page of ours in headless Chromium.
+"""Draw the dashboards of monitoring/grafana/dashboards for the documentation, without Grafana.
 
-For README; Grafana draws the same panels at the same places, in its own style.
+python tools/render_dashboards.py --url http://127.0.0.1:9090 --out pictures
+
+The drawing follows the fields of the JSON that decide what Grafana shows (place, instant or range
+query, reducer, unit, thresholds, overrides, stacking, text of an empty panel, annotations), not
+Grafana's looks. Each picture says so.
 """
 
-import html
+import itertools
 import json
 import math
-import shutil
-import subprocess
+import re
+import sys
+import textwrap
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
-from strata.errors import StrataError
-from strata.tools.dashboards import (
-    ANNOTATIONS,
-    PAGES,
-    PART_COLOURS,
-    Dashboard,
-    Panel,
-    dashboard,
-    expand,
-)
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.dates import DateFormatter, date2num
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import LinearLocator
 
-__all__ = ["page_html", "render"]
+from strata.config import parse_config
+from strata.errors import ConfigError, StrataError, exit_with_one_line
 
-_COLUMN, _ROW = 50, 26
-_COLOURS = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#508642")
-_MAX_LINES = 16
-_NAMED = {  # Grafana's names of colours
+__all__ = ["RenderCommand", "draw", "literal", "prometheus"]
+
+CAPTION = "Rendering of the dashboard's JSON by tools/render_dashboards.py. This is not Grafana."
+_DASHBOARDS = Path(__file__).resolve().parent.parent / "monitoring" / "grafana" / "dashboards"
+_COLUMN, _ROW, _TOP, _GAP = 50, 26, 34, 6
+"""Pixels of a grid column, of a grid row, above the first row, and between panels."""
+_COLOURS = {  # Grafana's names.
     "green": "#73bf69",
     "orange": "#ff9830",
     "red": "#f2495c",
@@ -38,32 +46,84 @@ _NAMED = {  # Grafana's names of colours
     "purple": "#b877d9",
     "yellow": "#fade2a",
 }
+_LINES = ("#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#508642")
+_TEXT, _DIM, _PAGE, _PANEL = "#d0d0d8", "#8e8e98", "#111217", "#181b1f"
+_MAX_LEGEND = 8
 
-Series = list[tuple[str, list[tuple[float, float]]]]
-"""Legend and points (Unix time, value)."""
-Marks = list[tuple[float, str]]
-"""Unix time and colour."""
+Ask = Callable[[str, bool], list[dict[str, Any]]]
+"""An expression and whether the query is instant, to the result of Prometheus's range API."""
 
 
-def _ask(url: str, query: str, minutes: float) -> list[dict]:  # pyright: ignore[reportMissingTypeArgument]
+@dataclass(frozen=True, kw_only=True)
+class RenderCommand:
+    """Which Prometheus to ask, and where the pictures go."""
+
+    url: str = "http://127.0.0.1:9090"
+    """Address of Prometheus."""
+    out: Path = Path("pictures")
+    """Folder for `dashboard-<name>.png`."""
+    minutes: float = 5.0
+    """Length of the time axis, up to now."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: `minutes` is not positive.
+        """
+        if not self.minutes > 0:
+            raise ConfigError(f"minutes is {self.minutes}; use a positive number")
+
+
+Series = tuple[str, list[float], list[float]]
+"""Legend, Unix times in seconds, finite values; at least one."""
+
+
+def prometheus(url: str, minutes: float) -> Ask:
+    """Asks a Prometheus about the last minutes.
+
+    Raises:
+        StrataError: By the result, if Prometheus does not answer.
+    """
     end = time.time()
-    start = end - 60 * minutes
-    asked = urllib.parse.urlencode(
-        {"query": query, "start": start, "end": end, "step": max(minutes * 60 / 200, 1)}
-    )
-    with urllib.request.urlopen(f"{url}/api/v1/query_range?{asked}", timeout=30) as answer:
-        return json.load(answer)["data"]["result"]
+    start, step = end - 60 * minutes, max(60 * minutes / 200, 1)
+
+    def ask(expr: str, instant: bool) -> list[dict[str, Any]]:
+        window = {"time": end} if instant else {"start": start, "end": end, "step": step}
+        asked = urllib.parse.urlencode({"query": expr, **window})
+        address = f"{url.rstrip('/')}/api/v1/{'query' if instant else 'query_range'}?{asked}"
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                found = json.load(answer)["data"]["result"]
+        except OSError as error:
+            raise StrataError(
+                f"Prometheus at {url} does not answer: {error}; give its address by --url"
+            ) from error
+        return [{"values": [series["value"]], **series} for series in found] if instant else found
+
+    return ask
 
 
-def _series(url: str, panel: Panel, page: Dashboard, minutes: float) -> Series:
-    found: Series = []
-    for query, legend in panel.queries:
-        for series in _ask(url, expand(query, page, literal=True), minutes):
-            text = legend
-            for name, value in series["metric"].items():
-                text = text.replace(f"{{{{{name}}}}}", value)
+def literal(expr: str, dashboard: dict[str, Any]) -> str:
+    """An expression with the variables set to "All", and a rate's interval of four scrapes."""
+    for variable in dashboard["templating"]["list"]:
+        expr = expr.replace(f'"${variable["name"]}"', f'"{variable["allValue"]}"')
+    return expr.replace("$__rate_interval", "20s")
+
+
+def _series(panel: dict[str, Any], dashboard: dict[str, Any], ask: Ask) -> list[Series]:
+    found = []
+    for target in panel["targets"]:
+        for series in ask(literal(target["expr"], dashboard), target.get("instant", False)):
+            name = re.sub(
+                r"{{(\w+)}}",
+                lambda m, labels=series["metric"]: labels.get(m[1], m[0]),
+                target["legendFormat"],
+            )
             points = [(float(t), float(v)) for t, v in series["values"]]
-            found.append((text, [(t, v) for t, v in points if math.isfinite(v)]))
+            points = [(t, v) for t, v in points if math.isfinite(v)]
+            if points:
+                found.append((name, [t for t, _ in points], [v for _, v in points]))
     return found
 
 
@@ -71,211 +131,151 @@ def _number(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
     if unit == "s":
-        return f"{1000 * value:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
+        return f"{1000 * value:.3g} ms" if 0 < abs(value) < 1 else f"{value:.3g} s"
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}"
     return f"{value:.3g}"
 
 
-def _marks(url: str, page: Dashboard, minutes: float) -> Marks:
-    """Where Grafana would put the dashboard's annotations."""
-    found: dict[tuple[float, str], None] = {}
-    for made in ANNOTATIONS:
-        for series in _ask(url, expand(made.query, page, literal=True), minutes):
-            times = [float(t) for t, _ in series["values"]]
-            if made.value_is_time:
-                times = [float(v) / 1000 for _, v in series["values"]]
-            elif times:
-                times = times[:1]
-            found |= {(t, _NAMED[made.colour]): None for t in times}
-    return list(found)
+def _colour(panel: dict[str, Any], name: str, otherwise: str) -> str:
+    """The colour of the first override whose pattern matches a series' name."""
+    for override in panel["fieldConfig"]["overrides"]:
+        if re.search(override["matcher"]["options"].strip("/"), name):
+            return _COLOURS[override["properties"][0]["value"]["fixedColor"]]
+    return otherwise
 
 
-def _colour(panel: Panel, name: str, place: int) -> str:
-    part = name.rpartition(" ")[2]
-    if panel.parts and part in PART_COLOURS:
-        return _NAMED[PART_COLOURS[part]]
-    return _COLOURS[place % len(_COLOURS)]
+def _draw_stat(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None:
+    """Values, or names, of at most three series."""
+    defaults, options = panel["fieldConfig"]["defaults"], panel["options"]
+    if options["reduceOptions"]["calcs"] != ["lastNotNull"]:
+        raise StrataError(f"panel {panel['title']!r}: only the reducer lastNotNull can be drawn")
+    for place, (name, _, values) in enumerate(series[:3]):
+        value = values[-1]
+        colour = defaults["color"].get("fixedColor", "blue")
+        for step in defaults.get("thresholds", {}).get("steps", ()):
+            colour = step["color"] if step["value"] is None or value >= step["value"] else colour
+        text = name if options["textMode"] == "name" else _number(value, defaults["unit"])
+        height = 1 - (place + 1) / (min(len(series), 3) + 1)
+        colour = _colour(panel, name, _COLOURS[colour])
+        axes.text(0.5, height, text, color=colour, fontsize=13, ha="center", va="center")
 
 
-def _stack(series: Series) -> Series:
-    """Each line upon those before it; they have the same times."""
+def _draw_lines(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None:
+    """Lines, or areas on top of each other, and the legend below."""
+    defaults = panel["fieldConfig"]["defaults"]
+    stacked = "stacking" in defaults.get("custom", {})
     sums: dict[float, float] = {}
-    stacked: Series = []
-    for name, line in series:
-        for t, v in line:
-            sums[t] = sums.get(t, 0.0) + v
-        stacked.append((name, [(t, sums[t]) for t, _ in line]))
-    return stacked
-
-
-def _nothing(panel: Panel) -> str:
-    return f'<p class="none">{html.escape(panel.no_data)}</p>'
-
-
-def _plot(series: Series, panel: Panel, width: int, height: int, marks: Marks) -> str:
-    """Lines with axes as SVG, the legend below."""
-    unit, series = panel.unit, series[:_MAX_LINES]
-    names = [name for name, _ in series]
-    if panel.stacked:
-        series = _stack(series)
-    points = [p for _, line in series for p in line]
-    if not points:
-        return _nothing(panel)
-    columns = 2 if width > 400 else 1
-    lines = -(-len(series) // columns)
-    left, bottom = 62, 20
-    plot_height = max(height - 30 - bottom - 14 * min(lines, 4), 40)
-    first, last = min(t for t, _ in points), max(t for t, _ in points)
-    low, high = min(v for _, v in points), max(v for _, v in points)
-    low = min(low, 0.0) if unit in ("percentunit", "bytes", "s", "Bps") or low > 0.8 * high else low
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-
-    def x(t: float) -> float:
-        return left + (width - left - 12) * (t - first) / max(last - first, 1)
-
-    def y(v: float) -> float:
-        return 10 + (plot_height - 4) * (high - v) / (high - low)
-
-    parts = [f'<svg width="{width}" height="{plot_height + bottom + 8}">']
-    for k in range(4):
-        value = low + (high - low) * k / 3
-        parts.append(
-            f'<line x1="{left}" x2="{width - 12}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">'
-            f"{_number(value, unit)}</text>"
-        )
-    ticks = 5 if width > 400 else 3
-    for k in range(ticks):
-        t = first + (last - first) * k / (ticks - 1)
-        label = time.strftime("%H:%M:%S", time.gmtime(t))
-        anchor = {0: "start", ticks - 1: "end"}.get(k, "middle")
-        parts.append(
-            f'<text x="{x(t):.1f}" y="{plot_height + bottom + 4}" text-anchor="{anchor}">'
-            f"{label}</text>"
-        )
-    for t, colour in marks:
-        if first <= t <= last:
-            parts.append(
-                f'<line class="mark" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="10" y2="{y(low):.1f}" '
-                f'style="stroke:{colour}"/>'
-            )
-    # Of areas the tallest first, so that all are seen.
-    for place, (name, line) in sorted(enumerate(series), reverse=panel.stacked):
-        path = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in line)
-        colour = _colour(panel, name, place)
-        if panel.stacked and line:
-            ends = f"{x(line[-1][0]):.1f},{y(low):.1f} {x(line[0][0]):.1f},{y(low):.1f}"
-            parts.append(f'<polygon points="{path} {ends}" fill="{colour}"/>')
+    for place, (name, times, values) in enumerate(series):
+        dates = date2num([datetime.fromtimestamp(t, UTC) for t in times])
+        colour = _colour(panel, name, _LINES[place % len(_LINES)])
+        if stacked:
+            below = [sums.get(t, 0.0) for t in times]
+            sums |= {t: b + v for t, b, v in zip(times, below, values, strict=True)}
+            axes.fill_between(dates, below, [sums[t] for t in times], color=colour, label=name)
         else:
-            parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
-    parts.append("</svg>")
-    legend = "".join(
-        f'<span><i style="background:{_colour(panel, name, n)}"></i>{html.escape(name)}</span>'
-        for n, name in enumerate(names[: 4 * columns])
+            axes.plot(dates, values, color=colour, linewidth=1, label=name)
+    if "min" in defaults:
+        axes.set_ylim(bottom=defaults["min"])
+    axes.yaxis.set_major_formatter(lambda value, _: _number(value, defaults["unit"]))
+    axes.xaxis.set_major_locator(LinearLocator(4))
+    axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S", tz=UTC))
+    axes.tick_params(colors=_DIM, labelsize=6, length=0)
+    axes.grid(color="#2a2c33", linewidth=0.6)
+    axes.set_axisbelow(True)
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[:_MAX_LEGEND],
+        names[:_MAX_LEGEND],
+        **{"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2, "fontsize": 5.5},
+        **{"frameon": False, "labelcolor": _TEXT, "borderaxespad": 0, "handlelength": 1},
     )
-    more = len(series) - 4 * columns
-    legend += f"<span>and {more} more</span>" if more > 0 else ""
-    return "".join(parts) + f'<div class="legend" style="columns:{columns}">{legend}</div>'
 
 
-def _stat(series: Series, panel: Panel) -> str:
-    if not any(line for _, line in series):
-        return _nothing(panel)
-    latest = max(line[-1][0] for _, line in series if line)
-    now = [(name, line[-1][1]) for name, line in series if line and line[-1][0] == latest]
-    shown = []
-    for name, value in now[:3]:
-        colour = _colour(panel, name, 0) if panel.parts else _NAMED["blue"]
-        for least, level in panel.levels:
-            colour = _NAMED[level] if value >= least else colour
-        text = name if panel.named else _number(value, panel.unit)
-        shown.append(f'<p class="stat" style="color:{colour}">{html.escape(text)}</p>')
-    return "".join(shown)
+def _marks(dashboard: dict[str, Any], ask: Ask) -> list[tuple[float, str]]:
+    """Unix time and colour of the annotations' marks."""
+    found: list[tuple[float, str]] = []
+    for annotation in dashboard["annotations"]["list"]:
+        for series in ask(literal(annotation["expr"], dashboard), False):
+            times = [float(t) for t, _ in series["values"]]
+            # Values that follow each other are one mark, at the first of them.
+            times = [b for a, b in itertools.pairwise([-math.inf, *times]) if b - a > 60]
+            if annotation.get("useValueForTime") == "on":
+                times = {float(value) / 1000 for _, value in series["values"]}
+            found += [(t, _COLOURS[annotation["iconColor"]]) for t in times]
+    return found
 
 
-_STYLE = """
-body{margin:0;background:#111217;color:#d0d0d8;font:12px 'DejaVu Sans',sans-serif}
-.panel{position:absolute;background:#181b1f;border:1px solid #2a2c33;box-sizing:border-box;
-overflow:hidden}.panel h3{margin:4px 8px 0;font-size:12px;font-weight:600}
-.row{position:absolute;font-weight:600;font-size:14px;padding:4px}
-svg line{stroke:#2a2c33}svg line.mark{stroke-dasharray:3 3;opacity:.7}
-svg text{fill:#8e8e98;font-size:10px}
-svg polyline{fill:none;stroke-width:1.5}.none{color:#8e8e98;text-align:center;margin:16px 14px}
-.stat{font-size:20px;text-align:center;margin:12px 0 0;white-space:nowrap}
-.legend{font-size:10px;margin:0 8px}.legend span{display:block;white-space:nowrap;overflow:hidden}
-.legend i{display:inline-block;width:10px;height:3px;margin:0 5px 3px 0}
-h1{font-size:17px;margin:8px;position:absolute}
-"""
-
-
-def page_html(url: str, page: Dashboard, minutes: float) -> tuple[str, int]:
-    """A dashboard's page and its height in pixels.
+def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
+    """A dashboard as a figure of 1200 pixels' width.
 
     Args:
-        url: Of a Prometheus.
-        page: The dashboard.
-        minutes: How far back it shows.
-    """
-    made, top, tallest = [f"<h1>{page.title}</h1>"], 36, 0
-    panels, marks = iter(page.panels), _marks(url, page, minutes)
-    for drawn in dashboard(page)["panels"]:
-        grid = drawn["gridPos"]
-        x, y = grid["x"] * _COLUMN, top + grid["y"] * _ROW
-        width, height = grid["w"] * _COLUMN - 6, grid["h"] * _ROW - 6
-        tallest = max(tallest, y + height)
-        if drawn["type"] == "row":
-            made.append(f'<div class="row" style="left:{x}px;top:{y}px">{drawn["title"]}</div>')
-            continue
-        panel = next(panels)
-        series = _series(url, panel, page, minutes)
-        inside = (
-            _stat(series, panel)
-            if panel.kind == "stat"
-            else _plot(series, panel, width, height, marks)
-        )
-        made.append(
-            f'<div class="panel" style="left:{x}px;top:{y}px;width:{width}px;height:{height}px">'
-            f"<h3>{html.escape(panel.title)}</h3>{inside}</div>"
-        )
-    body = "".join(made)
-    return f"<!doctype html><meta charset=utf-8><style>{_STYLE}</style>{body}", tallest + 10
-
-
-def render(url: str, folder: Path, minutes: float = 5.0) -> None:
-    """Write `dashboard-<page>.png` for every dashboard.
-
-    Args:
-        url: Of a Prometheus.
-        folder: Gets the pictures.
-        minutes: How far back they show.
+        dashboard: Grafana's JSON.
+        ask: Answers its queries.
 
     Raises:
-        StrataError: There is no Chromium, or it failed.
+        StrataError: A panel uses a reducer that cannot be drawn.
     """
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        raise StrataError("no chromium to draw with; install Debian's package chromium")
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as name:
-        for page in PAGES:
-            text, height = page_html(url, page, minutes)
-            source = Path(name) / f"{page.uid}.html"
-            source.write_text(text, encoding="utf-8")
-            picture = folder / f"dashboard-{page.uid}.png"
-            done = subprocess.run(
-                [
-                    *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-                    *(f"--screenshot={picture.resolve()}", f"--user-data-dir={name}/profile"),
-                    *(f"--window-size={24 * _COLUMN},{height}", source.as_uri()),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-            if done.returncode or not picture.exists():
-                raise StrataError(f"{browser} drew nothing: {done.stderr.strip()[-300:]}")
-            print(f"wrote {picture}")
+    panels, marks = dashboard["panels"], _marks(dashboard, ask)
+    width = 24 * _COLUMN
+    height = _TOP + _ROW * max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels) + 24
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=_PAGE)
+    FigureCanvasAgg(figure)
+    figure.text(8 / width, 1 - 22 / height, dashboard["title"], color=_TEXT, fontsize=12)
+    figure.text(8 / width, 9 / height, CAPTION, color=_DIM, fontsize=7)
+    for panel in panels:
+        grid = panel["gridPos"]
+        left, wide = grid["x"] * _COLUMN, grid["w"] * _COLUMN - _GAP
+        bottom = height - _TOP - (grid["y"] + grid["h"]) * _ROW + _GAP
+        high = grid["h"] * _ROW - _GAP
+        title = (left + 6) / width, (bottom + high - 14) / height
+        if panel["type"] == "row":
+            figure.text(*title, panel["title"], color=_TEXT, fontsize=10, weight="bold")
+            continue
+        frame = (left / width, bottom / height), wide / width, high / height
+        figure.add_artist(Rectangle(*frame, facecolor=_PANEL, edgecolor="#2a2c33", zorder=-1))
+        figure.text(*title, panel["title"], color=_TEXT, fontsize=7.5, weight="bold")
+        series = _series(panel, dashboard, ask)
+        lines = bool(series) and panel["type"] != "stat"
+        edge, legend = 4, 4
+        if lines:
+            edge, legend = 48, 20 + 12 * math.ceil(min(len(series), _MAX_LEGEND) / 2)
+        place = (left + edge) / width, (bottom + legend) / height
+        size = (wide - edge - 22) / width, (high - legend - 24) / height
+        axes = figure.add_axes((*place, *size), facecolor=_PANEL)
+        axes.set_frame_on(False)
+        if lines:
+            _draw_lines(axes, panel, series)
+            low, most = axes.get_xlim()
+            for moment, colour in marks:
+                at = float(date2num(datetime.fromtimestamp(moment, UTC)))
+                if low <= at <= most:
+                    axes.axvline(at, color=colour, linestyle=":", linewidth=0.8)
+            continue
+        axes.set_axis_off()
+        if series:
+            _draw_stat(axes, panel, series)
+        else:
+            text = textwrap.fill(panel["fieldConfig"]["defaults"]["noValue"], max(wide // 5, 20))
+            axes.text(0.5, 0.5, text, color=_DIM, fontsize=7, ha="center", va="center")
+    return figure
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    described = "Draw the dashboards as a Prometheus has them now."
+    command = parse_config(
+        RenderCommand, argv, prog="tools/render_dashboards.py", description=described
+    )
+    command.out.mkdir(parents=True, exist_ok=True)
+    for source in sorted(_DASHBOARDS.glob("*.json")):
+        dashboard = json.loads(source.read_text(encoding="utf-8"))
+        picture = command.out / f"dashboard-{source.stem}.png"
+        draw(dashboard, prometheus(command.url, command.minutes)).savefig(picture)
+        print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    with exit_with_one_line():
+        main(sys.argv[1:])

@@ -7,8 +7,8 @@ from typing import Literal
 from strata.dataload.loader import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.metrics import ExporterConfig
-from strata.tensorboard import require_tensorboard
+from strata.telemetry.metrics import ExporterConfig
+from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.checkpoint import CheckpointConfig
 from strata.train.engine import EngineConfig
 from strata.train.method import MethodConfig

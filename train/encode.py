@@ -14,7 +14,7 @@ from strata.dataload.loader import DataConfig, EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
 from strata.errors import ConfigError, ShardError
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.method import normalise
 from strata.train.models.backbones import Backbone
 

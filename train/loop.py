@@ -24,7 +24,7 @@ from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
 from strata.files import FolderLock
 from strata.logs import SteadyStream, get_logger
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train import checkpoint
 from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig

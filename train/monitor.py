@@ -10,11 +10,12 @@ import torch
 from strata.dataload.loader import Batch
 from strata.distributed import World, broadcast_object, gather, watch_collectives
 from strata.errors import ConfigError
-from strata.exporter import export
-from strata.hardware import GpuCollector, HostCollector, ProcessCollector
 from strata.logs import get_logger
-from strata.metrics import Metrics
-from strata.tensorboard import TensorBoard
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.host import HostCollector, ProcessCollector
+from strata.telemetry.metrics import Metrics
+from strata.telemetry.serve import export
+from strata.telemetry.tensorboard import TensorBoard
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
 from strata.train.throughput import Clock, IntervalTimes, peak_flops

@@ -14,7 +14,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
 from strata.logs import get_logger
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.encode import VideoClips, encode_levels, over_videos
 from strata.train.models.backbones import Backbone
 from strata.train.neighbours import RECALL_AT, chance_recall, nearest_by_cosine, recall_at

@@ -15,8 +15,8 @@ from strata.eval.classifier import ClassifierRun
 from strata.eval.features import FeatureConfig, extract_features
 from strata.eval.named import PROTOCOLS
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from tests.gloo import run_ranks
-from tests.made import make_shards
+from tests.support.rank_processes import run_ranks
+from tests.support.shard_folders import make_shards
 
 CPU = torch.device("cpu")
 CLIPS = FeatureConfig(num_clips=3, size=32, clip_frames=8, videos_per_batch=2)

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.loop import Trainer
-from tests.commands import TINY
-from tests.gloo import run_ranks
+from tests.support.commands import TINY
+from tests.support.rank_processes import run_ranks
 
 _ATEN = torch.ops.aten
 # What waits on a GPU: .item(), bool(), float(); shapes that depend on values; torch.tensor(values).

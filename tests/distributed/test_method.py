@@ -20,8 +20,8 @@ from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.method import Embeddings, Method, MethodConfig, TermWeights, VideoModel
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import Phase
-from tests.clips import smooth_videos
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
+from tests.support.synthetic_clips import smooth_videos
 
 BATCH = 8
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)

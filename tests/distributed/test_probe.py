@@ -12,8 +12,8 @@ from strata.eval.features import FeatureConfig, extract_features
 from strata.eval.retrieval import recall_at, retrieve
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.probe import OnlineProbe, ProbeConfig
-from tests.gloo import run_ranks
-from tests.made import make_shards
+from tests.support.rank_processes import run_ranks
+from tests.support.shard_folders import make_shards
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from strata.distributed import World, mean_over_ranks
 from strata.train.models.synced_norm import HostSyncedNorm, synchronise_norms
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
 
 ROWS, STEPS = 8, 3
 SHAPES = {"clips": (ROWS, 4, 3, 5, 5), "vectors": (ROWS, 6)}

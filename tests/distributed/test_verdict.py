@@ -12,7 +12,7 @@ from strata.dataload.loader import DataConfig
 from strata.dataload.pipeline import ClipPipeline
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.checkpoint import CheckpointConfig
 from strata.train.config import MonitorConfig, TrainConfig
 from strata.train.engine import Engine, EngineConfig
@@ -21,7 +21,7 @@ from strata.train.method import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import ScheduleConfig
 from strata.train.verdict import Verdict
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
 
 _STEPS = 4
 _SCENES: dict[str, dict[str, Any]] = {

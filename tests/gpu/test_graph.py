@@ -13,8 +13,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, decode_video, reference_view
 from strata.distributed import World
 from strata.schema import NormalForm
-from tests.made import encode_segments, make_shards, moving_picture
-from tests.views import (
+from tests.support.graph_cases import (
     CASES,
     FRAMES,
     HEIGHT,
@@ -25,8 +24,9 @@ from tests.views import (
     rows_of,
     run_graph,
 )
+from tests.support.shard_folders import encode_segments, make_shards, moving_picture
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 VIDEO_HEIGHT, VIDEO_WIDTH = 128, 176
 
 

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from strata.hardware import GpuCollector
+from strata.telemetry.gpu import GpuCollector
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
 
 def test_a_busy_gpu_is_seen_as_such():

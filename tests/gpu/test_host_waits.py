@@ -10,13 +10,13 @@ import yaml
 from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.metrics import Metrics
+from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.loop import Trainer
-from tests.commands import TINY
-from tests.gloo import run_ranks
+from tests.support.commands import TINY
+from tests.support.rank_processes import run_ranks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
 
 def train(world: World, folder: Path, shards: Path) -> int:

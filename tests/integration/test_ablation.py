@@ -19,8 +19,8 @@ import yaml
 
 from strata.errors import ConfigError, StrataError
 from strata.tools.ablation import main
-from tests.commands import ROOT, TINY
-from tests.made import make_shards
+from tests.support.commands import ROOT, TINY
+from tests.support.shard_folders import make_shards
 
 RETRIEVAL = {"protocol": "retrieval", "set": {"device": "cpu", "features.num_clips": 2}}
 PRETRAIN = {

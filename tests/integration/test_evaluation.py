@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import TINY, fail_with_one_line, free_port, run, scrape, succeed
-from tests.made import make_shards
+from tests.support.commands import TINY, fail_with_one_line, free_port, run, scrape, succeed
+from tests.support.shard_folders import make_shards
 
 QUICK = ("--features.num_clips", "2", "--device", "cpu")
 TRAINING = ("--training.epochs", "2", "--training.batch_size", "4")

@@ -16,9 +16,9 @@ from strata.errors import ShardError
 from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
 from strata.preprocess.cli import main
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_listing import as_nobody, open_tmp
 from tests.unit.preprocess.test_tars import write_tar
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 __all__ = ["open_tmp"]
 

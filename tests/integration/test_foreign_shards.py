@@ -7,8 +7,8 @@ from webdataset.writer import ShardWriter
 
 from strata.manifest import read_manifest
 from strata.preprocess.cli import main
-from tests.commands import TINY, records, succeed
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import TINY, records, succeed
+from tests.support.source_videos import moving_scene, write_video
 
 
 def test_from_foreign_tars_to_a_figure(tmp_path: Path):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.commands import ROOT, succeed
+from tests.support.commands import ROOT, succeed
 
 
 def test_the_help_explains_every_setting():

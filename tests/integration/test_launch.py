@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, TINY, free_port
+from tests.support.commands import ROOT, TINY, free_port
 
 # The "--" after it: torchrun's parser, up to Python 3.11, takes --run for one of its own.
 TORCHRUN = ("-m", "torch.distributed.run")

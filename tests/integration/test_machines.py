@@ -15,8 +15,8 @@ from strata.manifest import read_manifest
 from strata.preprocess import driver, run
 from strata.preprocess.cli import main
 from strata.preprocess.parts import Heartbeat
-from tests.commands import ROOT
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import ROOT
+from tests.support.source_videos import moving_scene, write_video
 
 SMALL = ["--width", "64", "--height", "48", "--min-frames", "1", "--workers", "1", "--log", "none"]
 

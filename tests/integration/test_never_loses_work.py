@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import TINY, records
-from tests.forked import ForkServer, Rank
+from tests.support.commands import TINY, records
+from tests.support.training_processes import ForkServer, Rank
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_explained(
     server: ForkServer, arguments: list[str | Path], tmp_path: Path
 ):
     run = tmp_path / "run"
-    hook = "tests.faulty:nan_at_step_5_on_rank_1"
+    hook = "tests.support.faults:nan_at_step_5_on_rank_1"
     dump = (*arguments, "--engine.dump_bad_batch", "true", "--checkpoint.every_steps", "2")
     said = server.finish(*dump, ranks=2, hook=hook, code=3)
     (report,) = records(run, "skipped_step")
@@ -229,7 +229,7 @@ def test_a_step_within_the_budget_is_left_out_and_counted(
 ):
     run = tmp_path / "run"
     some = (*arguments, "--engine.max_skipped_steps", "1", "--stop_after_steps", "6")
-    server.finish(*some, "--checkpoint.every_steps", "1", hook="tests.faulty:nan_at_step_5")
+    server.finish(*some, "--checkpoint.every_steps", "1", hook="tests.support.faults:nan_at_step_5")
     four, five, six = (
         load_file(run / "checkpoints" / f"step-{n:09d}" / "model.safetensors") for n in (4, 5, 6)
     )
@@ -245,14 +245,14 @@ def test_a_step_within_the_budget_is_left_out_and_counted(
 def test_a_full_disk_ends_the_run_with_its_reason(
     server: ForkServer, arguments: list[str | Path], tmp_path: Path
 ):
-    said = server.finish(*arguments, hook="tests.faulty:full_disk", code=4)
+    said = server.finish(*arguments, hook="tests.support.faults:full_disk", code=4)
     assert "step-000000006 could not be written" in said
     assert "File too large" in said
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_one_save_may_fail(server: ForkServer, arguments: list[str | Path], tmp_path: Path):
-    said = server.finish(*arguments, hook="tests.faulty:disk_full_once")
+    said = server.finish(*arguments, hook="tests.support.faults:disk_full_once")
     (failed,) = records(tmp_path / "run", "checkpoint_failed")
     assert "No space left on device" in failed["reason"]
     assert "tries once more at the next checkpoint" in said
@@ -289,7 +289,7 @@ def test_every_file_of_a_checkpoint_is_compared(
 def test_ranks_that_disagree_are_told(
     server: ForkServer, arguments: list[str | Path], shards: Path
 ):
-    group = server.start(*arguments, ranks=2, hook="tests.faulty:other_code_on_rank_1")
+    group = server.start(*arguments, ranks=2, hook="tests.support.faults:other_code_on_rank_1")
     assert [rank.wait() for rank in group] == [2, 2]
     assert "rank 1 has another code version than rank 0 (other against" in group[0].text()
     first, second = server.start_differing(
@@ -309,7 +309,7 @@ def test_a_stall_ends_with_stacks(server: ForkServer, arguments: list[str | Path
         *arguments,
         *("--engine.world_timeout_s", "4"),
         ranks=2,
-        hook="tests.faulty:stall_in_step_4_on_rank_1",
+        hook="tests.support.faults:stall_in_step_4_on_rank_1",
     )
     assert [rank.wait(60) for rank in group] == [5, 5]
     assert "error (rank 1): nothing moved for 4 s while computing step 4" in group[1].text()

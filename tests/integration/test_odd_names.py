@@ -13,8 +13,8 @@ from strata.files import sha256_of
 from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
 from strata.untrusted import decode_json
-from tests.commands import ROOT
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import ROOT
+from tests.support.source_videos import moving_scene, write_video
 
 NAMES = [
     b"caf\xe9/a:b\xff.mp4",

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from strata.errors import ConfigError
 from strata.train.probe import ProbeConfig
-from tests.commands import TINY, free_port, records, scrape, succeed
-from tests.forked import ForkServer
-from tests.made import make_shards
+from tests.support.commands import TINY, free_port, records, scrape, succeed
+from tests.support.shard_folders import make_shards
+from tests.support.training_processes import ForkServer
 
 
 @pytest.fixture(scope="module")

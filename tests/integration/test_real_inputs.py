@@ -12,7 +12,7 @@ from PIL import Image
 from strata.errors import ShardError
 from strata.preprocess.cli import main
 from strata.schema import Manifest, SourceRow, read_manifest
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.test_orientation import letters, quarters
 from tests.unit.test_video import with_damage
 

@@ -23,16 +23,10 @@ from strata.preprocess.cli import closing_table, main, parse_command, run_comman
 from strata.preprocess.driver import WorkerError
 from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 REPOSITORY = Path(__file__).parents[2]
-REAL_DATA = Path(os.environ.get("STRATA_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 SMALL = ["--width", "64", "--height", "48", "--min-frames", "5", "--samples-per-shard", "4"]
-
-needs_real_data = pytest.mark.skipif(
-    not (REAL_DATA / "ucf101").is_dir(),
-    reason=f"no real clips in {REAL_DATA}; set STRATA_TEST_DATA",
-)
 
 
 @pytest.fixture(scope="module")
@@ -372,9 +366,10 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert lines[0].endswith("no where does not exist; correct --videos")
 
 
-@needs_real_data
-def test_ucf101_official_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ucf = REAL_DATA / "ucf101"
+def test_ucf101_official_test_split(
+    tmp_path: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ucf = real_data / "ucf101"
     splits = tmp_path / "splits"
     splits.mkdir()
     # Three clips of each list, and one that is not there.
@@ -396,9 +391,8 @@ def test_ucf101_official_test_split(tmp_path: Path, capsys: pytest.CaptureFixtur
         main([*argv, "--split", "1", "--out", str(tmp_path / "strict"), "--strict"])
 
 
-@needs_real_data
-def test_odd_files_are_typed(tmp_path: Path) -> None:
-    odd = REAL_DATA / "odd"
+def test_odd_files_are_typed(tmp_path: Path, real_data: Path) -> None:
+    odd = real_data / "odd"
     if not odd.is_dir():
         pytest.skip(f"no {odd}")
     argv = ["folder", "--videos", str(odd), "--out", str(tmp_path), "--workers", "1"]

@@ -19,7 +19,7 @@ from strata.preprocess.check_cli import main as verify
 from strata.preprocess.cli import main
 from strata.schema import NormalForm
 from tests.integration.test_sharding import shard, shards, videos
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 __all__ = ["shards", "videos"]
 

@@ -24,18 +24,16 @@ from strata.preprocess.cli import main, parse_command, run_command, slice_of
 from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.sources import find_folder
-from tests.commands import free_port, scrape
 from tests.integration.test_sharding import (
-    REAL_DATA,
     REPOSITORY,
     SMALL,
     contents,
-    needs_real_data,
     shard,
     shards,
     videos,
 )
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import free_port, scrape
+from tests.support.source_videos import moving_scene, write_video
 
 __all__ = ["shards", "videos"]
 
@@ -294,11 +292,10 @@ def test_mp4_payload(tmp_path: Path, codec: str) -> None:
         assert error.max() < 3
 
 
-@needs_real_data
 def test_hmdb51_and_kinetics_in_one_command_each(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hmdb, kinetics = REAL_DATA / "hmdb51", REAL_DATA / "kinetics400"
+    hmdb, kinetics = real_data / "hmdb51", real_data / "kinetics400"
     if not (hmdb.is_dir() and kinetics.is_dir()):
         pytest.skip("no HMDB51 or Kinetics clips")
     common = ["--log", "none", "--workers", "2", "--max-rejects", "0"]

@@ -10,8 +10,8 @@ import yaml
 
 from strata.dataload.reader import ShardReader
 from strata.preprocess.cli import main as shard
-from tests.commands import TINY, records, succeed
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.commands import TINY, records, succeed
+from tests.support.source_videos import moving_scene, write_video
 
 LENGTHS = (1, 15, 16, 31, 32, 33)
 CLASSES = ("run", "walk")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import (
+from tests.support.commands import (
     ROOT,
     TINY,
     fail_with_one_line,

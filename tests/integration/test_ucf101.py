@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from strata.preprocess.cli import main as shard
-from tests.commands import TINY, succeed
+from tests.support.commands import TINY, succeed
 
 PER_CLASS = {"trainlist01.txt": 3, "testlist01.txt": 2}
 

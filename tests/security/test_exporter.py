@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.test_metrics import make_certificate
 
 from strata import scrape
-from strata.metrics import ExporterConfig, Metrics
-from tests.commands import ROOT
-from tests.commands import scrape as read_metrics
-from tests.unit.test_metrics import make_certificate
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from tests.support.commands import ROOT
+from tests.support.commands import scrape as read_metrics
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -136,7 +136,7 @@ def test_what_clients_say_wrongly_is_no_traceback(
 WORK = """
 import resource, sys, tempfile
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-from strata.metrics import ExporterConfig, Metrics
+from strata.telemetry.metrics import ExporterConfig, Metrics
 metrics = Metrics()
 print(metrics.serve(ExporterConfig(), 0), flush=True)
 for line in sys.stdin:
@@ -191,8 +191,8 @@ def test_idle_connections_are_bounded_in_a_process_that_is_out_of_descriptors(tm
     """The thread that accepts neither ends nor takes a core."""
     code = """
 import os, resource, sys
-from strata.metrics import ExporterConfig, Metrics
-from strata.scrape import ScrapeServer
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.scrape import ScrapeServer
 
 original, tries = ScrapeServer.get_request, []
 

@@ -14,10 +14,10 @@ import yaml
 
 from strata import logs
 from strata.logs import JsonLines, read_json_lines, set_up_logging
-from strata.metrics import ExporterConfig, Metrics, TargetFile
-from tests.commands import ROOT, TINY
-from tests.forked import ForkServer
-from tests.made import moving_picture
+from strata.telemetry.metrics import ExporterConfig, Metrics, TargetFile
+from tests.support.commands import ROOT, TINY
+from tests.support.shard_folders import moving_picture
+from tests.support.training_processes import ForkServer
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_run_whose_log_cannot_grow_trains_to_its_end(
     run = tmp_path / "run"
     said = server.finish(
         *("--config", path, "--data.shards", shards / "train", "--run", run),
-        hook="tests.faulty:log_full_from_the_fifth_record",
+        hook="tests.support.faults:log_full_from_the_fifth_record",
     )
     assert said.count("log.jsonl cannot be written: [Errno 28]") == 1
     assert "Traceback" not in said

@@ -21,7 +21,7 @@ from strata.dataload import storage, transfer
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ConfigError, ShardError
-from tests.commands import ROOT
+from tests.support.commands import ROOT
 
 FRAMES = np.array([0, 32, 5, 17])
 FIRST = "shard-000000.tar"

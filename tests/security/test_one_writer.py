@@ -15,8 +15,8 @@ import yaml
 
 from strata.errors import ConfigError
 from strata.files import FolderLock
-from tests.commands import ROOT, TINY, fail_with_one_line
-from tests.forked import ForkServer, Rank
+from tests.support.commands import ROOT, TINY, fail_with_one_line
+from tests.support.training_processes import ForkServer, Rank
 
 HOLD = """
 import sys, time
@@ -207,7 +207,7 @@ def test_a_training_that_lost_its_folder_writes_no_checkpoint_there(
     server: ForkServer, training: list[str | Path], tmp_path: Path
 ):
     run = tmp_path / "run"
-    hook = "tests.faulty:renew_often"
+    hook = "tests.support.faults:renew_often"
     group = server.start(*training, "--schedule.epochs", "200", hook=hook)
     wait_for_first_step(run, group)
     rewrite(run, token="0" * 32)

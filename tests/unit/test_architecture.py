@@ -1,6 +1,7 @@
 """The direction of imports, the one import name, and names that would shadow others."""
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_imports_point_one_way(path: Path):
         assert module.split(".")[0] not in STAGES, f"{path}: write strata.{module}"
 
 
+def test_no_file_imports_itself_through_others():
+    modules = {}
+    for path in sources():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts if parts[0] == "strata" else ("strata", *parts))
+        modules[name.removesuffix(".__init__")] = path
+    graph = {name: imported(path) & modules.keys() - {name} for name, path in modules.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a cycle of imports: {' <- '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
@@ -64,7 +78,13 @@ def test_imports_point_one_way(path: Path):
         ("deepspeed", {"train/engine.py"}),
         (
             "prometheus_client",
-            {"strata/metrics.py", "strata/scrape.py", "strata/hardware.py"},
+            {
+                "strata/telemetry/metrics.py",
+                "strata/telemetry/gpu.py",
+                "strata/telemetry/host.py",
+                "strata/telemetry/readings.py",
+                "strata/telemetry/scrape.py",
+            },
         ),
     ],
 )
@@ -81,15 +101,13 @@ def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
 
 def test_packages_are_the_folders():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {"strata"}
-    for stage in STAGES:
-        for path in [ROOT / stage, *(ROOT / stage).rglob("*")]:
-            if path.is_dir() and (path / "__init__.py").exists():
-                folders.add("strata." + ".".join(path.relative_to(ROOT).parts))
-    assert set(settings["packages"]) == folders
-    for name, folder in settings["package-dir"].items():
-        expected = name.removeprefix("strata.").replace(".", "/")
-        assert folder == expected
+    folders = {}
+    for top in ("strata", *STAGES):
+        for init in (ROOT / top).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            folders[".".join(parts if top == "strata" else ("strata", *parts))] = "/".join(parts)
+    assert set(settings["packages"]) == set(folders)
+    assert settings["package-dir"] == folders
 
 
 def test_no_file_in_a_run_by_path_folder_shadows_a_module():
@@ -97,7 +115,8 @@ def test_no_file_in_a_run_by_path_folder_shadows_a_module():
     taken |= set(importlib.metadata.packages_distributions())
     for folder in RUN_BY_PATH:
         for path in (ROOT / folder).iterdir():
-            if path.suffix == ".py" and path.stem not in ("__init__", "main"):
+            ours = path.suffix == ".py" or (path / "__init__.py").exists()
+            if ours and path.stem not in ("__init__", "main"):
                 assert path.stem not in taken, f"{path} shadows the module {path.stem}"
 
 
@@ -136,5 +155,7 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
         inside = archive.namelist()
     top = {name.split("/")[0] for name in inside}
     assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
+    assert "strata/py.typed" in inside
+    assert "strata/telemetry/catalogue.toml" in inside
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside

@@ -20,9 +20,9 @@ from strata.manifest import read_manifest
 from strata.preprocess.cli import main as shard_main
 from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip
-from tests.edits import edit_manifest, place_of
-from tests.made import make_shards
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.shard_edits import edit_manifest, place_of
+from tests.support.shard_folders import make_shards
+from tests.support.source_videos import moving_scene, write_video
 
 LIMIT_BYTES = 64 << 20
 

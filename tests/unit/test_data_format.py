@@ -20,7 +20,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.preprocess.check import check_folder
 from strata.schema import Manifest, NormalForm, SampleFacts, ShardEntry, SourceRow
-from tests.unit.preprocess.videos import moving_scene
+from tests.support.source_videos import moving_scene
 
 WIDTH, HEIGHT, SEGMENT = 64, 48, 20
 FORM = {"width": WIDTH, "height": HEIGHT, "fit": "stretch", "payload": "jpeg", "quality": 85}

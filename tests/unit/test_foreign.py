@@ -8,9 +8,9 @@ import pytest
 from strata.errors import FaultKind, VideoFault
 from strata.foreign import decode_frames, measure_video, video_ext
 from strata.schema import NormalForm
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_odd_pictures import turn
 from tests.unit.preprocess.test_transcode import CODECS, expected_frames, psnr
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 FORM = NormalForm(payload="foreign", width=96, height=64, min_frames=1)
 

@@ -29,10 +29,10 @@ from strata.preprocess.check import check_folder
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.run import merge_set
 from strata.schema import NormalForm
-from tests.edits import all_strips, canonical, place_of, write_json
-from tests.fuzz import budget, byte_edits, edited, json_edited, json_edits, outcome
-from tests.made import HEIGHT, WIDTH, make_shards
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.fuzzing import budget, byte_edits, edited, json_edited, json_edits, outcome
+from tests.support.shard_edits import all_strips, canonical, place_of, write_json
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
+from tests.support.source_videos import moving_scene, write_video
 
 FRAMES = 33
 

@@ -10,7 +10,7 @@ import pytest
 from strata.errors import ShardError
 from strata.mp4 import assemble_mp4, chosen_packets
 from strata.schema import FrameTable, NormalForm
-from tests.made import HEIGHT, WIDTH, encode_segments, moving_picture
+from tests.support.shard_folders import HEIGHT, WIDTH, encode_segments, moving_picture
 
 NUM_FRAMES, PER_SEGMENT, GOP = 44, 18, 8
 CODECS = ("h264", "vp9", "mjpeg")

@@ -18,8 +18,8 @@ from strata.foreign import decode_frames
 from strata.preprocess.transcode import FrameSource
 from strata.preprocess.worker import Member, Task, make_sample
 from strata.schema import NormalForm
+from tests.support.source_videos import write_video
 from tests.unit.preprocess.test_transcode import transcode
-from tests.unit.preprocess.videos import write_video
 
 ORIENTATIONS = {
     "upright": ((1, 0, 0, 1), "RGBW", False, 0),

@@ -15,7 +15,7 @@ from strata.errors import ShardError
 from strata.preprocess.cli import main as shard_main
 from strata.preprocess.run import merge_set
 from strata.untrusted import file_stem
-from tests.edits import edit_manifest
+from tests.support.shard_edits import edit_manifest
 
 BAD_NAMES = [
     "../../evil.tar",

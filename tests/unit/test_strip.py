@@ -9,7 +9,7 @@ from PIL import Image
 from strata.errors import ShardError
 from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip, parse_strip
-from tests.made import old_table, table_of
+from tests.support.shard_folders import old_table, table_of
 
 HEIGHT, WIDTH = 32, 48
 

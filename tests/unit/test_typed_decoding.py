@@ -12,7 +12,7 @@ from strata.dataload.reader import ShardReader
 from strata.errors import ShardError
 from strata.manifest import read_manifest
 from strata.preprocess.run import merge_set
-from tests.edits import edit_index, edit_manifest, flip
+from tests.support.shard_edits import edit_index, edit_manifest, flip
 
 HUGE = 10**30
 WRONG = [None, "x", 1.5, HUGE, -7, [], {}, True]

@@ -24,8 +24,8 @@ from strata.preprocess.transcode import FrameSource
 from strata.schema import NormalForm
 from strata.structure import declared_frames, missing_bytes
 from strata.video import MAX_FRAMES, open_video
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM, fault_of, psnr, transcode
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 FORMAT = NormalForm(payload="foreign", width=96, height=64, min_frames=1)
 

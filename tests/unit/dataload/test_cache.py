@@ -26,9 +26,9 @@ from strata.distributed import World
 from strata.errors import ConfigError
 from strata.limits import available_memory
 from strata.schema import NormalForm
-from tests.gloo import run_ranks
-from tests.made import HEIGHT, WIDTH, encode_strip, make_shards
-from tests.stream import SEED, batches
+from tests.support.loader_batches import SEED, batches
+from tests.support.rank_processes import run_ranks
+from tests.support.shard_folders import HEIGHT, WIDTH, encode_strip, make_shards
 
 CPU = torch.device("cpu")
 FORM = NormalForm(width=WIDTH, height=HEIGHT)

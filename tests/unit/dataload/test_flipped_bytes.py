@@ -21,8 +21,8 @@ from strata.errors import ShardError
 from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
 from strata.schema import NormalForm
-from tests.edits import flip, place_of
-from tests.made import HEIGHT, WIDTH, make_shards
+from tests.support.shard_edits import flip, place_of
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 
 CPU = torch.device("cpu")
 FORMS = {

@@ -24,10 +24,10 @@ from strata.errors import ConfigError, ShardError
 from strata.foreign import decode_frames
 from strata.manifest import read_manifest
 from strata.preprocess.cli import main
-from tests import stream
-from tests.made import rewrite
-from tests.stream import SEED
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support import loader_batches
+from tests.support.loader_batches import SEED
+from tests.support.shard_folders import rewrite
+from tests.support.source_videos import moving_scene, write_video
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 48, 64
@@ -68,7 +68,7 @@ def config_for(folder: Path) -> DataConfig:
 
 def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Batch]:
     world = World(rank=rank, size=size)
-    return stream.batches(config_for(folder), world=world, epochs=(0, 1), **options)
+    return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
 def whole_video(reader: ShardReader, sample: int) -> np.ndarray:

@@ -26,8 +26,8 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, reference_view
 from strata.distributed import World
 from strata.errors import EXIT_LOST_PEER, ConfigError, ShardError, StallError
-from tests.made import HEIGHT, WIDTH
-from tests.stream import SEED, batches
+from tests.support.loader_batches import SEED, batches
+from tests.support.shard_folders import HEIGHT, WIDTH
 
 CPU = torch.device("cpu")
 

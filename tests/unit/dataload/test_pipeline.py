@@ -17,7 +17,7 @@ from strata.dataload.augment import (
 )
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reference import decode_strip, reference_view
-from tests.views import (
+from tests.support.graph_cases import (
     CASES,
     FRAMES,
     HEIGHT,

@@ -11,7 +11,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip
 from strata.errors import ShardError
 from strata.manifest import read_manifest
-from tests.made import HEIGHT, moving_picture, rewrite
+from tests.support.shard_folders import HEIGHT, moving_picture, rewrite
 
 
 @pytest.fixture

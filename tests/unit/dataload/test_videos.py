@@ -19,9 +19,9 @@ from strata.dataload.videos import choose_decoder, refuse_mixed_payloads
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.schema import NormalForm
-from tests import stream
-from tests.made import HEIGHT, WIDTH, make_shards
-from tests.stream import SEED
+from tests.support import loader_batches
+from tests.support.loader_batches import SEED
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 
 CPU = torch.device("cpu")
 CODECS = ("vp9", "mjpeg")
@@ -57,7 +57,7 @@ def config_for(folder: Path) -> DataConfig:
 
 def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Batch]:
     world = World(rank=rank, size=size)
-    return stream.batches(config_for(folder), world=world, epochs=(0, 1), **options)
+    return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
 def whole_video(reader: ShardReader, sample: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from strata.errors import ShardError
 from strata.eval import features
 from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
-from tests.made import make_shards
+from tests.support.shard_folders import make_shards
 
 CLIPS = FeatureConfig(num_clips=1, size=16, clip_frames=4)
 

@@ -28,7 +28,7 @@ from strata.eval.page import (
     write_page,
 )
 from strata.eval.published import PUBLISHED
-from tests.browser import Browser
+from tests.support.headless_browser import Browser
 
 _VOID = {"meta", "img", "br", "line", "polyline", "circle"}
 

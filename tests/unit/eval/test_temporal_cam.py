@@ -21,7 +21,7 @@ from strata.eval.temporal_cam import (
 )
 from strata.train.encode import VideoClips, encode_levels
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from tests.made import make_shards, moving_picture
+from tests.support.shard_folders import make_shards, moving_picture
 
 CPU = torch.device("cpu")
 

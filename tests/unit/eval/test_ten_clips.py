@@ -16,7 +16,7 @@ from strata.eval.features import FeatureConfig
 from strata.eval.named import PROTOCOLS
 from strata.schema import NormalForm
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from tests.made import HEIGHT, WIDTH, make_shards
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,7 +6,7 @@ import pytest
 from strata.errors import ConfigError
 from strata.tools import bench_preprocess
 from strata.tools.bench import main
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 
 @pytest.fixture

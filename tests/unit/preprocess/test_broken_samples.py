@@ -10,8 +10,8 @@ from strata.errors import ShardError
 from strata.preprocess.check import check_folder
 from strata.preprocess.check_cli import main as verify
 from strata.schema import NormalForm
-from tests.edits import flip, place_of
-from tests.made import HEIGHT, WIDTH, make_shards
+from tests.support.shard_edits import flip, place_of
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 
 FORMS = {
     "jpeg": NormalForm(width=WIDTH, height=HEIGHT, segment_frames=20),

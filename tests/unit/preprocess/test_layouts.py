@@ -8,8 +8,8 @@ from strata.errors import ConfigError
 from strata.manifest import read_manifest
 from strata.preprocess.cli import main
 from strata.preprocess.sources import find_folder
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_sources import put
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 
 def fill(root: Path, *names: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from strata.errors import FaultKind, ShardError, VideoFault
 from strata.preprocess.mp4 import encode_mp4, verify_mp4
 from strata.schema import NormalForm
-from tests.unit.preprocess.videos import moving_scene
+from tests.support.source_videos import moving_scene
 
 
 def planes_of(count: int, width: int = 96, height: int = 64) -> np.ndarray:

@@ -12,8 +12,8 @@ from strata.errors import FaultKind
 from strata.preprocess.transcode import FrameSource
 from strata.preprocess.worker import Done, Member, Task, make_sample
 from strata.schema import NormalForm, segment_ext
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM, expected_frames, fault_of, psnr, transcode
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 ONE = 1 << 16
 MATRICES = {0: (ONE, 0, 0, ONE), 90: (0, ONE, -ONE, 0), 180: (-ONE, 0, 0, -ONE)}

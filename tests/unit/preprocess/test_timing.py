@@ -10,8 +10,8 @@ import pytest
 from strata.decoding import Packets, read_packets
 from strata.preprocess.probe import Timing, VideoFacts, timing_of
 from strata.preprocess.transcode import FrameSource
+from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM
-from tests.unit.preprocess.videos import moving_scene, write_video
 
 FILM = Fraction(24000, 1001)
 NTSC = Fraction(30000, 1001)

@@ -10,7 +10,7 @@ from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.verify import verify_strip
 from strata.schema import NormalForm
 from strata.strip import parse_strip
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 FORM = NormalForm(width=96, height=64, quality=95, min_frames=1)
 

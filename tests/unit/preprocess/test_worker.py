@@ -9,7 +9,7 @@ from PIL import Image
 from strata.preprocess.probe import hash_file
 from strata.preprocess.worker import Done, Task, is_media_fault, make_sample
 from strata.schema import NormalForm
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 
 def raised_by(what: str) -> Exception:

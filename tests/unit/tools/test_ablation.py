@@ -14,7 +14,7 @@ from strata.tools.ablation import gpu_shares, main
 from strata.tools.ablation_grid import AblateConfig, pretraining
 from strata.tools.launch import program
 from strata.train.config import TrainConfig
-from tests.commands import ROOT
+from tests.support.commands import ROOT
 
 GRIDS = sorted((ROOT / "configs" / "ablate").glob("*.yaml"))
 

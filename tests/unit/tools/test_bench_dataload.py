@@ -16,7 +16,7 @@ from strata.schema import FRAMES_EXT, NormalForm, segment_ext
 from strata.tools.bench import main
 from strata.tools.bench_dataload import check_equal_work, summarize
 from strata.tools.bench_peers import DECODERS, PaperTransform, decode_mp4
-from tests.made import HEIGHT, WIDTH, moving_picture
+from tests.support.shard_folders import HEIGHT, WIDTH, moving_picture
 
 
 def test_all_loaders_in_turns(tmp_path: Path):

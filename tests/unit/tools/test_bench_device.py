@@ -8,7 +8,7 @@ from PIL import Image
 
 from strata.errors import ConfigError
 from strata.tools.bench_device import main
-from tests.commands import succeed
+from tests.support.commands import succeed
 
 PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
 

@@ -8,7 +8,7 @@ import yaml
 
 from strata.errors import ConfigError
 from strata.tools.bench_monitor import main
-from tests.commands import ROOT, TINY, free_port, run
+from tests.support.commands import ROOT, TINY, free_port, run
 
 
 def test_the_command(shards: Path, tmp_path: Path):

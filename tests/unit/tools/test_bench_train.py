@@ -10,7 +10,7 @@ import yaml
 
 from strata.errors import ConfigError
 from strata.tools.bench_train import PARTS, StepClock, main
-from tests.commands import ROOT, TINY, fail_with_one_line, run
+from tests.support.commands import ROOT, TINY, fail_with_one_line, run
 
 
 def test_time_belongs_to_the_innermost_part():

@@ -8,7 +8,7 @@ import pytest
 
 from strata.preprocess.cli import main as shard_main
 from strata.tools.inspect_batch import main as inspect_batch
-from tests.unit.preprocess.videos import moving_scene, write_video
+from tests.support.source_videos import moving_scene, write_video
 
 KEYS = ["part/00", "./dot/01", "../up/02", "<b>03"]
 

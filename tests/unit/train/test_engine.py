@@ -14,7 +14,7 @@ from strata.distributed import World
 from strata.errors import ConfigError
 from strata.train.engine import Engine, EngineConfig, ParameterGroup, Snapshot, derive_deepspeed
 from strata.train.self_test import check_conv3d
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

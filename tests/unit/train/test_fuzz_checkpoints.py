@@ -24,7 +24,7 @@ from strata.train.checkpoint import (
 )
 from strata.train.engine import Snapshot
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from tests.fuzz import ODD_VALUES, budget, byte_edits, edited, json_edited, outcome
+from tests.support.fuzzing import ODD_VALUES, budget, byte_edits, edited, json_edited, outcome
 
 pytestmark = pytest.mark.skip("enabled once checkpoints are decoded by a schema")
 

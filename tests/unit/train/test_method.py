@@ -20,8 +20,8 @@ from strata.train.method import Embeddings, LossTerms, Method, MethodConfig, Ter
 from strata.train.method import normalise as normalise_clips
 from strata.train.models.backbones import BackboneConfig
 from strata.train.schedules import Phase, ScheduleConfig, phase_at
-from tests.clips import smooth_videos
-from tests.gloo import run_ranks
+from tests.support.rank_processes import run_ranks
+from tests.support.synthetic_clips import smooth_videos
 
 FIRST = Phase(stage=1, lr_factor=1.0, queue=False, prototypes_frozen=False)
 SECOND = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)

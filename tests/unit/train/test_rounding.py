@@ -12,7 +12,7 @@ from strata.distributed import World
 from strata.train.method import Method, MethodConfig, TermWeights, VideoModel
 from strata.train.models.backbones import BackboneConfig, Levels
 from strata.train.schedules import Phase
-from tests.clips import smooth_videos
+from tests.support.synthetic_clips import smooth_videos
 
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 VIDEOS = 12

@@ -6,7 +6,7 @@ import torch
 from strata.errors import ConfigError
 from strata.train.losses.prototypical import sinkhorn
 from strata.train.score_queue import ScoreQueue
-from tests import references
+from tests.support import reference_losses
 
 
 def batch(step: int, num_videos: int = 4) -> torch.Tensor:
@@ -20,7 +20,7 @@ def test_rows_are_the_last_pushed_the_current_batch_at_the_end():
     for step in range(6):
         pushed.append(batch(step))
         queue.push(pushed[-1])
-        assert queue.rows().tolist() == references.running_queue(pushed, 10)
+        assert queue.rows().tolist() == reference_losses.running_queue(pushed, 10)
         assert len(queue) == min(10, 4 * (step + 1)) == int(queue.filled)
         assert torch.equal(queue.rows()[-4:], pushed[-1])
 

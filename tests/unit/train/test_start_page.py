@@ -15,7 +15,7 @@ from strata.train.config import TrainConfig
 from strata.train.main import main
 from strata.train.schedules import ScheduleConfig
 from strata.train.start_page import StartPage, describe_run, stage_epochs
-from tests.commands import TINY
+from tests.support.commands import TINY
 
 
 def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> StartPage:

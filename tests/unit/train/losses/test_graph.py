@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from strata.errors import ConfigError
 from strata.train.losses.graph import distribution_graphs, graph_loss
-from tests import references
+from tests.support import reference_losses
 
 
 def clips(num_videos: int = 6, size: int = 5, seed: int = 0, noise: float = 1.0) -> torch.Tensor:
@@ -22,7 +22,7 @@ def clips(num_videos: int = 6, size: int = 5, seed: int = 0, noise: float = 1.0)
 def test_graphs_equal_the_loops(tau: float, eta: float):
     z, labels = clips(8), torch.tensor([0, 1, 0, 2, 1, 0, 3, 0])
     found = distribution_graphs(z, labels, temperature=tau, threshold=eta)
-    instance, semantic, target = references.graphs(z, labels, tau, eta)
+    instance, semantic, target = reference_losses.graphs(z, labels, tau, eta)
     torch.testing.assert_close(found.instance_BB, torch.tensor(instance, dtype=torch.float64))
     assert found.semantic_BB.tolist() == semantic
     torch.testing.assert_close(found.target_BB, torch.tensor(target, dtype=torch.float64))
@@ -67,7 +67,7 @@ def test_no_gradient_reaches_the_embeddings_through_e():
 
 def test_loss_equals_the_loops_and_the_release_divides_by_b():
     g, target = clips(seed=3), torch.rand(6, 6, dtype=torch.float64).softmax(1)
-    expected = references.graph_loss(g, target, 0.07)
+    expected = reference_losses.graph_loss(g, target, 0.07)
     assert graph_loss(g, target).item() == pytest.approx(expected, rel=1e-10)
     released = graph_loss(g, target, divide_by_batch=True).item()
     assert expected / released == pytest.approx(6, rel=1e-10)

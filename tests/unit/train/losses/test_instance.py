@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from strata.errors import ConfigError
 from strata.train.losses.instance import instance_loss, pair_contrast
-from tests import references
+from tests.support import reference_losses
 
 
 def clips(num_videos: int = 5, size: int = 6, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def clips(num_videos: int = 5, size: int = 6, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("tau", [0.07, 0.5])
 def test_equals_the_loops(num_videos: int, tau: float):
     z = clips(num_videos)
-    expected = references.instance_loss(z, tau)
+    expected = reference_losses.instance_loss(z, tau)
     assert instance_loss(z, temperature=tau).item() == pytest.approx(expected, rel=1e-10)
 
 

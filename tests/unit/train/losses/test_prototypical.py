@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from strata.errors import ConfigError
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
-from tests import references
+from tests.support import reference_losses
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_sinkhorn_equals_the_loops_view_by_view(
     s = scores(num_samples, num_prototypes).double()
     q = sinkhorn(s, epsilon=0.05, num_iterations=num_iterations)
     for view in (0, 1):
-        expected = references.sinkhorn(s[:, view], 0.05, num_iterations)
+        expected = reference_losses.sinkhorn(s[:, view], 0.05, num_iterations)
         torch.testing.assert_close(q[:, view], torch.tensor(expected, dtype=torch.float64))
 
 
@@ -82,7 +82,7 @@ def test_sinkhorn_ignores_autocast():
 def test_loss_equals_the_loops():
     s = scores(4, 6).double()
     q = sinkhorn(scores(4, 6, seed=5).double())
-    expected = references.prototype_loss(s, q, 0.1)
+    expected = reference_losses.prototype_loss(s, q, 0.1)
     assert prototype_loss(s, q).item() == pytest.approx(expected, rel=1e-10)
 
 

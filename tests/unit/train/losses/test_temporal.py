@@ -7,7 +7,7 @@ from torch.nn import functional
 from strata.errors import ConfigError
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
-from tests import references
+from tests.support import reference_losses
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("num_videos", [2, 5])
 def test_augmentation_equals_the_loops(num_videos: int, num_alterations: int):
     a, b = random(num_videos, 2, 6), random(num_videos, num_alterations, 2, 6, seed=1)
-    expected = references.augmentation_loss(a, b, 0.07)
+    expected = reference_losses.augmentation_loss(a, b, 0.07)
     assert augmentation_loss(a, b).item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -68,7 +68,7 @@ def test_augmentation_gradcheck_reaches_both_branches():
 )
 def test_retrieval_equals_the_loops(num_steps: int, num_long: int):
     short, long = random(3, 2, num_steps, 5), random(3, num_long, 5, seed=1)
-    expected = references.retrieval_loss(short, long, 0.07)
+    expected = reference_losses.retrieval_loss(short, long, 0.07)
     assert retrieval_loss(short, long).item() == pytest.approx(expected, rel=1e-10)
 
 

@@ -4,7 +4,7 @@ import torch
 from strata.errors import ConfigError
 from strata.train.models.alteration import alter_time, time_orders
 from strata.train.models.motion import MotionExcitation
-from tests import references
+from tests.support import reference_losses
 
 
 def branch(width: int = 32, reduction: int = 8, **settings: bool) -> MotionExcitation:
@@ -23,7 +23,7 @@ def maps(num_clips: int = 3, width: int = 32, num_steps: int = 4, side: int = 5)
 
 
 def literal(module: MotionExcitation, x: torch.Tensor) -> torch.Tensor:
-    return references.motion_excitation(
+    return reference_losses.motion_excitation(
         x,
         module.squeeze.weight,
         module.squeeze_norm,

@@ -13,7 +13,7 @@ from strata.train.models.motion import MotionExcitation
 from strata.train.models.stem import FoldedStem
 from strata.train.models.synced_norm import HostSyncedNorm, synchronise_norms
 from strata.train.schedules import Phase
-from tests.clips import smooth_videos
+from tests.support.synthetic_clips import smooth_videos
 
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)

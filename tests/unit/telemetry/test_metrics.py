@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
-from strata.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
-from tests.commands import scrape
+from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
+from tests.support.commands import scrape
 
 UNITS = {
     "seconds": ("_seconds", "_seconds_total"),

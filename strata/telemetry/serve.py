@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from strata.catalogue import Role
-from strata.hardware import HostCollector, ProcessCollector
-from strata.metrics import ExporterConfig, Metrics, TargetFile
+from strata.telemetry.catalogue import Role
+from strata.telemetry.host import HostCollector, ProcessCollector
+from strata.telemetry.metrics import ExporterConfig, Metrics, TargetFile
 
 __all__ = ["export", "export_process"]
 

@@ -1,7 +1,7 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
-nothing. What there is to be set stands in strata/catalogue.py.
+nothing. What there is to be set stands in strata/telemetry/catalogue.py.
 """
 
 import json
@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.registry import Collector
 
 import strata
-from strata.catalogue import CATALOGUE, Metric, Role
 from strata.errors import ConfigError
 from strata.files import write_atomic
 from strata.logs import JsonLines, get_logger, warn_once
-from strata.scrape import ScrapeServer, tls_context
+from strata.telemetry.catalogue import CATALOGUE, Metric, Role
+from strata.telemetry.scrape import ScrapeServer, tls_context
 
 __all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics", "TargetFile"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.commands import ROOT, free_port
+from tests.support.commands import ROOT, free_port
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ForkServer:
         self._ranks: dict[int, Rank] = {}
         self._new: queue.Queue[int] = queue.Queue()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
+            [sys.executable, "-m", "tests.support.fork_server"],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

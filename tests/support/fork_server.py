@@ -1,8 +1,8 @@
 """Run `train/main.py` many times without importing everything each time: fork from here.
 
-Started as `python -m tests.fork_server`. Each line of stdin is a request as JSON (`argv`, `env`,
-`output`, `hook`); stdout says `pid` of each, and `pid status` when one has ended. It never computes
-anything itself, so forking is safe.
+Started as `python -m tests.support.fork_server`. Each line of stdin is a request as JSON (`argv`,
+`env`, `output`, `hook`); stdout says `pid` of each, and `pid status` when one has ended. It never
+computes anything itself, so forking is safe.
 """
 
 import importlib

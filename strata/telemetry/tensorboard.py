@@ -1,4 +1,4 @@
-"""The figures of a run as TensorBoard's event files, beside JSON lines and Prometheus."""
+"""Writes a run's records as TensorBoard's event files."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ __all__ = ["TensorBoard", "require_tensorboard"]
 
 
 def require_tensorboard() -> None:
-    """Check that the optional package is there.
+    """Check that the optional package is installed.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is not installed.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
@@ -27,7 +27,7 @@ class TensorBoard:
     """Writes the numbers of `step` and `probe` records; call it with every record of a run.
 
     Args:
-        folder: Where event files go; a run that goes on adds a file and hides what it repeats.
+        folder: Folder of the event files; a resumed run adds a file that hides the repeated steps.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,9 +35,9 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Take a record; `start` opens the file, the others become scalars."""
+        """Write a record: `start` opens the file, `step` and `probe` become scalars."""
         if kind == "start":
-            # Takes a second to import; only who asks for it pays.
+            # Imported here since it takes a second and is rarely needed.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=fields["step"] + 1)
@@ -54,7 +54,7 @@ class TensorBoard:
 
 
 def _numbers(prefix: str, fields: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Names joined by slashes, which TensorBoard shows as groups."""
+    """Nested names joined by slashes, which TensorBoard shows as groups."""
     found: list[tuple[str, float]] = []
     for name, value in fields.items():
         if isinstance(value, Mapping):

@@ -1,12 +1,13 @@
-"""What the collectors tell, by a library that answers as NVML's manual says, and by this host."""
+"""Readings of the GPU from an NVML that answers as its manual says, and of this host."""
 
 from pathlib import Path
 
 import pynvml
 import pytest
 
-from strata.hardware import GpuCollector, HostCollector, ProcessCollector
-from tests.nvml import FakeNvml
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.host import HostCollector, ProcessCollector
+from tests.support.fake_nvml import FakeNvml
 
 
 def read(collector: GpuCollector) -> dict[str, float]:
@@ -46,7 +47,9 @@ def test_classic_counters_in_base_units(monkeypatch: pytest.MonkeyPatch):
     assert read(GpuCollector("abc")) == pytest.approx(CLASSIC)
 
 
-def test_gpm_tells_means_between_two_scrapes_and_frees_its_samples(monkeypatch: pytest.MonkeyPatch):
+def test_gpm_readings_are_means_and_samples_are_freed(
+    monkeypatch: pytest.MonkeyPatch,
+):
     nvml = FakeNvml(monkeypatch, gpm=True)
     nvml.gpm_values = {
         pynvml.NVML_GPM_METRIC_SM_UTIL: 75.0,
@@ -106,7 +109,7 @@ def test_what_is_not_supported_is_absent_not_zero(
     assert set(read(GpuCollector("abc"))) == set(CLASSIC) - gone
 
 
-def test_functions_that_an_old_driver_lacks_are_absent(monkeypatch: pytest.MonkeyPatch):
+def test_readings_that_an_old_driver_lacks_are_absent(monkeypatch: pytest.MonkeyPatch):
     missing = ("nvmlDeviceGetJpgUtilization", "nvmlGpmQueryDeviceSupport")
     FakeNvml(monkeypatch, missing=missing)
     found = read(GpuCollector("abc"))
@@ -114,7 +117,7 @@ def test_functions_that_an_old_driver_lacks_are_absent(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
-def test_a_lost_gpu_says_so_and_nothing_else(code: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_lost_gpu_reports_only_that_it_is_down(code: int, monkeypatch: pytest.MonkeyPatch):
     nvml = FakeNvml(monkeypatch, gpm=True)
     collector = GpuCollector("abc")
     assert read(collector)["up"] == 1
@@ -125,7 +128,7 @@ def test_a_lost_gpu_says_so_and_nothing_else(code: int, monkeypatch: pytest.Monk
     assert read(collector)["up"] == 1
 
 
-def test_without_nvml_nothing_is_shown(monkeypatch: pytest.MonkeyPatch):
+def test_without_nvml_there_are_no_readings(monkeypatch: pytest.MonkeyPatch):
     nvml = FakeNvml(monkeypatch)
     nvml.errors["nvmlInitWithFlags"] = pynvml.NVML_ERROR_DRIVER_NOT_LOADED
     assert read(GpuCollector("abc")) == {}

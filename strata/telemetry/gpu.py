@@ -1,26 +1,21 @@
-"""What NVML tells of the GPU and psutil of the host, as Prometheus collectors.
+"""Readings of one GPU by NVML, as a Prometheus collector.
 
-Read when they are scraped, in the exporter's thread, off the training path. What a machine does not
-offer is absent, never zero.
+The values are read in the exporter's thread when Prometheus scrapes them, not by the training loop.
+A reading that the machine does not offer is absent, never zero.
 """
 
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import psutil
 import pynvml
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from strata.catalogue import CATALOGUE
 from strata.logs import get_logger, warn_once
+from strata.telemetry.readings import Reading, families
 
-__all__ = ["GpuCollector", "HostCollector", "ProcessCollector", "Reading"]
+__all__ = ["GpuCollector"]
 
 logger = get_logger(__name__)
 
@@ -29,39 +24,10 @@ _MILLI = 0.001
 _MEGA = 1e6
 _KIB = 1024
 _MIB = 1024**2
-_ENTRIES = {entry.name: entry for entry in CATALOGUE}
 _FINAL = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
-"""Answers after which a GPU tells nothing any more."""
+"""Answers after which NVML gives no more readings of this GPU."""
 _STALE = (pynvml.NVML_ERROR_UNINITIALIZED, pynvml.NVML_ERROR_INVALID_ARGUMENT)
 """Answers after which the handle must be asked for again."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One value of one series.
-
-    Args:
-        name: In the catalogue.
-        value: In the catalogue's unit.
-        labels: The series' labels.
-    """
-
-    name: str
-    value: float
-    labels: Mapping[str, str]
-
-
-def _families(readings: Iterator[Reading]) -> Iterator[Metric]:
-    """Readings grouped by name, as prometheus_client wants them."""
-    families: dict[str, Any] = {}
-    for reading in readings:
-        entry = _ENTRIES[reading.name]
-        if reading.name not in families:
-            family = CounterMetricFamily if entry.kind == "counter" else GaugeMetricFamily
-            families[reading.name] = family(reading.name, entry.help, labels=entry.labels)
-        values = [reading.labels[label] for label in entry.labels]
-        families[reading.name].add_metric(values, reading.value)
-    yield from families.values()
 
 
 _THROTTLE = {
@@ -187,7 +153,7 @@ _GPM_VALUES: dict[str, tuple[tuple[int, ...], float, dict[str, str]]] = {
         {"direction": "rx"},
     ),
 }
-"""By name and direction: the metrics of GPM, whose mean over those the GPU has is the value."""
+"""GPM metrics by name and direction; the value is the mean of those that the GPU offers."""
 
 
 class _Gpm:
@@ -195,7 +161,7 @@ class _Gpm:
 
     Args:
         handle: The GPU, or the parent of a MIG device.
-        instance: The MIG device's GPU instance, or None for a whole GPU.
+        instance: The MIG device's GPU instance, or None for a GPU without MIG.
     """
 
     def __init__(self, handle: Any, instance: int | None) -> None:
@@ -297,7 +263,7 @@ class GpuCollector(Collector):
         return self._gpm is not None
 
     def read(self) -> Iterator[Reading]:
-        """What this GPU gives now; nothing where there is no NVML."""
+        """Current readings of this GPU; none where there is no NVML."""
         with self._lock:
             readings = self._read()
         for (name, *_), (value, labels) in readings.items():
@@ -315,7 +281,7 @@ class GpuCollector(Collector):
             readers = [*_CLASSIC]
             if self._gpm is not None:
                 gpm = self._gpm
-                # Last, so that it replaces what the classic counters tell less exactly.
+                # Last, so that its means replace the instantaneous values of the classic counters.
                 readers.append(lambda _: gpm.read())
             for read in readers:
                 try:
@@ -330,7 +296,7 @@ class GpuCollector(Collector):
         return found
 
     def _note(self, error: Any) -> bool:
-        """Keep in mind what an error means for the handle; whether nothing more can be read."""
+        """Update the handle's state after an error; returns whether no reading is possible now."""
         code = error.value
         if code in _FINAL:
             self._lost = True
@@ -343,83 +309,5 @@ class GpuCollector(Collector):
         return False
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the readings that this GPU gives."""
-        yield from _families(self.read())
-
-
-class HostCollector(Collector):
-    """The node: cores, memory, shared memory, disks, network. One process of a node has it.
-
-    Args:
-        places: Folders by what they are for; their file systems are watched.
-    """
-
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        self._places = dict(places)
-
-    def read(self) -> Iterator[Reading]:
-        """The node's figures now."""
-        times = psutil.cpu_times()
-        idle, wait = times.idle, getattr(times, "iowait", 0.0)
-        steal = getattr(times, "steal", 0.0)
-        # Linux counts a guest's time in user's and nice's too.
-        guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
-        modes = {
-            "busy": sum(times) - guest - idle - wait - steal,
-            "idle": idle,
-            "iowait": wait,
-            "steal": steal,
-        }
-        for mode, seconds in modes.items():
-            yield Reading("strata_host_cpu_seconds_total", seconds, {"mode": mode})
-        yield Reading("strata_host_cpus", len(os.sched_getaffinity(0)), {})
-        memory = psutil.virtual_memory()
-        yield Reading("strata_host_memory_total_bytes", memory.total, {})
-        yield Reading("strata_host_memory_available_bytes", memory.available, {})
-        yield from self._disks()
-        yield from self._traffic()
-
-    def _disks(self) -> Iterator[Reading]:
-        shm = Path("/dev/shm")
-        if shm.is_dir():
-            yield Reading("strata_host_shm_free_bytes", psutil.disk_usage(str(shm)).free, {})
-        for place, folder in self._places.items():
-            try:
-                usage = psutil.disk_usage(str(folder))
-            except OSError:
-                # Gone, or not mounted: absent, and the alert on absence of the run says so.
-                continue
-            yield Reading("strata_disk_size_bytes", usage.total, {"place": place})
-            yield Reading("strata_disk_free_bytes", usage.free, {"place": place})
-
-    @staticmethod
-    def _traffic() -> Iterator[Reading]:
-        disks = psutil.disk_io_counters()
-        if disks is not None:
-            for direction, moved in (("read", disks.read_bytes), ("write", disks.write_bytes)):
-                yield Reading("strata_host_disk_bytes_total", moved, {"direction": direction})
-        links = [io for name, io in psutil.net_io_counters(pernic=True).items() if name != "lo"]
-        if links:
-            for direction, moved in (
-                ("receive", sum(io.bytes_recv for io in links)),
-                ("transmit", sum(io.bytes_sent for io in links)),
-            ):
-                yield Reading("strata_host_network_bytes_total", moved, {"direction": direction})
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the node's figures."""
-        yield from _families(self.read())
-
-
-class ProcessCollector(Collector):
-    """This process: CPU time and memory."""
-
-    def read(self) -> Iterator[Reading]:
-        """The process's figures now."""
-        yield Reading("strata_process_cpu_seconds_total", time.process_time(), {})
-        resident = psutil.Process().memory_info().rss
-        yield Reading("strata_process_resident_memory_bytes", resident, {})
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the process's figures."""
-        yield from _families(self.read())
+        """Yield the current readings of this GPU, grouped by metric."""
+        yield from families(self.read())
