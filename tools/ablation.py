@@ -23,7 +23,7 @@ from strata.config import dotted, parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
 from strata.eval.protocols import RUNNERS
 from strata.tools.ablation_table import Cell, read_json, summarise, write_json, write_tables
-from strata.tools.launch import QUIET, program
+from strata.tools.launchers import QUIET, program
 from strata.train.config import TrainConfig
 
 __all__ = ["AblateConfig", "EvaluationConfig", "RowConfig", "gpu_shares", "main"]

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from strata.errors import ConfigError, exit_with_one_line
 
 SUBJECTS = {
-    "dataload": "strata.tools.bench_dataload",
-    "device": "strata.tools.bench_device",
-    "monitor": "strata.tools.bench_monitor",
-    "preprocess": "strata.tools.bench_preprocess",
-    "shuffle": "strata.tools.bench_shuffle",
-    "soak": "strata.tools.bench_soak",
-    "published": "strata.tools.bench_published",
-    "temporal": "strata.tools.bench_temporal",
-    "train": "strata.tools.bench_train",
+    "dataload": "strata.tools.benchmarks.data",
+    "device": "strata.tools.benchmarks.device",
+    "monitor": "strata.tools.benchmarks.monitor",
+    "preprocess": "strata.tools.benchmarks.preprocess",
+    "shuffle": "strata.tools.benchmarks.shuffle",
+    "soak": "strata.tools.benchmarks.soak",
+    "published": "strata.tools.benchmarks.published",
+    "temporal": "strata.tools.benchmarks.temporal",
+    "train": "strata.tools.benchmarks.train",
 }
 """Each names a module with `main(argv)`, imported only when it is asked for."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from strata.config import parse_config
 from strata.errors import ConfigError, StrataError
 from strata.eval.report import DemoResult, write_report
-from strata.tools.launch import QUIET, program
+from strata.tools.launchers import QUIET, program
 
 __all__ = ["DemoConfig", "main"]
 

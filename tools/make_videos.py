@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from strata.errors import ConfigError, exit_with_one_line
-from strata.tools.generated_scenes import SCENE_CLASSES, draw_video
+from strata.tools.synthetic_scenes import SCENE_CLASSES, draw_video
 
 __all__ = ["VideoSettings", "encode_video", "main", "make_videos"]
 

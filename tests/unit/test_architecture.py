@@ -69,21 +69,21 @@ def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
     users = {
         str(path.relative_to(ROOT))
         for path in sources()
-        if path.relative_to(ROOT).parts[:2] != ("tools", "bench")
+        if path.relative_to(ROOT).parts[:2] != ("tools", "benchmarks")
         for module in imported(path)
         if module == package or module.startswith(f"{package}.")
     }
-    assert {u for u in users if not u.startswith("tools/bench")} == owners
+    assert users == owners
 
 
-def test_packages_are_the_folders():
+def test_packages_are_the_folders_but_for_the_benchmarks():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {"strata"}
     for stage in STAGES:
         for path in [ROOT / stage, *(ROOT / stage).rglob("*")]:
             if path.is_dir() and (path / "__init__.py").exists():
                 folders.add("strata." + ".".join(path.relative_to(ROOT).parts))
-    assert set(settings["packages"]) == folders
+    assert set(settings["packages"]) == folders - {"strata.tools.benchmarks"}
     for name, folder in settings["package-dir"].items():
         expected = name.removeprefix("strata.").replace(".", "/")
         assert folder == expected
@@ -135,3 +135,4 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside
+    assert not [name for name in inside if "benchmarks" in name]

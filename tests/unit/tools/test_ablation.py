@@ -11,7 +11,7 @@ import yaml
 from strata.config import parse_config
 from strata.errors import ConfigError
 from strata.tools.ablation import AblateConfig, gpu_shares, main, pretraining
-from strata.tools.launch import program
+from strata.tools.launchers import program
 from strata.train.config import TrainConfig
 from tests.commands import ROOT
 

@@ -11,8 +11,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from strata.errors import ConfigError
-from strata.tools.generated_scenes import SCENE_CLASSES, draw_video
 from strata.tools.make_videos import VideoSettings, encode_video, main, make_videos
+from strata.tools.synthetic_scenes import SCENE_CLASSES, draw_video
 
 SMALL = VideoSettings(videos_per_class=2, classes=3, frames=10, width=48, height=36, fps=12)
 

@@ -9,7 +9,7 @@ import pytest
 from strata.dataload.plan import Plan
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_shuffle import Quality, measure_order
+from strata.tools.benchmarks.shuffle import Quality, measure_order
 
 SIZES = (64,) * 64
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from strata.errors import ConfigError
-from strata.tools.bench_train import PARTS, StepClock, main
+from strata.tools.benchmarks.train import PARTS, StepClock, main
 from tests.commands import ROOT, TINY, fail_with_one_line, run
 
 
@@ -56,7 +56,7 @@ def test_the_command_on_two_ranks(shards: Path, tmp_path: Path):
 STOPPED = """
 import os, signal, sys
 from strata.errors import exit_with_one_line
-from strata.tools.bench_train import StepClock, main
+from strata.tools.benchmarks.train import StepClock, main
 
 start_step = StepClock.start_step
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from strata.errors import ConfigError
-from strata.tools.bench_monitor import main
+from strata.tools.benchmarks.monitor import main
 from tests.commands import ROOT, TINY, free_port, run
 
 

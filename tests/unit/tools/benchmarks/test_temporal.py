@@ -8,7 +8,7 @@ import torch
 
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_temporal import (
+from strata.tools.benchmarks.temporal import (
     QUESTIONS,
     moving_videos,
     probe,

@@ -14,8 +14,8 @@ from strata.errors import ConfigError
 from strata.preprocess.mp4 import encode_mp4
 from strata.schema import FRAMES_EXT, NormalForm, segment_ext
 from strata.tools.bench import main
-from strata.tools.bench_dataload import check_equal_work, summarize
-from strata.tools.bench_peers import DECODERS, PaperTransform, decode_mp4
+from strata.tools.benchmarks.data import check_equal_work, summarize
+from strata.tools.benchmarks.webdataset_loaders import DECODERS, PaperTransform, decode_mp4
 from tests.made import HEIGHT, WIDTH, moving_picture
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_soak import Reading, growth, reopen, soak
+from strata.tools.benchmarks.soak import Reading, growth, reopen, soak
 
 
 def test_batches_leave_nothing_behind(shards: Path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError
-from strata.tools.bench_device import main
+from strata.tools.benchmarks.device import main
 from tests.commands import succeed
 
 PARTS = ("ceilings", "decode", "graph", "loader", "step", "whole")

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
-from strata.tools import bench_preprocess
 from strata.tools.bench import main
+from strata.tools.benchmarks import preprocess as bench_preprocess
 from tests.unit.preprocess.videos import moving_scene, write_video
 
 

@@ -39,8 +39,8 @@ from strata.errors import ConfigError
 from strata.preprocess.run import ShardSettings, shard_set
 from strata.preprocess.sources import VIDEO_SUFFIXES, Source, SourceSet
 from strata.schema import NormalForm
-from strata.tools.bench_dali_peer import DaliPeer
-from strata.tools.bench_peers import DECODERS, TorchPeer
+from strata.tools.benchmarks.dali_loader import DaliPeer
+from strata.tools.benchmarks.webdataset_loaders import DECODERS, TorchPeer
 from strata.tools.make_videos import VideoSettings, make_videos
 
 __all__ = ["main"]

@@ -25,7 +25,7 @@ from strata.config import parse_config
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.tools.published_way import (
+from strata.tools.benchmarks.published_method import (
     FrameFiles,
     PublishedModel,
     adam,

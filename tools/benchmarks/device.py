@@ -28,8 +28,8 @@ from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.tools import bench_train
-from strata.tools.bench_decoders import decodings
+from strata.tools.benchmarks import train as bench_train
+from strata.tools.benchmarks.decoders import decodings
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
 from strata.train.method import Method, MethodConfig, VideoModel
