@@ -22,7 +22,7 @@ from tests.made import HEIGHT, WIDTH, moving_picture
 def test_all_loaders_in_turns(tmp_path: Path):
     out = tmp_path / "out.json"
     sizes = ["--size", "32", "--workers", "1", "--peers", "mp4-pyav", "dali"]
-    main(["dataload", "--quick", *sizes, "--out", str(out)])
+    main(["data", "--quick", *sizes, "--out", str(out)])
     found = json.loads(out.read_text())
     assert [row["name"] for row in found["summary"]] == ["strata", "mp4-pyav", "dali"]
     assert all(row["samples_per_s"] > 0 for row in found["summary"])
@@ -88,10 +88,10 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_an_unknown_peer_is_named():
-    with pytest.raises(ConfigError, match="--peers has no torchcodec"):
-        main(["dataload", "--peers", "torchcodec"])
+    with pytest.raises(ConfigError, match="no peer torchcodec; use mp4-pyav"):
+        main(["data", "--peers", "torchcodec"])
 
 
 def test_no_videos(tmp_path: Path):
     with pytest.raises(ConfigError, match="no videos in"):
-        main(["dataload", "--videos", str(tmp_path)])
+        main(["data", "--videos", str(tmp_path)])

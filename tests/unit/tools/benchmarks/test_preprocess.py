@@ -1,3 +1,5 @@
+"""The benchmark of sharding times what it says, and measures the quality of payloads."""
+
 import re
 from pathlib import Path
 
@@ -5,7 +7,7 @@ import pytest
 
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.benchmarks import preprocess as bench_preprocess
+from strata.tools.benchmarks import preprocess
 from tests.unit.preprocess.videos import moving_scene, write_video
 
 
@@ -19,36 +21,46 @@ def videos(tmp_path: Path) -> Path:
 def test_table_and_ratio(
     videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_preprocess.shutil, "which", lambda _: None)
+    monkeypatch.setattr(preprocess.shutil, "which", lambda _: None)
     main(["preprocess", "--videos", str(videos), "--workers", "1", "--repeat", "1"])
     told = capsys.readouterr().out
+    rows = [[c.strip() for c in x.split("|")[1:-1]] for x in told.splitlines() if x[0] == "|"]
+    assert told.startswith("machine: cpu, ")
     assert "ffmpeg: skipped, there is no such command here" in told
     for name in ("strata", "bare loop"):
-        (line,) = [x for x in told.splitlines() if x.startswith(f"{name}  ")]
-        seconds, _, frames_per_s = line.removeprefix(name).split()[:3]
+        (cells,) = [row for row in rows if row[0] == name]
+        seconds, _, frames_per_s = cells[1:4]
         assert float(seconds) * float(frames_per_s.replace(",", "")) == pytest.approx(80, rel=0.05)
     assert "strata / bare loop: " in told
     assert re.search(r"driver's own thread [\d.]+ ms a video, workers [\d.]+: computed, one", told)
 
 
-def test_likeness_of_choices(videos: Path) -> None:
+def test_a_higher_quality_costs_bytes_and_is_nearer_to_the_source(videos: Path) -> None:
     path = videos / "0.avi"
-    forms = {(f.payload, f.codec, f.quality): f for f in bench_preprocess._choices()}
-    planes = bench_preprocess._first_frames(path, forms["jpeg", "h264", 90])
-    good = bench_preprocess._measure(planes, forms["jpeg", "h264", 95])
-    poor = bench_preprocess._measure(planes, forms["jpeg", "h264", 75])
+    forms = {(f.payload, f.codec, f.quality): f for f in preprocess._choices()}
+    planes = preprocess._first_frames(path, forms["jpeg", "h264", 90])
+    good = preprocess._measure(planes, forms["jpeg", "h264", 95])
+    poor = preprocess._measure(planes, forms["jpeg", "h264", 75])
     assert good[0] > poor[0]
     assert good[1] > poor[1] > 30
     assert 1 > good[2] > poor[2] > 0.9
-    mp4 = bench_preprocess._measure(planes, forms["mp4", "h264", 90])
+    mp4 = preprocess._measure(planes, forms["mp4", "h264", 90])
     assert mp4[0] < poor[0]
     assert mp4[1] > 30
 
 
+def test_payloads_are_compared(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["preprocess", "--videos", str(videos), "--limit", "1", "--choices"])
+    told = capsys.readouterr().out
+    for form in preprocess._choices():
+        name = f"jpeg q{form.quality}" if form.payload == "jpeg" else f"mp4 {form.codec}"
+        assert f"| {name}" in told
+
+
 def test_same_pictures_have_similarity_one() -> None:
     frames = moving_scene(2, 96, 64)[..., 0].astype(float)
-    assert bench_preprocess._ssim(frames, frames) == pytest.approx(1)
-    assert bench_preprocess._ssim(frames, 255 - frames) < 0
+    assert preprocess._ssim(frames, frames) == pytest.approx(1)
+    assert preprocess._ssim(frames, 255 - frames) < 0
 
 
 @pytest.mark.parametrize("argv", [[], ["coffee"]])
