@@ -1,31 +1,35 @@
-"""Whether memory stays flat over a long run: `python tools/bench.py soak --help`.
+"""Whether memory stays constant over a long run: `python tools/bench.py soak --help`.
 
-Makes many batches of small samples with the training loader, and reads what the process holds at
-even intervals: resident memory, shared memory, descriptors, threads. Then it opens and closes
-loaders.
+Makes many batches of small samples with the training loader, and reads at even intervals the
+process's resident memory, shared memory, file descriptors and threads. Then it opens and closes
+many loaders.
 """
 
-import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from strata.dataload.clips import ClipSpec
 from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.errors import ConfigError
 from strata.preprocess.run import ShardSettings, shard_set
 from strata.preprocess.sources import find_folder
 from strata.schema import NormalForm
+from strata.tools.benchmarks.measure import (
+    best_device,
+    machine,
+    machine_line,
+    parse_options,
+    require_positive,
+    table,
+    write_record,
+)
 from strata.tools.make_videos import VideoSettings, make_videos
 
 __all__ = ["Reading", "growth", "main", "soak"]
@@ -36,7 +40,7 @@ _FOREVER = 1_000_000
 
 @dataclass(frozen=True)
 class Reading:
-    """What the process holds after `count` batches, or loaders opened and closed."""
+    """The process's memory, descriptors and threads after `count` batches or loaders."""
 
     count: int
     rss_mib: float
@@ -64,10 +68,10 @@ class Reading:
 
 
 def small_shards(folder: Path) -> Path:
-    """32 drawn videos of 40 frames at 64x48."""
+    """Shards of 32 generated videos of 40 frames at 64x48."""
     videos = folder / "videos"
-    drawn = VideoSettings(videos_per_class=4, classes=8, frames=40, width=64, height=48)
-    make_videos(videos, drawn, workers=0, progress=False)
+    settings = VideoSettings(videos_per_class=4, classes=8, frames=40, width=64, height=48)
+    make_videos(videos, settings, workers=0, progress=False)
     (source_set,) = find_folder(videos)
     form = NormalForm(width=64, height=48)
     shard_set(
@@ -89,13 +93,13 @@ def _loader(shards: Path, batch: int, clip_frames: int) -> TrainLoader:
         config,
         open_plan(reader, config, _SEED),
         world=World(),
-        device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
+        device=best_device(),
         epochs=(0, _FOREVER),
     )
 
 
 def soak(shards: Path, *, batches: int, every: int, batch: int, frames: int) -> Iterator[Reading]:
-    """Read what the process holds after each `every` of `batches` batches."""
+    """Take a reading after each `every` of `batches` batches."""
     loader = _loader(shards, batch, frames)
     try:
         for count, _ in enumerate(loader, start=1):
@@ -108,7 +112,7 @@ def soak(shards: Path, *, batches: int, every: int, batch: int, frames: int) -> 
 
 
 def reopen(shards: Path, *, loaders: int, every: int, batch: int, frames: int) -> Iterator[Reading]:
-    """Read what the process holds after each `every` of `loaders` opened, used and closed."""
+    """Take a reading after each `every` of `loaders` that are opened, used and closed."""
     for count in range(1, loaders + 1):
         loader = _loader(shards, batch, frames)
         next(iter(loader))
@@ -118,7 +122,7 @@ def reopen(shards: Path, *, loaders: int, every: int, batch: int, frames: int) -
 
 
 def growth(readings: Sequence[Reading]) -> dict[str, float]:
-    """What 1,000 more batches cost by a straight line through the second half of the readings."""
+    """Increase over 1,000 batches, from a straight line through the second half of the readings."""
     late = readings[len(readings) // 2 :]
     counts = np.array([r.count for r in late]) / 1000
     return {
@@ -127,51 +131,67 @@ def growth(readings: Sequence[Reading]) -> dict[str, float]:
     }
 
 
-def _print(title: str, readings: Sequence[Reading]) -> None:
-    print(f"{title:>9}{'RSS MiB':>10}{'shm MiB':>9}{'fds':>6}{'threads':>9}")
-    for r in readings:
-        print(f"{r.count:>9,}{r.rss_mib:>10.1f}{r.shm_mib:>9.1f}{r.fds:>6}{r.threads:>9}")
+def _readings_table(title: str, readings: Sequence[Reading]) -> str:
+    head = (title, "RSS MiB", "shm MiB", "descriptors", "threads")
+    rows = [
+        (f"{r.count:,}", f"{r.rss_mib:.1f}", f"{r.shm_mib:.1f}", r.fds, r.threads) for r in readings
+    ]
+    return table(head, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoakOptions:
+    """Memory over many batches of one loader, then over many loaders."""
+
+    shards: Path | None = None
+    """A folder of shards; by default it is made from generated videos."""
+    batches: int = 20_000
+    """Batches to make."""
+    loaders: int = 100
+    """Loaders to open and close."""
+    batch: int = 4
+    """Samples in a batch."""
+    frames: int = 4
+    """Frames of a short clip."""
+    readings: int = 10
+    """Number of readings, evenly spaced."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_positive(self, "batches", "loaders", "readings")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: An option is out of its range.
     """
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py soak", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    say = parser.add_argument
-    say("--shards", type=Path, default=None, help="a folder of shards; without it they are drawn")
-    say("--batches", type=int, default=20_000, help="batches to make")
-    say("--loaders", type=int, default=100, help="loaders to open and close")
-    say("--batch", type=int, default=4, help="samples in a batch")
-    say("--frames", type=int, default=4, help="frames of a short clip")
-    say("--readings", type=int, default=10, help="how often to read, evenly")
-    say("--out", type=Path, default=None, help="JSON file to write")
-    args = parser.parse_args(argv)
-    for name in ("batches", "loaders", "readings"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; use 1 or more")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        shards = args.shards or small_shards(folder)
-        sizes = {"batch": args.batch, "frames": args.frames}
+    options = parse_options(SoakOptions, argv, "soak")
+    facts = machine(best_device())
+    print(machine_line(facts))
+    with tempfile.TemporaryDirectory() as folder:
+        shards = options.shards or small_shards(Path(folder))
+        sizes = {"batch": options.batch, "frames": options.frames}
         start = time.perf_counter()
-        every = max(1, args.batches // args.readings)
-        running = list(soak(shards, batches=args.batches, every=every, **sizes))
-        rate = args.batches / (time.perf_counter() - start)
-        every = max(1, args.loaders // args.readings)
-        opening = list(reopen(shards, loaders=args.loaders, every=every, **sizes))
-    _print("batches", running)
+        every = max(1, options.batches // options.readings)
+        running = list(soak(shards, batches=options.batches, every=every, **sizes))
+        batches_per_s = options.batches / (time.perf_counter() - start)
+        every = max(1, options.loaders // options.readings)
+        opening = list(reopen(shards, loaders=options.loaders, every=every, **sizes))
+    print(_readings_table("batches", running))
     slope = growth(running)
     print(
-        f"{rate:.0f} batches/s; by a line through the second half, 1,000 batches add "
+        f"{batches_per_s:.0f} batches/s; by a line through the second half, 1,000 batches add "
         f"{slope['rss_mib'] * 1024:.0f} KiB of RSS, {slope['shm_mib'] * 1024:.0f} KiB of shared "
         f"memory, {slope['fds']:.2f} descriptors, {slope['threads']:.2f} threads"
     )
-    _print("loaders", opening)
-    if args.out is not None:
-        found = {"batches": [asdict(r) for r in running], "loaders": [asdict(r) for r in opening]}
-        args.out.write_text(json.dumps({**found, "slope": slope}, indent=1) + "\n")
+    print(_readings_table("loaders", opening))
+    readings = {"batches": [asdict(r) for r in running], "loaders": [asdict(r) for r in opening]}
+    write_record(options.out, {"machine": facts, **readings, "slope": slope})

@@ -35,5 +35,5 @@ def test_growth_is_the_slope_of_the_second_half():
 
 
 def test_a_wrong_count_is_named():
-    with pytest.raises(ConfigError, match="--batches is 0"):
+    with pytest.raises(ConfigError, match="batches is 0"):
         main(["soak", "--batches", "0"])
