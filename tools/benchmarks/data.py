@@ -51,7 +51,7 @@ from strata.tools.benchmarks.measure import (
     write_record,
 )
 from strata.tools.benchmarks.webdataset_loaders import DECODERS, TorchPeer
-from strata.tools.make_videos import VideoSettings, make_videos
+from strata.tools.synthetic_videos import VideoSettings, make_videos
 
 __all__ = ["main"]
 

@@ -30,7 +30,7 @@ from strata.tools.benchmarks.measure import (
     table,
     write_record,
 )
-from strata.tools.make_videos import VideoSettings, make_videos
+from strata.tools.synthetic_videos import VideoSettings, make_videos
 
 __all__ = ["Reading", "growth", "main", "soak"]
 
