@@ -62,10 +62,10 @@ def parse_config(
         raise ConfigError(f"{prog}: {reason}. See {prog} --help for the settings.") from error
 
 
-def _types(root: type, prefix: str = "") -> dict[str, Any]:
+def _types(root: Any, prefix: str = "") -> dict[str, Any]:
     """The type of each setting of a dataclass tree by its dotted name."""
     hints, types = get_type_hints(root), {}
-    for field in dataclasses.fields(root):  # pyright: ignore[reportArgumentType]
+    for field in dataclasses.fields(root):
         name, kind = f"{prefix}{field.name}", hints[field.name]
         types |= _types(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {name: kind}
     return types
