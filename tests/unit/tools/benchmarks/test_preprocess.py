@@ -63,12 +63,6 @@ def test_same_pictures_have_similarity_one() -> None:
     assert preprocess._ssim(frames, 255 - frames) < 0
 
 
-@pytest.mark.parametrize("argv", [[], ["coffee"]])
-def test_unknown_subject(argv: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"measures .*preprocess"):
-        main(argv)
-
-
 def test_no_videos(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no videos in"):
         main(["preprocess", "--videos", str(tmp_path)])
