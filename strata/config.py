@@ -1,10 +1,12 @@
 """Parse a typed configuration tree from YAML files and dotted overrides; dump it again."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -30,8 +32,9 @@ def parse_config(
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
 
-    Later arguments win. The launcher's `--local_rank` is accepted and ignored: ranks come from the
-    environment.
+    Later arguments win. `--dry-run` is read as `--dry_run`, a true-or-false setting without a value
+    as true, and a list may be written as words (`--seeds 0 1`) or as YAML (`--seeds "[0, 1]"`). The
+    launcher's `--local_rank` is accepted and ignored: ranks come from the environment.
 
     Args:
         root: The dataclass to build; field docstrings become `--help`.
@@ -53,7 +56,7 @@ def parse_config(
     parser.add_argument("--config", action="config", help="A YAML file; may be given repeatedly.")
     parser.add_class_arguments(root, fail_untyped=True, sub_configs=False)
     parser.set_defaults(dict(defaults or {}))
-    args = [a for a in argv if not a.startswith("--local_rank=")]
+    args = _spelled_out([a for a in argv if not a.startswith("--local_rank=")], root)
     try:
         namespace = parser.parse_args(args)
         built = parser.instantiate(namespace)
@@ -64,6 +67,40 @@ def parse_config(
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{prog}: {reason}. See {prog} --help for the settings.") from error
+
+
+def _types(root: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of each setting of a dataclass tree by its dotted name."""
+    hints, types = get_type_hints(root), {}
+    for field in dataclasses.fields(root):
+        name, kind = f"{prefix}{field.name}", hints[field.name]
+        types |= _types(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {name: kind}
+    return types
+
+
+def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
+    """Arguments as jsonargparse reads them, from the shorter spellings of `parse_config`."""
+    types, words, rest = _types(root), [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        kind = types.get(name[2:])
+        values = [value] if equals else list(takewhile(lambda w: not w.startswith("--"), rest))
+        if kind is bool and not values:
+            words.append(f"{name}=true")
+        elif get_origin(kind) is tuple and values and not values[0].startswith("["):
+            # Items of a list of strings are quoted: they may hold a comma or look like a number.
+            quoted = get_args(kind)[0] not in (int, float)
+            items = ", ".join(json.dumps(v) if quoted else v for v in values)
+            words.append(f"{name}=[{items}]")
+            rest = rest if equals else rest[len(values) :]
+        else:
+            words.append(f"{name}{equals}{value}")
+    return words
 
 
 def plain(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Commands run by path, each a few lines over a tested function."""
+"""Commands that are run by path, each a few lines over a tested function."""

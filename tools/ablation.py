@@ -23,7 +23,7 @@ from strata.eval.protocols import RUNNERS
 from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
 from strata.tools.ablation_plan import gpu_hours
 from strata.tools.ablation_table import Cell, read_json, summarise, write_json, write_tables
-from strata.tools.launch import QUIET, program
+from strata.tools.launchers import QUIET, program
 from strata.train.config import TrainConfig
 
 __all__ = ["gpu_shares", "main"]

@@ -1,4 +1,4 @@
-"""Measure one part of Strata: `python tools/bench.py preprocess --help`."""
+"""Run a benchmark: `python tools/bench.py SUBJECT --help`."""
 
 import importlib
 import sys
@@ -6,30 +6,32 @@ from collections.abc import Sequence
 
 from strata.errors import ConfigError, exit_with_one_line
 
-SUBJECTS = {
-    "dataload": "strata.tools.bench_dataload",
-    "device": "strata.tools.bench_device",
-    "monitor": "strata.tools.bench_monitor",
-    "preprocess": "strata.tools.bench_preprocess",
-    "shuffle": "strata.tools.bench_shuffle",
-    "soak": "strata.tools.bench_soak",
-    "published": "strata.tools.bench_published",
-    "temporal": "strata.tools.bench_temporal",
-    "train": "strata.tools.bench_train",
-}
-"""Each names a module with `main(argv)`, imported only when it is asked for."""
+SUBJECTS = (
+    "data",
+    "device",
+    "monitor",
+    "preprocess",
+    "published",
+    "shuffle",
+    "soak",
+    "temporal",
+    "train",
+)
+"""Files of tools/benchmarks, each with `main(argv)`, imported only when it is asked for."""
+OLD_NAMES = {"dataload": "data"}
+"""Earlier names of subjects, which are still accepted."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Hand the arguments to the subject's own command.
+    """Run the benchmark that the first argument names.
 
     Raises:
         ConfigError: There is no such subject.
     """
-    if not argv or argv[0] not in SUBJECTS:
-        given = repr(argv[0]) if argv else "nothing"
-        raise ConfigError(f"tools/bench.py measures {', '.join(SUBJECTS)}; asked for {given}")
-    importlib.import_module(SUBJECTS[argv[0]]).main(argv[1:])
+    subject = OLD_NAMES.get(argv[0], argv[0]) if argv else "nothing"
+    if subject not in SUBJECTS:
+        raise ConfigError(f"tools/bench.py measures {', '.join(SUBJECTS)}; got {subject}")
+    importlib.import_module(f"strata.tools.benchmarks.{subject}").main(argv[1:])
 
 
 if __name__ == "__main__":

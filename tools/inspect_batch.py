@@ -1,129 +1,19 @@
-"""Look at what training sees: `python tools/inspect_batch.py --data.shards DIR --out DIR`.
-
-Makes one batch exactly as training does and writes each sample as a contact sheet (PNG), a row of
-frames a view, and as a small video (mp4) with its views side by side.
-"""
+"""Look at a training batch: `python tools/inspect_batch.py --data.shards DIR --out DIR`."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
 
 from strata.config import parse_config
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
-from strata.dataload.reader import ShardReader
-from strata.distributed import World
-from strata.errors import ConfigError, exit_with_one_line
-from strata.eval.film import contact_sheet, write_video
-from strata.untrusted import file_stem
-
-__all__ = ["InspectConfig", "main", "side_by_side"]
-
-_GAP = 4
-_RATE = 8
-"""Frames a second of the videos: slow enough to see single frames."""
-_ZOOM = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Which batch to look at, and where to write it."""
-
-    data: DataConfig
-    """As in training: any config of train/main.py has it."""
-    out: Path
-    """Folder for the pictures and videos."""
-    num: int = 8
-    """Samples of the batch to write."""
-    seed: int = 0
-    """The run's seed."""
-    epoch: int = 0
-    step: int = 0
-    """Within the epoch."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.num < 1 or self.epoch < 0 or self.step < 0:
-            raise ConfigError("num must be 1 or more, epoch and step 0 or more")
-
-
-def side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:
-    """The views as one video; shorter ones begin again.
-
-    Args:
-        views: `[T, S, S, 3]` each, uint8.
-
-    Returns:
-        Shape `[longest T, even rows, even columns, 3]`, uint8.
-    """
-    length = max(map(len, views))
-    parts = []
-    for frames in views:
-        looped = frames[np.arange(length) % len(frames)]
-        parts += [looped, np.full((*looped.shape[:2], _GAP, 3), 255, np.uint8)]
-    joined = np.concatenate(parts[:-1], axis=2)
-    return joined.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
-
-
-def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    plan = open_plan(reader, config.data, config.seed)
-    if config.step >= plan.steps_per_epoch:
-        raise ConfigError(
-            f"step is {config.step}, an epoch has {plan.steps_per_epoch} of "
-            f"{config.data.batch_size} samples; use a smaller step or data.batch_size"
-        )
-    loader = TrainLoader(
-        reader,
-        config.data,
-        plan,
-        world=World(),
-        device=device,
-        epochs=(config.epoch, config.epoch + 1),
-        start_step=config.step,
-    )
-    try:
-        return next(iter(loader))
-    finally:
-        loader.close()
+from strata.errors import exit_with_one_line
+from strata.tools.batch_pictures import InspectConfig, write_batch
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
-
-    Raises:
-        ConfigError: A setting is out of its range.
-    """
-    config = parse_config(
-        InspectConfig,
-        argv,
-        prog="tools/inspect_batch.py",
-        description="Write the views of a training batch as pictures and videos.",
-    )
-    reader = ShardReader(config.data.shards, config.data.check, config.data.download)
-    batch = _make_batch(config, reader)
-    config.out.mkdir(parents=True, exist_ok=True)
-    classes = reader.manifest.classes
-    for row, sample in enumerate(batch.samples[: config.num].tolist()):
-        views = [(f"short clip {k + 1}", batch.short[row, k].cpu().numpy()) for k in range(2)]
-        if batch.long is not None:
-            views.append(("long sequence", batch.long[row].cpu().numpy()))
-        label = int(reader.labels[sample])
-        name = f"{row:03d}-{file_stem(reader.keys[sample])}"
-        title = f"{reader.keys[sample]}   {classes[label] if label >= 0 else 'no label'}"
-        title += f"   seed {config.seed}, epoch {config.epoch}, step {config.step}"
-        sheet = contact_sheet(views, title, config.data.clips.clip_frames)
-        sheet.save(config.out / f"{name}.png")
-        write_video(config.out / f"{name}.mp4", side_by_side([v for _, v in views]), _RATE)
-    written = min(config.num, len(batch.samples))
-    print(f"{written} samples of {len(batch.samples)} -> {config.out}", flush=True)
+    """Run the command line."""
+    described = InspectConfig.__doc__ or ""
+    config = parse_config(InspectConfig, argv, prog="tools/inspect_batch.py", description=described)
+    written, samples = write_batch(config)
+    print(f"{written} samples of {samples} -> {config.out}", flush=True)
 
 
 if __name__ == "__main__":

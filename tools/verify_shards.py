@@ -1,4 +1,4 @@
-"""Hash a shard folder anew and name every fault: `python tools/verify_shards.py --help`."""
+"""Check shard folders against their manifests: `python tools/verify_shards.py --help`."""
 
 import sys
 

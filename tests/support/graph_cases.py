@@ -8,6 +8,7 @@ from PIL import Image
 
 from strata.dataload.augment import ViewParameters, centre_crop
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from tests.support.shard_folders import moving_picture
 
 HEIGHT, WIDTH, FRAMES, SIZE = 64, 96, 8, 48
 
@@ -22,11 +23,7 @@ def encode(frames: np.ndarray) -> np.ndarray:
 
 
 def moving_pictures(seed: int) -> np.ndarray:
-    small = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    wide = np.asarray(
-        Image.fromarray(small).resize((WIDTH + 4 * FRAMES, HEIGHT), Image.Resampling.BICUBIC)
-    )
-    return np.stack([wide[:, 4 * t : 4 * t + WIDTH] for t in range(FRAMES)])
+    return moving_picture(seed, FRAMES, HEIGHT, WIDTH)
 
 
 def run_graph(

@@ -11,21 +11,12 @@ from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from tests.support.shard_folders import moving_picture
+
 
 def moving_scene(count: int, width: int, height: int, seed: int = 0) -> np.ndarray:
-    """A smooth coloured background that drifts, with a bright square; `[F, H, W, 3]`, uint8."""
-    random = np.random.default_rng(seed)
-    phase = random.uniform(0, 6.28, 3)
-    y, x = np.mgrid[:height, :width]
-    frames = np.empty((count, height, width, 3), np.uint8)
-    for k in range(count):
-        for channel in range(3):
-            wave = np.sin(x / width * 5 + y / height * 3 + phase[channel] + k * 0.15)
-            frames[k, ..., channel] = 128 + 80 * wave
-        left = (k * 3 + int(phase[0] * 20)) % (width - width // 6)
-        top = height // 3
-        frames[k, top : top + height // 5, left : left + width // 6] = (230, 40, 60)
-    return frames
+    """Smooth colours that slide; `[F, H, W, 3]`, uint8."""
+    return moving_picture(seed, count, height, width)
 
 
 def with_fields(frame: VideoFrame, order: str) -> VideoFrame:

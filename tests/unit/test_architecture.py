@@ -92,20 +92,21 @@ def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
     users = {
         str(path.relative_to(ROOT))
         for path in sources()
-        if path.relative_to(ROOT).parts[:2] != ("tools", "bench")
+        if path.relative_to(ROOT).parts[:2] != ("tools", "benchmarks")
         for module in imported(path)
         if module == package or module.startswith(f"{package}.")
     }
-    assert {u for u in users if not u.startswith("tools/bench")} == owners
+    assert users == owners
 
 
-def test_packages_are_the_folders():
+def test_packages_are_the_folders_but_for_the_benchmarks():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {}
     for top in ("strata", *STAGES):
         for init in (ROOT / top).rglob("__init__.py"):
             parts = init.parent.relative_to(ROOT).parts
             folders[".".join(parts if top == "strata" else ("strata", *parts))] = "/".join(parts)
+    del folders["strata.tools.benchmarks"]
     assert set(settings["packages"]) == set(folders)
     assert settings["package-dir"] == folders
 
@@ -159,3 +160,4 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
     assert "strata/telemetry/catalogue.toml" in inside
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside
+    assert not [name for name in inside if "benchmarks" in name]

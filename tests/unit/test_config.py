@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -34,6 +34,10 @@ class Root:
     """How."""
     drops: tuple[int, ...] = (1,)
     """When."""
+    dry_run: bool = False
+    """Whether to do nothing."""
+    only_rows: tuple[str, ...] = ()
+    """Rows by name."""
 
 
 def parse(*argv: str) -> Root:
@@ -55,8 +59,30 @@ def test_the_dump_is_a_config(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dry_run"], {"dry_run": True}),
+        (["--dry-run", "--part.kind", "b"], {"dry_run": True, "part": Part(kind="b")}),
+        (["--dry_run", "false"], {"dry_run": False}),
+        (["--dry-run=false"], {"dry_run": False}),
+        (["--drops", "3"], {"drops": (3,)}),
+        (["--drops=3"], {"drops": (3,)}),
+        (["--drops", "-3", "4", "--dry_run"], {"drops": (-3, 4), "dry_run": True}),
+        (["--drops", "[3, 4]"], {"drops": (3, 4)}),
+        (["--drops", "[]"], {"drops": ()}),
+        (["--only-rows", "a, b", "1", "x=-y"], {"only_rows": ("a, b", "1", "x=-y")}),
+    ],
+)
+def test_shorter_spellings(words: list[str], expected: dict[str, Any]):
+    assert parse("--folder", "/a", *words) == Root(folder=Path("/a"), **expected)
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--folder", "/a", "--drops", "soon"], "drops"),
+        (["--folder", "/a", "--dry_run", "maybe"], "dry_run"),
+        (["--folder", "/a", "stray"], "stray"),
         (["--folder", "/a", "--part.rat", "1"], "part.rat"),
         (["--folder", "/a", "--part.kind", "c"], "part.kind"),
         (["--folder", "/a", "--part.rate", "fast"], "part.rate"),

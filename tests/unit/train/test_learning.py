@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from strata.tools.bench_temporal import QUESTIONS, probes, small_model, train_on
+from strata.tools.benchmarks.temporal import QUESTIONS, probes, small_model, train_on
 from strata.train.method import LossTerms, TermWeights, VideoModel
 
 BATCH, SIZE = 12, 24

@@ -1,4 +1,4 @@
-"""Contact sheets and videos of a batch hold the batch's own pixels."""
+"""Contact sheets and videos of a batch contain the batch's own pixels."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from PIL import Image
 
 from strata.errors import ConfigError
 from strata.eval.film import contact_sheet
-from strata.tools.inspect_batch import main, side_by_side
+from strata.tools.batch_pictures import side_by_side
+from strata.tools.inspect_batch import main
 
 
 def test_a_sheet_holds_every_frame_in_reading_order(rng: np.random.Generator):
@@ -21,7 +22,7 @@ def test_a_sheet_holds_every_frame_in_reading_order(rng: np.random.Generator):
     np.testing.assert_array_equal(sheet[66 + 24 : 66 + 44, 24:44], long[5])
 
 
-def test_shorter_views_begin_again_beside_longer_ones(rng: np.random.Generator):
+def test_shorter_views_are_repeated_beside_longer_ones(rng: np.random.Generator):
     short = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     long = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     video = side_by_side([short, long])

@@ -1,4 +1,4 @@
-"""The generated videos: the same for the same seed, real files, and colours that tell nothing."""
+"""Generated videos: equal for equal seeds, real files, colours that do not predict the class."""
 
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from strata.errors import ConfigError
-from strata.tools.generated_scenes import SCENE_CLASSES, draw_video
-from strata.tools.make_videos import VideoSettings, encode_video, main, make_videos
+from strata.tools.make_videos import main
+from strata.tools.synthetic_scenes import SCENE_CLASSES, draw_video
+from strata.tools.synthetic_videos import VideoSettings, encode_video, make_videos
 
 SMALL = VideoSettings(videos_per_class=2, classes=3, frames=10, width=48, height=36, fps=12)
 
@@ -36,7 +37,7 @@ def test_a_video_depends_on_seed_class_and_index_alone() -> None:
 
 
 @pytest.mark.parametrize("label", range(len(SCENE_CLASSES)))
-def test_every_class_moves_through_the_whole_video(label: int) -> None:
+def test_every_class_moves_throughout_the_video(label: int) -> None:
     video = _draw(label, frames=60).astype(int)
     change = np.abs(np.diff(video, axis=0)).mean(axis=(1, 2, 3))
     for part in np.array_split(change, 3):
@@ -47,7 +48,7 @@ def test_class_names_are_distinct() -> None:
     assert len({scene.name for scene in SCENE_CLASSES}) == len(SCENE_CLASSES) >= 8
 
 
-def test_colour_does_not_tell_the_class() -> None:
+def test_colour_does_not_predict_the_class() -> None:
     each = 24
     labels = np.repeat(np.arange(len(SCENE_CLASSES)), each)
     videos = [
@@ -61,7 +62,7 @@ def test_colour_does_not_tell_the_class() -> None:
     assert accuracy < 0.25  # Chance is 0.125.
 
 
-def test_files_are_real_videos_of_the_asked_size(tmp_path: Path) -> None:
+def test_files_are_real_videos_of_the_requested_size(tmp_path: Path) -> None:
     written = make_videos(tmp_path / "videos", SMALL, workers=0, progress=False)
     files = sorted((tmp_path / "videos").rglob("*.*"))
     assert [f.suffix for f in files] == [".mp4"] * 6
@@ -91,7 +92,7 @@ def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
     assert alone == {f.name: f.read_bytes() for f in (tmp_path / "two").rglob("*.mp4")}
 
 
-def test_command_says_that_the_data_are_generated(
+def test_the_command_reports_that_the_data_are_generated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = "--videos-per-class 1 --classes 2 --frames 3 --width 32 --height 32 --workers 0"
@@ -99,7 +100,7 @@ def test_command_says_that_the_data_are_generated(
     assert "Generated 2 videos of 2 classes" in capsys.readouterr().out
 
 
-def test_does_not_write_into_a_filled_folder(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "something").touch()
     with pytest.raises(ConfigError, match="not empty"):
         make_videos(tmp_path, SMALL, workers=0, progress=False)

@@ -1,25 +1,23 @@
-"""How fast batches are made, beside what others would use: `python tools/bench.py dataload --help`.
+"""How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
-the whole loader. Then whole loaders in turns, on the same clips, with the same recipe and as many
-workers as cores: Strata, webdataset in a torch DataLoader over H.264 and over our JPEGs, and DALI's
-own reader and random operators. Every contender makes the same views: two clips of 16 and the
+the complete loader. Then complete loaders in turns, on the same clips, with the same recipe and as
+many workers as cores: Strata, webdataset in a torch DataLoader over H.264 and over our JPEGs, and
+DALI's own reader and random operators. Every loader makes the same views: two clips of 16 and the
 sequence of 32 frames, uint8. Before anything is timed, a batch of each is compared with Strata's.
 
-A ratio is taken within a round, in which all contenders had the machine one after the other; the
-table gives its median and range over the rounds.
+A ratio is taken within a round, in which all loaders run one after the other; the table gives its
+median and range over the rounds.
 """
 
-import argparse
 import dataclasses
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -35,15 +33,26 @@ from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.dataload.videos import CodedWindows, read_windows
 from strata.distributed import World
-from strata.errors import ConfigError
 from strata.limits import usable_cpus
-from strata.preprocess.listing import VIDEO_SUFFIXES
 from strata.preprocess.run import ShardSettings, shard_set
-from strata.preprocess.sources import Source, SourceSet
 from strata.schema import NormalForm, checksum, segment_ext
-from strata.tools.bench_dali_peer import DaliPeer
-from strata.tools.bench_peers import DECODERS, TorchPeer
-from strata.tools.make_videos import VideoSettings, make_videos
+from strata.tools.benchmarks.dali_loader import DaliPeer
+from strata.tools.benchmarks.measure import (
+    best_device,
+    find_videos,
+    in_turns,
+    machine,
+    machine_line,
+    parse_options,
+    require_known,
+    require_positive,
+    source_set_of,
+    table,
+    wait_for,
+    write_record,
+)
+from strata.tools.benchmarks.webdataset_loaders import DECODERS, TorchPeer
+from strata.tools.synthetic_videos import VideoSettings, make_videos
 
 __all__ = ["main"]
 
@@ -51,14 +60,51 @@ _SEED = 0
 _FOREVER = 1_000_000
 _SETTLE_S, _IDLE_SHARE = 0.3, 0.05
 _MP4_SEGMENT_FRAMES = 511
-"""A video is one mp4, as others store it."""
+"""A video is one mp4, as other projects store it."""
 _PEERS = {
     "mp4-pyav": "webdataset, H.264, PyAV, torchvision v2",
     "jpeg-pil": "webdataset, our JPEGs, PIL, torchvision v2",
     "jpeg-torchvision": "webdataset, our JPEGs, decode_jpeg, torchvision v2",
-    "jpeg-whole": "webdataset, our JPEGs decoded whole, torchvision v2",
+    "jpeg-whole": "webdataset, our JPEGs decoded completely, torchvision v2",
     "dali": "fn.readers.webdataset, our JPEGs, DALI's random operators",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The parts of Strata's loader, then complete loaders of the same views in turns."""
+
+    videos: Path | None = None
+    """Folder of videos; by default videos are generated."""
+    limit: int = 96
+    """Videos, evenly spaced in the order of their names."""
+    batch: int = 16
+    """Samples in a batch."""
+    size: int = 112
+    """Rows and columns of a view."""
+    rounds: int = 5
+    """Turns of each loader."""
+    seconds: float = 6.0
+    """The least that a turn, or the measurement of a part, lasts."""
+    workers: int = 0
+    """Processes or threads; 0 is one for each CPU."""
+    peers: tuple[str, ...] = tuple(_PEERS)
+    """Loaders to compare with."""
+    work: Path | None = None
+    """Folder in which the shards are kept and used again."""
+    out: Path | None = None
+    """JSON file to write."""
+    quick: bool = False
+    """Small and short, to see that it runs."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_positive(self, "limit", "batch", "size", "rounds")
+        require_known("peer", self.peers, list(_PEERS))
 
 
 class Contender(Protocol):
@@ -143,7 +189,7 @@ def _cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def _settle(contender: Contender) -> None:
-    """Wait until a contender has made all it makes ahead, or the next one would pay for it."""
+    """Wait until a contender has made all it makes ahead; otherwise it would slow the next one."""
     before, now = -1.0, _cpu_seconds(contender.pids)
     while now - before > _IDLE_SHARE * _SETTLE_S:
         time.sleep(_SETTLE_S)
@@ -177,17 +223,17 @@ def check_equal_work(batches: dict[str, tuple[Tensor, ...]]) -> None:
                 raise AssertionError(f"{name}: {view.dtype}, standard deviation {spread:.1f}")
 
 
-def _round(contender: Contender, seconds: float, synchronize: Callable[[], None]) -> dict[str, Any]:
+def _round(contender: Contender, seconds: float, device: torch.device) -> dict[str, Any]:
     """One turn: skip what was made ahead, then count batches for at least `seconds`."""
     for _ in range(contender.ahead):
         contender.next()
-    synchronize()
+    wait_for(device)
     cpu = _cpu_seconds(contender.pids)
     start, samples, count = time.perf_counter(), 0, 0
     while time.perf_counter() - start < seconds or count % contender.granularity:
         samples += len(contender.next()[0])
         count += 1
-    synchronize()
+    wait_for(device)
     taken = time.perf_counter() - start
     cpu = _cpu_seconds(contender.pids) - cpu
     _settle(contender)
@@ -367,17 +413,16 @@ def measure_parts(
     return rows
 
 
-def _print_parts(rows: Sequence[dict[str, Any]]) -> None:
-    print(
-        f"{'payload':<9}{'decode':<8}{'augment':<9}{'part':<11}{'samples/s':>11}{'frames/s':>11}"
-        f"{'CPU ms':>9}"
-    )
+def _parts_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("payload", "decode", "augment", "part", "samples/s", "frames/s", "CPU ms a sample")
+    lines = []
     for row in rows:
-        rate = row["samples_per_s"]
-        told = f"{rate:>11.1f}{row['frames_per_s']:>11,.0f}" if rate else f"{'hidden':>22}"
-        told += f"{row['cpu_ms_per_sample']:>9.2f}"
-        names = f"{row['payload']:<9}{row['decode']:<8}{row['augment']:<9}{row['part']:<11}"
-        print(names + told, flush=True)
+        names = [row[n] for n in ("payload", "decode", "augment", "part")]
+        rates = ["hidden", "hidden"]
+        if row["samples_per_s"]:
+            rates = [f"{row['samples_per_s']:.1f}", f"{row['frames_per_s']:,.0f}"]
+        lines.append([*names, *rates, f"{row['cpu_ms_per_sample']:.2f}"])
+    return table(head, lines)
 
 
 def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -405,28 +450,27 @@ def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any
     return rows
 
 
-def _print_summary(rows: Sequence[dict[str, Any]], window_frames: int) -> None:
+def _summary_table(rows: Sequence[dict[str, Any]], window_frames: int) -> str:
     first = rows[0]["name"]
-    print(
-        f"{'loader':<18}{'samples/s':>10}{'frames/s':>10}{'CPU ms':>8}  "
-        f"{f'{first} / it':>11} {'lowest to highest':>18}{'by CPU':>8}"
-    )
-    for row in rows:
-        spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-        print(
-            f"{row['name']:<18}{row['samples_per_s']:>10.1f}"
-            f"{row['samples_per_s'] * window_frames:>10,.0f}{row['cpu_ms_per_sample']:>8.1f}  "
-            f"{row['ratio']:>11.2f} {spread:>18}{row['ratio_by_cpu']:>8.2f}"
+    ratio = f"{first} / it (lowest to highest)"
+    head = ("loader", "samples/s", "frames/s", "CPU ms a sample", ratio, "by CPU time")
+    lines = [
+        (
+            row["name"],
+            f"{row['samples_per_s']:.1f}",
+            f"{row['samples_per_s'] * window_frames:,.0f}",
+            f"{row['cpu_ms_per_sample']:.1f}",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{row['ratio_by_cpu']:.2f}",
         )
+        for row in rows
+    ]
+    return table(head, lines)
 
 
 def _shard(videos: Path, chosen: Sequence[Path], folder: Path, workers: int) -> dict[str, Path]:
     """The same clips as strips, H.264 and MJPEG, in shards small enough for all workers."""
-    sources = tuple(
-        Source(name=p.relative_to(videos).as_posix(), path=p, label=0, num_bytes=p.stat().st_size)
-        for p in chosen
-    )
-    source_set = SourceSet(dataset="bench", split="all", classes=("any",), sources=sources)
+    source_set = source_set_of(videos, chosen)
     made = {}
     forms = {
         "jpeg": NormalForm(),
@@ -442,28 +486,25 @@ def _shard(videos: Path, chosen: Sequence[Path], folder: Path, workers: int) -> 
     return made
 
 
-def _find(args: argparse.Namespace, folder: Path, workers: int) -> tuple[Path, list[Path]]:
-    """The videos that were asked for, or drawn ones."""
-    videos = args.videos
+def _find(options: DataOptions, folder: Path, workers: int) -> tuple[Path, list[Path]]:
+    """The videos that were asked for, or generated ones."""
+    videos = options.videos
     if videos is None:
         videos = folder / "videos"
         settings = VideoSettings(
-            videos_per_class=max(1, args.limit // 8), classes=8, width=320, height=240
+            videos_per_class=max(1, options.limit // 8), classes=8, width=320, height=240
         )
         make_videos(videos, settings, workers=workers, progress=False)
-    found = sorted(p for p in videos.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise ConfigError(f"no videos in {videos}; mend --videos")
-    return videos, found[:: max(len(found) // args.limit, 1)][: args.limit]
+    return videos, find_videos(videos, options.limit)
 
 
 def _contenders(
-    args: argparse.Namespace, made: dict[str, Path], config: DataConfig, device: torch.device
+    peers: Sequence[str], made: dict[str, Path], config: DataConfig, device: torch.device
 ) -> list[Contender]:
     reader = ShardReader(made["jpeg"])
     workers = config.threads
     contenders: list[Contender] = [StrataContender("strata", reader, config, device)]
-    for name in args.peers:
+    for name in peers:
         payload = name.partition("-")[0] if name in DECODERS else "jpeg"
         shards = sorted(made[payload].glob("*.tar"))
         if name in DECODERS:
@@ -494,86 +535,46 @@ def _contenders(
     return contenders
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py dataload", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    say = parser.add_argument
-    say("--videos", type=Path, default=None, help="folder of videos; without it they are drawn")
-    say("--limit", type=int, default=96, help="videos, evenly chosen")
-    say("--batch", type=int, default=16, help="samples in a batch")
-    say("--size", type=int, default=112, help="rows and columns of a view")
-    say("--rounds", type=int, default=5, help="turns of each loader")
-    say("--seconds", type=float, default=6.0, help="of a turn, and of a part, at least")
-    say("--workers", type=int, default=0, help="processes or threads; 0: one for each CPU")
-    known = ", ".join(f"{name} ({told})" for name, told in _PEERS.items())
-    say("--peers", nargs="*", default=list(_PEERS), help=f"whom to compare with: {known}")
-    say("--work", type=Path, default=None, help="keep and reuse the shards here")
-    say("--out", type=Path, default=None, help="JSON file to write")
-    say("--quick", action="store_true", help="small and short, to see that it runs")
-    args = parser.parse_args(argv)
-    unknown = sorted(set(args.peers) - set(_PEERS))
-    if unknown:
-        raise ConfigError(f"--peers has no {unknown[0]}; use {', '.join(_PEERS)}")
-    if args.quick:
-        args.limit, args.batch, args.rounds, args.seconds = min(args.limit, 8), 2, 2, 0.2
-    for name in ("limit", "batch", "size", "rounds"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; use 1 or more")
-    return args
-
-
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: An option is out of its range, or there are no videos.
     """
-    args = _parse(argv)
-    workers = args.workers or usable_cpus()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    options = parse_options(DataOptions, argv, "data")
+    if options.quick:
+        options = dataclasses.replace(
+            options, limit=min(options.limit, 8), batch=2, rounds=2, seconds=0.2
+        )
+    workers = options.workers or usable_cpus()
+    device = best_device()
     with ExitStack() as stack:
-        folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        videos, chosen = _find(args, folder, workers)
+        folder = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        videos, chosen = _find(options, folder, workers)
         made = _shard(videos, chosen, folder, workers)
         config = DataConfig(
             shards=made["jpeg"],
-            batch_size=min(args.batch, len(chosen)),
-            size=args.size,
+            batch_size=min(options.batch, len(chosen)),
+            size=options.size,
             threads=workers,
         )
-        machine = {
-            "cores": len(os.sched_getaffinity(0)),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "load": os.getloadavg()[0],
-        }
-        print(
-            f"{len(chosen)} videos, batch {config.batch_size}, {workers} workers, on "
-            f"{machine['device']} with {machine['cores']} cores, load {machine['load']:.1f}"
-        )
+        facts = machine(device)
+        print(machine_line(facts))
+        print(f"{len(chosen)} videos, batch {config.batch_size}, {workers} workers")
         parts = []
-        # DALI decodes H.264 on a GPU alone.
+        # DALI decodes H.264 only on a GPU.
         for name in ("jpeg", "mp4" if device.type == "cuda" else "mjpeg"):
             each = dataclasses.replace(config, shards=made[name])
-            parts += measure_parts(ShardReader(made[name]), each, device, args.seconds)
-        _print_parts(parts)
-        contenders = _contenders(args, made, config, device)
+            parts += measure_parts(ShardReader(made[name]), each, device, options.seconds)
+        print(_parts_table(parts))
+        contenders = _contenders(options.peers, made, config, device)
         for contender in contenders:
             stack.callback(contender.close)
         check_equal_work({c.name: c.next() for c in contenders})
-        print("a batch of each: the same shapes, uint8, pictures in it")
-        rounds = []
-        for number in range(args.rounds):
-            # Another order each round, so that nobody always comes after the same neighbour.
-            first = number % len(contenders)
-            order = contenders[first:] + contenders[:first]
-            turn = {c.name: _round(c, args.seconds, synchronize) for c in order}
-            rounds.append({c.name: turn[c.name] for c in contenders})
+        print("a batch of each: the same shapes, uint8, with pictures in it")
+        runs = {c.name: partial(_round, c, options.seconds, device) for c in contenders}
+        rounds = in_turns(runs, options.rounds)
         summary = summarize(rounds)
-        _print_summary(summary, config.clips.window_frames)
-        if args.out is not None:
-            found = {"machine": machine, "parts": parts, "rounds": rounds, "summary": summary}
-            args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(_summary_table(summary, config.clips.window_frames))
+        record = {"machine": facts, "parts": parts, "rounds": rounds, "summary": summary}
+        write_record(options.out, record)

@@ -1,12 +1,13 @@
-"""A short soak: nothing that the process holds grows with batches or with loaders."""
+"""A short soak: memory, descriptors and threads do not grow with batches or loaders."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_soak import Reading, growth, reopen, soak
+from strata.tools.benchmarks.soak import Reading, growth, reopen, soak
 
 
 def test_batches_leave_nothing_behind(shards: Path):
@@ -35,5 +36,14 @@ def test_growth_is_the_slope_of_the_second_half():
 
 
 def test_a_wrong_count_is_named():
-    with pytest.raises(ConfigError, match="--batches is 0"):
+    with pytest.raises(ConfigError, match="batches is 0"):
         main(["soak", "--batches", "0"])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out.json"
+    main(["soak", "--batches", "8", "--loaders", "4", "--readings", "4", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert [r["count"] for r in record["batches"]] == [2, 4, 6, 8]
+    assert [r["count"] for r in record["loaders"]] == [1, 2, 3, 4]
+    assert "1,000 batches add" in capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""Draw the generated data set: moving things in front of moving scenery, as arrays of frames.
+"""Draw synthetic videos: moving objects in front of a moving background, as arrays of frames.
 
-A class is a family of outlines, surfaces, sceneries and ways of moving. Colours, brightness,
-contrast, places, sizes, counts, speeds, directions and the details of every texture are drawn anew
-for each video from one distribution that all classes share, so they do not tell the class. Lengths
+A class is a combination of an outline, two textures, a motion and a camera. Colours, brightness,
+contrast, places, sizes, counts, speeds, directions and the details of every texture are random for
+each video, from one distribution that all classes share, so they do not predict the class. Lengths
 are in heights of the picture unless a name ends in `_px`.
 """
 
@@ -102,7 +102,7 @@ def _block(rng: Rng) -> Callable[[Floats, Floats], Floats]:
     return field
 
 
-# --- textures: fields over the unit torus, any range; `_tile` brings all to one distribution ----
+# --- textures: fields over the unit torus, any range; `_tile` gives all one distribution --------
 
 
 def _points(rng: Rng, side: int, jitter: float) -> Floats:
@@ -210,12 +210,12 @@ def _tile(rng: Rng, texture: _TextureField) -> np.ndarray:
     return np.clip(128 + 48 * soft, 0, 255).astype(np.uint8)
 
 
-# --- ways of moving: place (x, y), angle and size over time -------------------------------------
+# --- motions: place (x, y), angle and size over time --------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Path:
-    """Where a thing is in each frame: each field has shape `[F]`, float64."""
+    """Where an object is in each frame: each field has shape `[F]`, float64."""
 
     x: Floats
     y: Floats
@@ -231,7 +231,7 @@ def _lurch(cycle: Floats, share: float) -> Floats:
 
 
 _Motion = Callable[[Rng, Floats, float], _Path]
-"""Takes the draws, the cycles passed in each frame, and +1 or -1; starts near (0, 0)."""
+"""Takes a generator, the cycles passed in each frame, and +1 or -1; starts near (0, 0)."""
 
 
 def _drift(rng: Rng, cycle: Floats, sign: float) -> _Path:
@@ -294,15 +294,15 @@ def _dart(rng: Rng, cycle: Floats, sign: float) -> _Path:
 
 @dataclass(frozen=True)
 class SceneClass:
-    """A family: what all videos of a class have in common.
+    """What all videos of a class have in common.
 
     Args:
         name: The class's name, which is also its folder's.
-        outline: Draws the outline of the things.
-        surface: The texture of the things.
-        scenery: The texture behind them.
-        motion: How the things move.
-        camera: How the scenery moves: sideways, around the middle, nearer, to and fro.
+        outline: Draws the outline of the objects.
+        surface: The texture of the objects.
+        scenery: The texture of the background.
+        motion: How the objects move.
+        camera: How the background moves: sideways, around the middle, nearer, back and forth.
     """
 
     name: str
@@ -323,7 +323,7 @@ SCENE_CLASSES = (
     SceneClass("pulsing-flowers", _flower, _ripples, _bricks, _pulse, (0.5, 0.0, 0.0, 0.5)),
     SceneClass("bouncing-blocks", _block, _chevrons, _worms, _bounce, (0.0, 0.5, 0.5, 0.0)),
 )
-"""All classes, in the order in which `--classes` takes them."""
+"""All classes; `--classes N` uses the first N."""
 
 
 # --- a video ------------------------------------------------------------------------------------
@@ -364,10 +364,10 @@ def _scenery(
     return colours[np.take(tile.ravel(), row * _TILE + column)]
 
 
-def _paint_things(
+def _paint_objects(
     rng: Rng, scene: SceneClass, video: np.ndarray, cycle: Floats, count: int
 ) -> None:
-    """Paint the moving things over the frames, in place."""
+    """Paint the moving objects over the frames, in place."""
     frames, height, width, _ = video.shape
     aspect = width / height
     tile = _tile(rng, scene.surface).ravel()
@@ -419,7 +419,7 @@ def _paint_things(
 def draw_video(
     label: int, index: int, *, seed: int, frames: int, width: int, height: int
 ) -> np.ndarray:
-    """Draw one video; it depends on nothing but the arguments.
+    """Draw one video; it depends only on the arguments.
 
     Args:
         label: The class's place in `SCENE_CLASSES`.
@@ -436,5 +436,5 @@ def draw_video(
     rng = np.random.default_rng((seed, label, index))
     cycle = np.arange(frames) / rng.uniform(13, 19) + rng.uniform(0, 1)
     video = _scenery(rng, scene, frames, width, height, cycle)
-    _paint_things(rng, scene, video, cycle, int(rng.integers(2, 5)))
+    _paint_objects(rng, scene, video, cycle, int(rng.integers(2, 5)))
     return video

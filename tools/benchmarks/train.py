@@ -1,15 +1,13 @@
 """Where a training step's time goes: `python tools/bench.py train --help`.
 
-The run is the real one: `Trainer.fit` with its loader, engine and metrics. The parts are told
-apart by clocks put around their calls; a part inside another stops the outer one's clock, so the
-parts add up to the step. On a GPU the clocks are events of the stream, on a CPU the host's.
+The run is the real one: `Trainer.fit` with its loader, engine and metrics. Clocks around the calls
+of the parts measure them; a part inside another one stops the outer one's clock, so the parts add
+up to the step. On a GPU the clocks are events of the stream, on a CPU the host's.
 """
 
-import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,17 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from strata import distributed
-from strata.config import parse_config
 from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world
 from strata.errors import ConfigError, StrataError
 from strata.telemetry.metrics import Metrics
+from strata.tools.benchmarks.measure import (
+    append_record,
+    machine,
+    machine_line,
+    parse_options,
+    require_positive,
+    table,
+    wait_for,
+)
 from strata.train.budget import memory_estimate, step_cost
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
@@ -47,8 +53,10 @@ PARTS: tuple[str, ...] = (
     "metrics",
     "rest",
 )
-"""In the order of the table; `rest` is what the loop does between them."""
+"""In the order of the table; `rest` is the work of the loop between them."""
 
+_NEVER = 1_000_000
+"""Steps or epochs that no measurement reaches."""
 _MATRIX = {"cpu": 2048, "cuda": 8192}
 _COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier", "reduce_scatter_tensor")
 
@@ -57,7 +65,7 @@ class StepClock:
     """Attributes time to the innermost part that is open.
 
     Args:
-        device: Whose time is measured.
+        device: The device whose time is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,13 +75,13 @@ class StepClock:
         self._starts: list[int] = []
 
     def start_step(self) -> None:
-        """What follows belongs to the next step."""
+        """Begin the next step."""
         self._starts.append(len(self._marks))
         self._mark()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time inside is `name`'s."""
+        """Attribute the time inside to `name`."""
         self._open.append(name)
         self._mark()
         try:
@@ -83,7 +91,7 @@ class StepClock:
             self._mark()
 
     def _mark(self) -> None:
-        """From now on the time is that of the innermost open part."""
+        """Note that from now on the time belongs to the innermost open part."""
         now: Any = time.perf_counter()
         if self._on_gpu:
             now = torch.cuda.Event(enable_timing=True)
@@ -91,7 +99,7 @@ class StepClock:
         self._marks.append((self._open[-1], now))
 
     def steps(self) -> list[dict[str, float]]:
-        """Seconds of each part in each step that another one followed."""
+        """Seconds of each part in each step that was followed by another one."""
         if self._on_gpu:
             torch.cuda.synchronize()
         steps = []
@@ -107,7 +115,7 @@ class StepClock:
 
 @contextmanager
 def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Put `make(original)` in an attribute's place for a while."""
+    """Replace an attribute by `make(original)` while the block runs."""
     own = name in vars(owner)
     original = getattr(owner, name)
     setattr(owner, name, make(original))
@@ -121,7 +129,7 @@ def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]
 
 
 @contextmanager
-def _watched(trainer: Trainer, clock: StepClock) -> Iterator[None]:
+def _clocked(trainer: Trainer, clock: StepClock) -> Iterator[None]:
     """Clocks around the parts of a trainer's steps."""
 
     def timed(part: str) -> Callable[[Any], Any]:
@@ -172,21 +180,43 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float) -> f
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         torch.matmul(left, left)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The command line, but for what belongs to the run."""
+class StepOptions(TrainConfig):
+    """Where a training step's time goes; takes the settings of train/main.py as well."""
 
-    stages: tuple[int, ...]
-    steps: int
-    warmup: int
-    seconds: float
-    out: Path | None
+    run: Path = Path("unset")
+    """Not used: the run is in a temporary folder."""
+    stages: tuple[Literal[1, 2], ...] = (1, 2)
+    """Stages of the recipe to measure."""
+    steps: int = 20
+    """Steps that are measured, of each stage."""
+    warmup: int = 5
+    """Steps before them."""
+    seconds: float = 3.0
+    """Duration of the matrix product that gives the peak rate."""
+    ranks: int = 0
+    """Start so many ranks on this machine; 0 measures in the ranks of the launcher, or alone."""
+    out: Path | None = None
+    """JSON lines to append to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        super().__post_init__()
+        require_positive(self, "steps", "warmup")
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a run; the last one only ends the one before it."""
+        return self.warmup + self.steps + 1
 
 
 def _resident(name: str) -> int:
@@ -195,25 +225,23 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _configure(words: Sequence[str], stage: int, settings: _Settings) -> TrainConfig:
-    """The user's run, but for what a measurement needs otherwise."""
-    fixed = {
-        "run": "unset",
-        "stop_after_steps": settings.warmup + settings.steps + 1,
-        "schedule.second_stage_epoch": 0 if stage == 2 else 1_000_000,
-        "schedule.epochs": 1_000_000,
-        "checkpoint.every_steps": 1_000_000,
-        "monitor.port": 0,
-        "monitor.progress": "false",
+def _stage_run(options: StepOptions, stage: int, run: Path) -> TrainConfig:
+    """The user's run with what the measurement of one stage changes."""
+    replace = dataclasses.replace
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
+    second_stage = 0 if stage == 2 else _NEVER
+    fields |= {
+        "run": run,
+        "stop_after_steps": options.all_steps,
+        "schedule": replace(options.schedule, second_stage_epoch=second_stage, epochs=_NEVER),
+        "checkpoint": replace(options.checkpoint, every_steps=_NEVER),
+        "monitor": replace(options.monitor, port=0, progress=False),
     }
-    overrides = [word for name, value in fixed.items() for word in (f"--{name}", str(value))]
-    return parse_config(
-        TrainConfig, [*words, *overrides], prog="tools/bench.py train", description=""
-    )
+    return TrainConfig(**fields)
 
 
-def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World) -> dict[str, Any]:
-    """One stage's steps, as a record.
+def _measure(config: TrainConfig, stage: int, options: StepOptions, world: World) -> dict[str, Any]:
+    """Run and measure the steps of one stage.
 
     Raises:
         StrataError: A signal stopped the run before all steps were taken.
@@ -227,18 +255,18 @@ def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World)
     clock = StepClock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets VmHWM.
     before = _resident("VmRSS")
-    with _watched(trainer, clock):
+    with _clocked(trainer, clock):
         finished = trainer.fit()
-    if not finished and trainer.state.step < settings.warmup + settings.steps + 1:
+    if not finished and trainer.state.step < options.all_steps:
         metrics.close()
         raise StrataError(
             f"tools/bench.py train: a signal stopped stage {stage} at step {trainer.state.step} of "
-            f"{settings.warmup + settings.steps + 1}; nothing was measured, start it again"
+            f"{options.all_steps}; nothing was measured, start it again"
         )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
-    steps = clock.steps()[settings.warmup :]
+    steps = clock.steps()[options.warmup :]
     metrics.close()
 
     derived = json.loads((run / "deepspeed.json").read_text(encoding="utf-8"))
@@ -250,7 +278,7 @@ def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World)
     )
     dtype = torch.float32 if autocast is None else getattr(torch, autocast)
     step_s = statistics.mean(sum(parts.values()) for parts in steps)
-    peak_rate = measured_peak(device, dtype, settings.seconds)
+    peak_rate = measured_peak(device, dtype, options.seconds)
     return {
         "stage": stage,
         "model": config.model.name,
@@ -258,13 +286,8 @@ def _measure(config: TrainConfig, stage: int, settings: _Settings, world: World)
         "size": config.data.size,
         "batch": config.data.batch_size,
         "ranks": world.size,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **machine(device),
         "autocast": autocast,
-        "load": os.getloadavg()[0],
         "steps": len(steps),
         "step_s": step_s,
         "step_s_spread": [min(map(_total, steps)), max(map(_total, steps))],
@@ -284,40 +307,41 @@ def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def step_table(records: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table, one column each."""
-    rows: list[list[str]] = [["", *(f"stage {r['stage']}" for r in records)]]
-    rows.append(["---"] * len(rows[0]))
-    for part in PARTS:
-        cells = [
-            f"{r['parts_s'][part] * 1e3:.1f} ({r['parts_s'][part] / r['step_s']:.1%})"
-            for r in records
-        ]
-        rows.append([f"{part}, ms", *cells])
-    rows.append(["**step, ms**", *(f"**{r['step_s'] * 1e3:.1f}**" for r in records)])
-    rows.append(["samples/s", *(f"{r['samples_per_s']:.1f}" for r in records)])
-    rows.append(["GFLOP/s a rank", *(f"{r['flops_per_s'] / 1e9:.1f}" for r in records)])
-    rows.append(
-        [
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [name, *map(cell, records)]
+
+    def part_row(part: str) -> list[str]:
+        return row(
+            f"{part}, ms",
+            lambda r: f"{r['parts_s'][part] * 1e3:.1f} ({r['parts_s'][part] / r['step_s']:.1%})",
+        )
+
+    rows = [
+        *map(part_row, PARTS),
+        row("**step, ms**", lambda r: f"**{r['step_s'] * 1e3:.1f}**"),
+        row("samples/s", lambda r: f"{r['samples_per_s']:.1f}"),
+        row("GFLOP/s a rank", lambda r: f"{r['flops_per_s'] / 1e9:.1f}"),
+        row(
             "of the matrix product's",
-            *(f"{r['mfu']:.1%} of {r['matrix_flops_per_s'] / 1e9:.0f}" for r in records),
-        ]
-    )
-    rows.append(["memory, MiB", *(f"{r['memory_bytes'] / 2**20:.0f}" for r in records)])
-    rows.append(
-        ["memory estimated, MiB", *(f"{r['memory_estimate_bytes'] / 2**20:.0f}" for r in records)]
-    )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+            lambda r: f"{r['mfu']:.1%} of {r['matrix_flops_per_s'] / 1e9:.0f}",
+        ),
+        row("memory, MiB", lambda r: f"{r['memory_bytes'] / 2**20:.0f}"),
+        row("memory estimated, MiB", lambda r: f"{r['memory_estimate_bytes'] / 2**20:.0f}"),
+    ]
+    return table(["", *(f"stage {r['stage']}" for r in records)], rows)
 
 
 def _start_ranks(count: int, argv: Sequence[str]) -> None:
     """Run this command once on each of several ranks of this machine.
 
     Raises:
-        ConfigError: A rank failed; it has said why.
+        ConfigError: A rank failed; its own error is above.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = str(Path(__file__).with_name("bench.py"))
+    script = str(Path(__file__).parents[1] / "bench.py")
     command = [*launcher, "--nproc_per_node", str(count), "--", script, "train", *argv]
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, env=env, check=False)
@@ -326,55 +350,31 @@ def _start_ranks(count: int, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: A setting is wrong.
         StrataError: A signal stopped it.
     """
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py train",
-        description="Where a step's time goes. Other options are those of train/main.py, such as "
-        "--config and --data.shards.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--steps", type=int, default=20, help="steps that count, of each stage")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before that do not")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of the matrix product")
-    parser.add_argument("--ranks", type=int, default=0, help="start so many ranks here")
-    parser.add_argument("--out", type=Path, default=None, help="JSON lines to append to")
-    args, words = parser.parse_known_args([a for a in argv if not a.startswith("--local_rank")])
-    if args.steps < 1 or args.warmup < 1:
-        raise ConfigError("tools/bench.py train: --steps and --warmup must be 1 or more")
-    if args.ranks and "RANK" not in os.environ:
-        _start_ranks(args.ranks, argv)
+    options = parse_options(StepOptions, argv, "train")
+    if options.ranks and "RANK" not in os.environ:
+        _start_ranks(options.ranks, argv)
         return
-    settings = _Settings(
-        stages=tuple(args.stages),
-        steps=args.steps,
-        warmup=args.warmup,
-        seconds=args.seconds,
-        out=args.out,
-    )
-    configs = {stage: _configure(words, stage, settings) for stage in settings.stages}
-    device = choose_device(configs[settings.stages[0]].engine, current_world())
+    device = choose_device(options.engine, current_world())
     world = join_world(device)
     try:
+        if world.is_first:
+            print(machine_line(machine(device)))
         records = []
         with tempfile.TemporaryDirectory() as folder:
             shared = Path(distributed.broadcast_object(folder))
-            for stage, config in configs.items():
-                here = dataclasses.replace(config, run=shared / f"stage-{stage}")
-                records.append(_measure(here, stage, settings, world))
+            for stage in options.stages:
+                config = _stage_run(options, stage, shared / f"stage-{stage}")
+                records.append(_measure(config, stage, options, world))
             distributed.barrier()
         if world.is_first:
-            print(table(records))
+            print(step_table(records))
             for record in records:
-                line = json.dumps(record)
-                print(line, flush=True)
-                if settings.out is not None:
-                    with settings.out.open("a", encoding="utf-8") as out:
-                        out.write(line + "\n")
+                append_record(options.out, record)
     finally:
         leave_world()

@@ -10,8 +10,8 @@ import torch
 from strata.dataload.clips import ClipSpec
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.tools.bench_published import main
-from strata.tools.published_way import (
+from strata.tools.benchmarks.published import main
+from strata.tools.benchmarks.published_method import (
     FrameFiles,
     PublishedModel,
     graph_by_rows,

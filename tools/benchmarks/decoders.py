@@ -19,11 +19,11 @@ from strata.schema import NormalForm
 __all__ = ["Decoding", "decodings"]
 
 _DISTINCT = 16
-"""Videos and pictures that are made anew; larger batches repeat them."""
+"""Number of different videos and pictures; larger batches repeat them."""
 _RATE = Fraction(25)
 _LONG_GOP = 250
 _LARGER = 2
-"""Times the set's width and height, for one of the videos."""
+"""Factor on the set's width and height, for one of the videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +33,28 @@ class Decoding:
     stored: str
     """What is decoded."""
     device: str
-    """DALI's: cpu or mixed."""
+    """DALI's name of the device: cpu or mixed."""
     threads: int
+    """Threads of DALI's pool."""
     frames: int
-    """In a batch."""
+    """Frames in a batch."""
     start: int = 0
-    """First frame of the window, of a video."""
+    """First frame of the window in a video."""
     hardware_share: float | None = None
-    """Of the pictures that the JPEG engines take; none is DALI's default."""
+    """Share of the pictures for the JPEG engines; None is DALI's default."""
     run: Callable[[], Any]
+    """Decodes a batch."""
 
 
 def decodings(
     reader: ShardReader, strips: Sequence[np.ndarray], *, threads: Sequence[int], on_gpu: bool
 ) -> Iterator[Decoding]:
-    """All ways that a machine offers, one after the other; nothing is built before its turn.
+    """All decoders that a machine offers, one after the other; each is built when it is its turn.
 
     Args:
-        reader: Of a jpeg payload.
+        reader: A set with jpeg payload.
         strips: JPEGs of the same number of frames each.
-        threads: Of DALI's pool, one after the other.
+        threads: Threads of DALI's pool, one value after the other.
         on_gpu: Whether there is a GPU.
     """
     form = reader.manifest.form
@@ -93,7 +95,7 @@ def decodings(
 
 
 def _single_frames(strips: Sequence[np.ndarray], form: NormalForm) -> list[np.ndarray]:
-    """Each frame as a JPEG of its own, of the set's quality."""
+    """Each frame as a separate JPEG of the set's quality."""
     singles = []
     for strip in strips:
         with Image.open(io.BytesIO(strip.tobytes())) as picture:
@@ -108,7 +110,7 @@ def _single_frames(strips: Sequence[np.ndarray], form: NormalForm) -> list[np.nd
 def _video_forms(
     form: NormalForm, frames: int, *, on_gpu: bool
 ) -> Iterator[tuple[str, NormalForm, tuple[int, ...]]]:
-    """What is asked of the video decoder: where the window starts, GOP, size."""
+    """What the video decoder is tested with: name, form (GOP, size), starts of the window."""
     base = replace(form, payload="mp4", segment_frames=0, min_frames=1)
     if not on_gpu:
         yield "mjpeg", replace(base, codec="mjpeg", quantizer=3), (0, frames)
@@ -122,7 +124,7 @@ def _video_forms(
 
 
 def _videos(reader: ShardReader, form: NormalForm, frames: int, batch: int) -> list[np.ndarray]:
-    """The set's first videos encoded anew, repeated to a batch."""
+    """The set's first videos encoded as video, repeated to fill a batch."""
     files = []
     for sample in range(min(_DISTINCT, reader.num_samples, batch)):
         order = np.arange(frames) % reader.num_frames[sample]

@@ -1,19 +1,15 @@
-"""Strata against the published way of training: `python tools/bench.py published --shards DIR`.
+"""Strata compared with the published training: `python tools/bench.py published --shards DIR`.
 
 Both do the `release` recipe's work on the same videos, on the same device, with as many loader
-workers or threads as there are cores: tools/published_way.py in fp32 with frame files in a
+workers or threads as there are cores: `published_method` in fp32 with frame files in a
 `DataLoader`, Strata as it trains by default. Data alone, the step alone (its second stage), and end
-to end, in rounds that alternate; the ratio of each round, so that a noisy machine hurts both.
+to end, in turns; a ratio is taken within a round, so that a noisy machine affects both sides.
 """
 
-import argparse
 import dataclasses
-import json
-import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +17,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from strata.config import parse_config
+from strata.config import parse_config, plain
 from strata.dataload.loader import Batch, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.limits import usable_cpus
-from strata.tools.published_way import (
+from strata.tools.benchmarks.measure import (
+    best_device,
+    in_turns,
+    machine,
+    machine_line,
+    parse_options,
+    rate,
+    require_positive,
+    spread,
+    table,
+    wait_for,
+    write_record,
+)
+from strata.tools.benchmarks.published_method import (
     FrameFiles,
     PublishedModel,
     adam,
@@ -39,12 +48,44 @@ from strata.train.schedules import phase_at
 
 __all__ = ["main"]
 
-_RECIPE = Path(__file__).resolve().parent.parent / "configs/pretrain/ucf101_r3d18_release.yaml"
+_RECIPE = Path(__file__).resolve().parents[2] / "configs/pretrain/ucf101_r3d18_release.yaml"
 _ENDLESS = 1_000_000
 
 
-class _Way(Protocol):
-    """A way of training: a source of batches and a step that takes one."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedOptions:
+    """Strata and the published training in turns: data alone, the step alone, end to end."""
+
+    shards: Path
+    """A folder of jpeg shards."""
+    videos: int = 64
+    """Videos that are written as frame files."""
+    batch: int = 256
+    """Samples in a step."""
+    size: int = 112
+    """Rows and columns of a view."""
+    width: int = 64
+    """Channels of the stem."""
+    workers: int = usable_cpus()
+    """Worker processes of the published loader, and threads of Strata's."""
+    seconds: float = 20.0
+    """Duration of each measurement."""
+    rounds: int = 3
+    """Turns of each."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_positive(self, "videos", "batch", "workers", "rounds")
+
+
+class _Training(Protocol):
+    """A source of batches and a training step that takes one."""
 
     ahead: int
     """Batches that the source holds ready."""
@@ -57,21 +98,21 @@ class _Way(Protocol):
 
 
 class _Task:
-    """What both ways are given: the recipe, the device, the sizes."""
+    """What both trainings are given: the recipe, the device, the sizes."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    def __init__(self, options: PublishedOptions) -> None:
+        self.options = options
+        self.device = best_device()
         self.on_gpu = self.device.type == "cuda"
-        self.reader = ShardReader(args.shards)
+        self.reader = ShardReader(options.shards)
         overrides = {
-            "data.shards": args.shards,
-            "data.batch_size": args.batch,
-            "data.size": args.size,
-            "data.threads": args.workers,
-            "model.width": args.width,
+            "data.shards": options.shards,
+            "data.batch_size": options.batch,
+            "data.size": options.size,
+            "data.threads": options.workers,
+            "model.width": options.width,
             "model.in_channels": 4 if self.on_gpu else 3,
-            "method.queue_length": max(1024, args.batch),
+            "method.queue_length": max(1024, options.batch),
             "run": "unused",
         }
         flags = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
@@ -82,8 +123,8 @@ class _Task:
         self.phase = phase_at(self.config.schedule, self.config.schedule.second_stage_epoch)
 
     def orders(self, model: VideoModel) -> list[torch.Tensor]:
-        """In which the steps are read for L_aug; the same for every batch here."""
-        samples = np.arange(self.args.batch)
+        """The orders of the steps for L_aug; the same for every batch here."""
+        samples = np.arange(self.options.batch)
         orders = model.orders(samples, 0, 0, self.config.data.clips.clip_frames)
         return [order.to(self.device) for order in orders]
 
@@ -92,10 +133,10 @@ class _Published:
     """Frame files in a `DataLoader`; fp32, channels first, pools of negatives."""
 
     def __init__(self, task: _Task, frames: Path) -> None:
-        self._task, args, config = task, task.args, task.config
-        self.ahead = 2 * args.workers
-        write_frame_files(task.reader, frames, args.videos)
-        self._files = FrameFiles(frames, config.data.clips, args.size, args.batch * _ENDLESS)
+        self._task, options, config = task, task.options, task.config
+        self.ahead = 2 * options.workers
+        write_frame_files(task.reader, frames, options.videos)
+        self._files = FrameFiles(frames, config.data.clips, options.size, options.batch * _ENDLESS)
         torch.manual_seed(0)
         backbone = dataclasses.replace(config.model, in_channels=3)
         model = PublishedModel(backbone, config.method, config.data.clips.clip_frames)
@@ -107,8 +148,8 @@ class _Published:
         """`[b, 3, T, S, S, 3]`, uint8, on the host."""
         loader = DataLoader(
             self._files,
-            self._task.args.batch,
-            num_workers=self._task.args.workers,
+            self._task.options.batch,
+            num_workers=self._task.options.workers,
             multiprocessing_context="spawn",
             pin_memory=self._task.on_gpu,
         )
@@ -168,70 +209,50 @@ class _Strata:
         self._optimizer.zero_grad()
 
 
-def _rates(way: _Way, task: _Task) -> dict[str, float]:
-    """Samples a second of each part of a way; nothing else works meanwhile."""
+def _rates(training: _Training, task: _Task) -> dict[str, float]:
+    """Samples a second of each part of a training, measured one after the other."""
 
-    def rate(run: Callable[[], None], uncounted: int) -> float:
-        for _ in range(uncounted):
-            run()
-        _wait(task)
-        start, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - start < task.args.seconds:
-            run()
-            count += 1
-        _wait(task)
-        return count * task.args.batch / (time.perf_counter() - start)
+    def samples_per_s(run: Callable[[], None], warmup: int) -> float:
+        wait = partial(wait_for, task.device)
+        seconds, items = task.options.seconds, task.options.batch
+        return rate(run, seconds, items=items, warmup=warmup, wait=wait)
 
-    batches = way.open()
-    # What was made ahead before the clock started does not count.
-    data = rate(lambda: next(batches), way.ahead + 1)
-    whole = rate(lambda: way.step(next(batches)), way.ahead + 1)
+    batches = training.open()
+    # Batches that were made ahead before the clock started do not count.
+    data = samples_per_s(lambda: next(batches), training.ahead + 1)
+    end_to_end = samples_per_s(lambda: training.step(next(batches)), training.ahead + 1)
     batch = next(batches)
-    way.close()
-    return {"data": data, "step": rate(lambda: way.step(batch), 1), "end to end": whole}
-
-
-def _wait(task: _Task) -> None:
-    if task.on_gpu:
-        torch.cuda.synchronize()
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    training.close()
+    step = samples_per_s(lambda: training.step(batch), 1)
+    return {"data": data, "step": step, "end to end": end_to_end}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="tools/bench.py published")
-    parser.add_argument("--shards", type=Path, required=True, help="a folder of shards")
-    parser.add_argument("--videos", type=int, default=64, help="written as frame files")
-    parser.add_argument("--batch", type=int, default=256, help="samples a step")
-    parser.add_argument("--size", type=int, default=112, help="pixels of a view")
-    parser.add_argument("--width", type=int, default=64, help="channels of the stem")
-    parser.add_argument("--workers", type=int, default=usable_cpus())
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
-    args = parser.parse_args(argv)
-    task = _Task(args)
+    """Run the benchmark.
+
+    Raises:
+        ConfigError: An option is wrong.
+    """
+    options = parse_options(PublishedOptions, argv, "published")
+    task = _Task(options)
+    facts = machine(task.device)
+    print(machine_line(facts))
     with tempfile.TemporaryDirectory() as frames:
-        ways: dict[str, _Way] = {
+        trainings: dict[str, _Training] = {
             "published": _Published(task, Path(frames)),
             "strata": _Strata(task),
         }
-        rounds = [{name: _rates(w, task) for name, w in ways.items()} for _ in range(args.rounds)]
-    name = torch.cuda.get_device_name() if task.on_gpu else "CPU"
+        runs = {name: partial(_rates, each, task) for name, each in trainings.items()}
+        rounds = in_turns(runs, options.rounds)
     print(
-        f"{name}, {len(os.sched_getaffinity(0))} cores, {args.workers} workers; samples/s of "
-        f"batches of {args.batch}, median (range) of {args.rounds} rounds"
+        f"{options.workers} workers; samples/s of batches of {options.batch}, median (range) of "
+        f"{options.rounds} rounds"
     )
-    print(f"{'':<12}{'published way':>26}{'Strata':>26}{'ratio':>26}")
+    rows = []
     for part in ("data", "step", "end to end"):
         pairs = [(r["published"][part], r["strata"][part]) for r in rounds]
         cells = [[p for p, _ in pairs], [s for _, s in pairs], [s / p for p, s in pairs]]
-        print(f"{part:<12}" + "".join(f"{_spread(c):>26}" for c in cells))
-    if args.out is not None:
-        facts = {"device": name, "torch": torch.__version__, "load": os.getloadavg()}
-        settings = {k: str(v) for k, v in vars(args).items()}
-        record = {**facts, "settings": settings, "rounds": rounds}
-        args.out.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        rows.append([part, *map(spread, cells)])
+    print(table(["", "published", "Strata", "ratio"], rows))
+    record = {"machine": facts, "settings": plain(options), "rounds": rounds}
+    write_record(options.out, record)

@@ -1,4 +1,4 @@
-"""The measure of what the temporal terms teach: its videos, its probe, its control, its command."""
+"""The benchmark of the temporal terms: its videos, its probe, its control and its command."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_temporal import (
+from strata.tools.benchmarks.temporal import (
     QUESTIONS,
     moving_videos,
     probe,
@@ -18,7 +18,7 @@ from strata.tools.bench_temporal import (
 from strata.train.method import TermWeights, normalise
 
 
-def test_the_motion_is_what_the_labels_say_and_the_looks_do_not_tell_it():
+def test_the_labels_describe_the_motion_and_appearance_does_not_predict_them():
     videos = moving_videos(256, seed=3)
     # What differs from the last frame is where the spot is, at first and in the middle.
     gray = videos.clips.float().mean(dim=4)
@@ -43,7 +43,7 @@ def test_the_motion_is_what_the_labels_say_and_the_looks_do_not_tell_it():
     assert torch.equal(moving_videos(256, seed=3).clips, videos.clips)
 
 
-def test_the_probe_reads_what_is_linear_and_nothing_else():
+def test_the_probe_predicts_linear_labels_only():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator)
     y = torch.randn(400, 6, generator=generator)
@@ -54,7 +54,7 @@ def test_the_probe_reads_what_is_linear_and_nothing_else():
     assert probe(x * 1e3 + 7, linear, y * 1e3 + 7, (y[:, 0] + y[:, 1] > 0).long()) > 0.95
 
 
-def test_zeros_beyond_the_ends_mark_the_steps_of_a_still_clip_and_repeated_steps_do_not():
+def test_padding_with_zeros_marks_the_steps_of_a_still_clip_and_repeating_does_not():
     still = moving_videos(2, seed=0).clips[:, :1].expand(-1, 16, -1, -1, -1)
     spread = []
     for replicate in (False, True):
@@ -77,7 +77,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [r["arm"] for r in records] == arms
     assert "augmentation_low" in records[1]["terms"]
-    table = capsys.readouterr().out
+    table = " ".join(capsys.readouterr().out.split())
     for question, chance in QUESTIONS.items():
         assert f"| {question} ({chance:.0%}) | mid, excited |" in table
         # Whatever was learned: an average over time is the same for maps in any order.
@@ -87,5 +87,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["temporal", *small, "--arms", "both", "--out", str(out)])
     again = json.loads(out.read_text(encoding="utf-8").splitlines()[-1])
     assert again == records[1]
-    with pytest.raises(ConfigError, match="--batch 2 or more"):
+    with pytest.raises(ConfigError, match="batch 2 or more"):
         main(["temporal", "--batch", "1"])

@@ -1,21 +1,18 @@
 """How fast a machine decodes, loads and trains: `python tools/bench.py device --shards DIR`.
 
-Each part alone, then the whole, in one run, so that the parts can be set against each other:
-decoders, decoding with augmentation, the loader, the training step on clips that are there already
-(each variant differs from the plain one in one thing), the step's speed and gradient at each
-precision, and the real run. On a CPU the same at the size asked for.
+Each part alone, then the complete training, in one run, so that the parts can be compared:
+decoders, decoding with augmentation, the loader, the training step on clips that are already in
+memory (each variant differs from the plain one in one thing), the step's speed and gradient at each
+precision, and the real run. On a CPU the same, at the size asked for.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
-import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +24,21 @@ from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.errors import ConfigError
-from strata.tools import bench_train
-from strata.tools.bench_decoders import decodings
-from strata.tools.bench_precision import measure_precisions
+from strata.limits import usable_cpus
+from strata.tools.benchmarks import train as bench_train
+from strata.tools.benchmarks.decoders import decodings
+from strata.tools.benchmarks.measure import (
+    append_record,
+    best_device,
+    machine,
+    machine_line,
+    parse_options,
+    rate,
+    require_known,
+    table,
+    wait_for,
+)
+from strata.tools.benchmarks.precision import measure_precisions
 from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
 from strata.train.method import Method, MethodConfig, VideoModel
@@ -56,7 +64,7 @@ class Variant:
     fold_stem: bool = False
     compiled: bool = False
     batch_share: float = 1.0
-    """Of the batch that was asked for."""
+    """Share of the batch that was asked for."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -71,15 +79,62 @@ VARIANTS: dict[str, Variant] = {
     "s3d": Variant(model="s3d"),
     "s3d, compiled": Variant(model="s3d", compiled=True),
 }
-"""What the part `step` measures, by the names that `--variants` takes."""
+"""What the part `step` measures, by the names that `--variants` accepts."""
+
+
+def _default_variants() -> tuple[str, ...]:
+    """All variants on a GPU, those that suit a CPU on a CPU."""
+    on_gpu = torch.cuda.is_available()
+    return tuple(VARIANTS) if on_gpu else ("plain", "channels first", "folded stem", "s3d")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """How fast a machine decodes, loads and trains, each part alone and then together."""
+
+    shards: Path
+    """A folder of jpeg shards."""
+    parts: tuple[str, ...] = _PARTS
+    """Parts to measure: ceilings, decode, graph, loader, step, whole."""
+    variants: tuple[str, ...] = dataclasses.field(default_factory=_default_variants)
+    """Variants of the step."""
+    stages: tuple[Literal[1, 2], ...] = (1, 2)
+    """Stages of the recipe to measure."""
+    batch: int = 256
+    """Samples in a step."""
+    size: int = 112
+    """Rows and columns of a view."""
+    width: int = 64
+    """Channels of the stem."""
+    threads: tuple[int, ...] = (usable_cpus(),)
+    """Threads of DALI's pool, one value after the other."""
+    seconds: float = 4.0
+    """Duration of each measurement."""
+    steps: int = 20
+    """Steps of the real run, of each stage."""
+    profile: bool = False
+    """Whether to print the step's slowest operators."""
+    out: Path | None = None
+    """JSON lines to append to."""
+    plot: Path | None = None
+    """Picture to write (.png, .svg, .pdf)."""
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ConfigError: A part or a variant is not known.
+        """
+        require_known("part", self.parts, _PARTS)
+        require_known("variant", self.variants, list(VARIANTS))
 
 
 class _Bench:
     """What all parts share: the device, the samples, how long to measure, where to write."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: DeviceOptions) -> None:
         self.args = args
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = best_device()
         self.reader = ShardReader(args.shards)
         self.form = self.reader.manifest.form
         self.records: list[dict[str, Any]] = []
@@ -96,50 +151,34 @@ class _Bench:
         return self.device.type == "cuda"
 
     def rate(self, run: Callable[[], Any], items: int) -> float:
-        """Items a second, after two calls that do not count."""
-        for _ in range(2):
-            run()
-        self._wait()
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < self.args.seconds:
-            run()
-            count += 1
-        self._wait()
-        return count * items / (time.perf_counter() - start)
+        """Items a second, after two calls that are not measured."""
+        return rate(run, self.args.seconds, items=items, warmup=2, wait=self._wait)
 
     def _wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        wait_for(self.device)
 
     def record(self, part: str, **fields: Any) -> None:
         """Print a measurement, and append it to the file that was asked for."""
         record = {"part": part, **fields}
         self.records.append(record)
-        line = json.dumps(record)
-        print(line, flush=True)
-        if self.args.out is not None:
-            with self.args.out.open("a", encoding="utf-8") as out:
-                out.write(line + "\n")
+        append_record(self.args.out, record)
 
     def peak(self, precision: str) -> float:
-        """Operations a second of the machine's own matrix product, measured once a precision."""
+        """Operations a second of the machine's own matrix product, measured once per precision."""
         if precision not in self.peaks:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             self.peaks[precision] = bench_train.measured_peak(self.device, dtype, self.args.seconds)
         return self.peaks[precision]
 
     def ceilings(self) -> None:
-        """The machine's own matrix product and copy, against which the rest is held."""
+        """The machine's own matrix product and copy, to which the other parts are compared."""
         precision = "bf16" if self.on_gpu else "fp32"
         source = torch.empty(2**30 if self.on_gpu else 2**26, device=self.device)
         target = torch.empty_like(source)
         copies = self.rate(lambda: target.copy_(source), 1)
         self.record(
             "ceilings",
-            device=torch.cuda.get_device_name() if self.on_gpu else "cpu",
-            cores=len(os.sched_getaffinity(0)),
-            load=os.getloadavg()[0],
-            torch=torch.__version__,
+            **machine(self.device),
             precision=precision,
             matmul_tflops=self.peak(precision) / 1e12,
             copy_gb_per_s=2 * source.nbytes * copies / 1e9,
@@ -291,7 +330,7 @@ class _Bench:
             self._profile(run, name, stage)
 
     def _profile(self, run: Callable[[], None], name: str, stage: int) -> None:
-        """The operators that take most time, to find what to mend first."""
+        """Print the operators that take most time, which are the first to improve."""
         activities = [ProfilerActivity.CPU]
         if self.on_gpu:
             activities.append(ProfilerActivity.CUDA)
@@ -317,7 +356,7 @@ class _Bench:
             self.record("precision", **found)
 
     def whole(self) -> None:
-        """The real run, and its share of what the step alone does."""
+        """The real run, and its rate as a share of the step's alone."""
         batch = min(self.args.batch, self.reader.num_samples)
         words = ["--data.shards", self.reader.location, "--data.batch_size", batch]
         words += ["--data.size", self.args.size, "--data.threads", self.args.threads[-1]]
@@ -356,7 +395,7 @@ class _Bench:
 
 
 def _name(record: dict[str, Any]) -> str:
-    """What tells a record from others of its part."""
+    """What distinguishes a record from others of its part."""
     match record["part"]:
         case "decode":
             engines = record["hardware_share"]
@@ -380,32 +419,33 @@ def _name(record: dict[str, Any]) -> str:
             return part
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def device_table(records: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table; decoders in windows of 32 frames, as a sample has."""
-    lines = ["| part | | samples/s | frames/s | TFLOP/s | of peak | GiB |", "|---" * 7 + "|"]
+    rows = []
     for record in records:
         if record["part"] == "ceilings":
-            lines.append(
-                f"| ceilings | {record['device']}, {record['precision']} matrix product; copy "
-                f"{record['copy_gb_per_s']:,.0f} GB/s | | | {record['matmul_tflops']:.2f} | | |"
-            )
+            copy = f"copy {record['copy_gb_per_s']:,.0f} GB/s"
+            name = f"{record['device']}, {record['precision']} matrix product; {copy}"
+            rows.append(["ceilings", name, "", "", f"{record['matmul_tflops']:.2f}", "", ""])
             continue
         frames, tflops = record.get("frames_per_s"), record.get("tflops")
         share, memory = record.get("mfu"), record.get("memory_gib")
-        cells = [
-            record["part"],
-            _name(record),
-            f"{record['samples_per_s']:,.1f}",
-            f"{frames:,.0f}" if frames is not None else "",
-            f"{tflops:.2f}" if tflops is not None else "",
-            f"{share:.1%}" if share is not None else "",
-            f"{memory:.1f}" if memory is not None else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(
+            [
+                record["part"],
+                _name(record),
+                f"{record['samples_per_s']:,.1f}",
+                f"{frames:,.0f}" if frames is not None else "",
+                f"{tflops:.2f}" if tflops is not None else "",
+                f"{share:.1%}" if share is not None else "",
+                f"{memory:.1f}" if memory is not None else "",
+            ]
+        )
+    text = table(["part", "", "samples/s", "frames/s", "TFLOP/s", "of peak", "GiB"], rows)
     for record in records:
         if record["part"] == "precision":
-            lines.append(
-                f"\nprecision, {_name(record)}: against fp32's gradient the encoder's has cosine "
+            text += (
+                f"\n\nprecision, {_name(record)}: against fp32's gradient the encoder's has cosine "
                 f"{record['cosine']:.3f} and {record['norm_ratio']:.3f} of the norm, that of all "
                 f"else cosine {record['rest_cosine']:.3f}"
             )
@@ -413,8 +453,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             parts = ", ".join(f"{n} {s:.1%}" for n, s in record["shares"].items())
             alone = record["of_step_alone"]
             ratio = "step alone not measured" if alone is None else f"{alone:.2f} of the step alone"
-            lines.append(f"\nwhole, {_name(record)}: {ratio}; {parts}")
-    return "\n".join(lines)
+            text += f"\n\nwhole, {_name(record)}: {ratio}; {parts}"
+    return text
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -436,45 +476,16 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: A part or a variant is not known.
     """
-    cores = len(os.sched_getaffinity(0))
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="tools/bench.py device")
-    parser.add_argument("--shards", type=Path, required=True, help="a folder of jpeg shards")
-    parser.add_argument("--parts", nargs="+", default=list(_PARTS), help=" ".join(_PARTS))
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=list(VARIANTS) if on_gpu else ["plain", "channels first", "folded stem", "s3d"],
-        help="of the step: " + "; ".join(VARIANTS),
-    )
-    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=[1, 2])
-    parser.add_argument("--batch", type=int, default=256, help="samples a step")
-    parser.add_argument("--size", type=int, default=112, help="pixels of a view")
-    parser.add_argument("--width", type=int, default=64, help="channels of the stem")
-    parser.add_argument("--threads", type=int, nargs="+", default=[cores], help="of DALI")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--steps", type=int, default=20, help="of the whole, a stage")
-    parser.add_argument("--profile", action="store_true", help="the step's slowest operators")
-    parser.add_argument("--out", type=Path, default=None, help="JSON lines to append to")
-    parser.add_argument("--plot", type=Path, default=None, help="picture (.png, .svg, .pdf)")
-    args = parser.parse_args(argv)
-    for what, asked, known in (
-        ("part", args.parts, _PARTS),
-        ("variant", args.variants, tuple(VARIANTS)),
-    ):
-        unknown = sorted(set(asked) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"tools/bench.py device has no {what} {unknown[0]}; use {', '.join(known)}"
-            )
-    bench = _Bench(args)
-    for part in args.parts:
+    options = parse_options(DeviceOptions, argv, "device")
+    print(machine_line(machine(best_device())))
+    bench = _Bench(options)
+    for part in options.parts:
         getattr(bench, part)()
-    print(table(bench.records))
-    if args.plot is not None:
-        plot(bench.records, args.plot)
+    print(device_table(bench.records))
+    if options.plot is not None:
+        plot(bench.records, options.plot)

@@ -1,17 +1,16 @@
 """What L_aug and L_ret teach about time: `python tools/bench.py temporal --help`.
 
-Generated videos whose looks tell one video from another and whose motion alone tells the classes.
-Small networks are trained on them with and without the temporal terms (TEXT Table 3), and linear
-probes read direction, pace and order from each level's features, before motion excitation and
-after. Deterministic on one thread.
+Generated videos whose appearance differs from video to video and whose motion alone decides the
+class. Small networks are trained on them with and without the temporal terms (TEXT Table 3), and
+linear probes read direction, pace and order from each level's features, before motion excitation
+and after. Deterministic on one thread.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,14 @@ from torch.nn import functional
 
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.tools.benchmarks.measure import (
+    append_record,
+    machine,
+    machine_line,
+    parse_options,
+    require_known,
+    table,
+)
 from strata.train.method import (
     LossTerms,
     Method,
@@ -61,12 +68,12 @@ QUESTIONS = {
     "reversed maps": 0.5,
     "reversed maps, still clip": 0.5,
 }
-"""What the probes are asked, and chance."""
+"""What the linear probes predict, and the accuracy of chance."""
 
 _CLIP = 16
 _PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 _SETTLE = 30
-"""Batches that an untrained network sees, for its batch norms' statistics."""
+"""Batches that set the statistics of an untrained network's batch norms."""
 
 
 class Moving(NamedTuple):
@@ -75,7 +82,7 @@ class Moving(NamedTuple):
     clips: Tensor
     """`[B, frames, size, size, 3]`, uint8."""
     direction: Tensor
-    """`[B]`, int64: which of four ways the spot goes."""
+    """`[B]`, int64: in which of four directions the spot moves."""
     pace: Tensor
     """`[B]`, int64: 0 slow, 1 fast."""
 
@@ -89,7 +96,7 @@ def moving_videos(num_videos: int, *, size: int = 24, frames: int = 32, seed: in
         num_videos: B.
         size: Rows and columns.
         frames: Of a video.
-        seed: Of everything that is drawn.
+        seed: Of all random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -121,9 +128,10 @@ def moving_videos(num_videos: int, *, size: int = 24, frames: int = 32, seed: in
 
 
 def replicate_in_time(model: VideoModel) -> None:
-    """Let the encoder's convolutions repeat the first and last step beyond the ends, not zeros.
+    """Pad the encoder's convolutions in time by repeating the first and last step, not by zeros.
 
-    The control for what L_aug can read off the ends: zeros tell the first steps from the last.
+    This is the control for what L_aug can read at the ends: zeros distinguish the first steps from
+    the last.
     """
     for module in model.backbone.modules():
         if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
@@ -169,7 +177,7 @@ def _embed(model: VideoModel, *, batch: int, size: int, seed: int, step: int) ->
 def small_model(
     weights: TermWeights, *, shuffle: bool = True, width: int = 8, seed: int = 0
 ) -> VideoModel:
-    """An R3D-18 of few channels with the method's branches, drawn from a seed."""
+    """An R3D-18 of few channels with the method's branches, initialised from a seed."""
     config = MethodConfig(
         weights=weights, num_prototypes=16, queue_length=64, embedding_size=32, shuffle=shuffle
     )
@@ -181,7 +189,7 @@ def small_model(
 def features_of(
     model: VideoModel, clips: Tensor, *, reverse_maps: bool = False
 ) -> dict[str, Tensor]:
-    """What a probe reads of short clips, in evaluation mode.
+    """The features of short clips that a probe reads, in evaluation mode.
 
     Args:
         model: Trained or not.
@@ -210,7 +218,8 @@ def features_of(
 def probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Accuracy of a linear probe: least squares to one-hot labels, a ridge of 0.01.
 
-    Features are standardised by the training half's statistics; no randomness, one solution.
+    Features are standardised by the training half's statistics. The solution is unique and not
+    random.
     """
     train, test = train.double(), test.double()
     mean, scale = train.mean(dim=0), train.std(dim=0) + 1e-6
@@ -224,9 +233,9 @@ def probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> f
 
 
 def probes(model: VideoModel, *, videos: int, size: int) -> dict[str, dict[str, float]]:
-    """Accuracies by what is asked and by features; each probe learns and is tested on new videos.
+    """Accuracies by question and by features; a probe is tested on videos that it did not learn.
 
-    A video gives one clip, its first or its second half in turns.
+    A video gives one clip: alternately its first and its second half.
     """
     sets = []
     for seed in (1, 2):
@@ -245,7 +254,7 @@ def probes(model: VideoModel, *, videos: int, size: int) -> dict[str, dict[str, 
     (train, seen), (test, unseen) = sets
     order = torch.arange(2).repeat_interleave(videos)
 
-    def told_apart(one: str, other: str, name: str) -> float:
+    def order_of(one: str, other: str, name: str) -> float:
         pairs = (torch.cat([part[one][name], part[other][name]]) for part in (seen, unseen))
         return probe(next(pairs), order, next(pairs), order)
 
@@ -254,16 +263,15 @@ def probes(model: VideoModel, *, videos: int, size: int) -> dict[str, dict[str, 
         x, y = seen["as it is"][name], unseen["as it is"][name]
         found["direction"][name] = probe(x, train.direction, y, test.direction)
         found["pace"][name] = probe(x, train.pace, y, test.pace)
-        found["reversed clip"][name] = told_apart("as it is", "reversed", name)
-        found["reversed maps"][name] = told_apart("as it is", "maps reversed", name)
-        found["reversed maps, still clip"][name] = told_apart("still", "still, maps reversed", name)
+        found["reversed clip"][name] = order_of("as it is", "reversed", name)
+        found["reversed maps"][name] = order_of("as it is", "maps reversed", name)
+        found["reversed maps, still clip"][name] = order_of("still", "still, maps reversed", name)
     return found
 
 
-def table(records: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
-    """Accuracies in percent as a Markdown table: mean over seeds, lowest to highest."""
-    head = ["asked (chance)", "features", *arms]
-    rows = [head, ["---"] * len(head)]
+def accuracy_table(records: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
+    """Accuracies in percent as a Markdown table: mean over seeds (lowest to highest)."""
+    rows = []
     for question, chance in QUESTIONS.items():
         for name in records[0]["probes"][question]:
             if question.startswith("reversed maps") and "excited" not in name:
@@ -274,64 +282,80 @@ def table(records: Sequence[dict[str, Any]], arms: Sequence[str]) -> str:
                 spread = f" ({min(found):.0f} to {max(found):.0f})" if len(found) > 1 else ""
                 cells.append(f"{np.mean(found):.1f}{spread}")
             rows.append([f"{question} ({chance:.0%})", name, *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return table(["question (chance)", "features", *arms], rows)
 
 
-def measure(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class TemporalOptions:
+    """What L_aug and L_ret teach about time, on generated videos."""
+
+    arms: tuple[str, ...] = ("untrained", "neither", "both")
+    """Which terms a network is trained with: untrained, neither, L_aug, L_ret, both."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the networks and of their videos."""
+    steps: int = 150
+    """Training steps."""
+    batch: int = 12
+    """Videos of a step."""
+    size: int = 24
+    """Rows and columns."""
+    width: int = 8
+    """Channels of the encoder's stem."""
+    videos: int = 384
+    """Videos that a probe learns from, and as many again to test it."""
+    padding: Literal["zeros", "replicate"] = "zeros"
+    """How the convolutions are padded in time."""
+    out: Path | None = None
+    """JSON lines to append to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_known("arm", self.arms, list(ARMS))
+        if min(self.steps, self.videos) < 1 or self.batch < 2:
+            raise ConfigError("steps and videos must be 1 or more and batch 2 or more")
+
+
+def measure(arm: str, seed: int, options: TemporalOptions) -> dict[str, Any]:
     """Train one network and probe it."""
-    model = small_model(TermWeights(**ARMS[arm]), width=args.width, seed=seed)
-    if args.padding == "replicate":
+    model = small_model(TermWeights(**ARMS[arm]), width=options.width, seed=seed)
+    if options.padding == "replicate":
         replicate_in_time(model)
     last: list[LossTerms] = []
     if arm == "untrained":
         with torch.no_grad():
             for step in range(_SETTLE):
-                _embed(model, batch=args.batch, size=args.size, seed=seed, step=step)
+                _embed(model, batch=options.batch, size=options.size, seed=seed, step=step)
     else:
-        history = train_on(model, steps=args.steps, batch=args.batch, size=args.size, seed=seed)
+        history = train_on(
+            model, steps=options.steps, batch=options.batch, size=options.size, seed=seed
+        )
         last = history[-10:]
     terms = [{**step.terms, **step.health} for step in last]
     return {
         "arm": arm,
         "seed": seed,
-        "padding": args.padding,
+        "padding": options.padding,
         "terms": {n: float(np.mean([float(t[n]) for t in terms])) for n in (terms or [{}])[0]},
-        "probes": probes(model, videos=args.videos, size=args.size),
+        "probes": probes(model, videos=options.videos, size=options.size),
     }
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: An option is out of its range.
     """
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py temporal",
-        description="What L_aug and L_ret teach about time, on generated videos.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    say = parser.add_argument
-    say("--arms", nargs="+", default=["untrained", "neither", "both"], choices=list(ARMS))
-    say("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    say("--steps", type=int, default=150, help="of training")
-    say("--batch", type=int, default=12, help="videos of a step")
-    say("--size", type=int, default=24, help="rows and columns")
-    say("--width", type=int, default=8, help="channels of the encoder's stem")
-    say("--videos", type=int, default=384, help="of a probe, and as many again to test it")
-    say("--padding", choices=["zeros", "replicate"], default="zeros", help="in time")
-    say("--out", type=Path, default=None, help="JSON lines to append to")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.videos) < 1 or args.batch < 2:
-        raise ConfigError("--steps and --videos must be 1 or more and --batch 2 or more")
+    options = parse_options(TemporalOptions, argv, "temporal")
     torch.set_num_threads(1)
+    print(machine_line(machine()))
     records = []
-    for seed in args.seeds:
-        for arm in args.arms:
-            records.append(measure(arm, seed, args))
-            line = json.dumps(records[-1])
-            print(line, flush=True)
-            if args.out is not None:
-                with args.out.open("a", encoding="utf-8") as out:
-                    out.write(line + "\n")
-    print(table(records, args.arms))
+    for seed in options.seeds:
+        for arm in options.arms:
+            records.append(measure(arm, seed, options))
+            append_record(options.out, records[-1])
+    print(accuracy_table(records, options.arms))

@@ -1,13 +1,11 @@
-"""What being watched costs training: `python tools/bench.py monitor --help`.
+"""What monitoring costs a training run: `python tools/bench.py monitor --help`.
 
-A real run of one process is scraped many times a second and not at all, by turns. The time that its
-steps take longer in a turn, over the scrapes of that turn, is what one scrape costs them.
+A real run of one process is scraped many times a second in every second turn of steps, and not at
+all in the others. The time that the steps of a scraped turn take longer, divided by the scrapes of
+that turn, is the cost of one scrape.
 """
 
-import argparse
-import json
-import os
-import platform
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -15,14 +13,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.distributed import current_world, join_world, leave_world
-from strata.errors import ConfigError
+from strata.tools.benchmarks.measure import (
+    append_record,
+    machine,
+    machine_line,
+    parse_options,
+    require_positive,
+    table,
+)
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
@@ -31,7 +35,9 @@ from strata.train.monitor import serve_run
 __all__ = ["main"]
 
 _SCRAPE_INTERVAL_S = 5.0
-"""Of monitoring/prometheus.yml."""
+"""The interval in monitoring/prometheus.yml."""
+_NEVER = 1_000_000
+"""Steps or epochs that no measurement reaches."""
 _SCRAPER = """
 import select, socket, sys
 port, pause, on, number = int(sys.argv[1]), float(sys.argv[2]), False, 0
@@ -52,12 +58,41 @@ while True:
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class MonitorOptions(TrainConfig):
+    """What recording and scraping cost a training step; takes the settings of train/main.py too."""
+
+    run: Path = Path("unset")
+    """Not used: the run is in a temporary folder."""
+    turns: int = 20
+    """Turns with scrapes; there are as many without."""
+    steps: int = 5
+    """Steps of a turn."""
+    warmup: int = 5
+    """Steps before the first turn."""
+    pause: float = 0.05
+    """Seconds between two scrapes."""
+    seconds: float = 5.0
+    """Duration of scraping without training."""
+    out: Path | None = None
+    """JSON lines to append to."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        super().__post_init__()
+        require_positive(self, "turns", "steps", "warmup")
+
+
 class _Scraper:
-    """A process that scrapes while it is told to.
+    """A process that scrapes an exporter while it is switched on.
 
     Args:
-        port: Of the exporter.
-        pause_s: Between two scrapes.
+        port: The exporter's port.
+        pause_s: Seconds between two scrapes.
     """
 
     def __init__(self, port: int, pause_s: float) -> None:
@@ -68,8 +103,8 @@ class _Scraper:
             text=True,
         )
 
-    def tell(self, on: bool) -> int:
-        """Scrape from now on or not; how often it has scraped since it was last told."""
+    def switch(self, on: bool) -> int:
+        """Start or stop scraping; returns the number of scrapes since the last switch."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("on\n" if on else "off\n")
@@ -83,29 +118,29 @@ class _Scraper:
 
 
 class _Turns:
-    """Watches a trainer's steps and has them scraped in every second turn.
+    """Measures a trainer's steps and switches the scraper on in every second turn.
 
     Args:
         trainer: Before it runs.
-        scraper: Silent.
-        steps: Of a turn.
+        scraper: Switched off.
+        steps: Steps of a turn.
         warmup: Steps before the first turn.
     """
 
     def __init__(self, trainer: Trainer, scraper: _Scraper, *, steps: int, warmup: int) -> None:
         self._scraper, self._steps, self._left = scraper, steps, warmup
-        self._on = True  # The warm-up is no turn; a quiet one follows.
+        self._on = True  # The warm-up is not counted; a turn without scrapes follows.
         self._start = time.perf_counter()
         self.quiet_s: list[float] = []
-        """Mean step of each quiet turn."""
+        """Mean seconds of a step, of each turn without scrapes."""
         self.lost_s: list[float] = []
-        """Of each scraped turn: by how much a scrape made its steps longer than those before."""
+        """Seconds that a scrape added to the steps before it, of each scraped turn."""
         self.recording_s: list[float] = []
-        """Of each step, what `RunMonitor.count` took."""
+        """Seconds of `RunMonitor.count`, of each step."""
         self._count = trainer.monitor.count
-        trainer.monitor.count = self._watch  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.monitor.count = self._timed_count  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _watch(self, *args: Any) -> None:
+    def _timed_count(self, *args: Any) -> None:
         start = time.perf_counter()
         self._count(*args)
         self.recording_s.append(time.perf_counter() - start)
@@ -114,7 +149,7 @@ class _Turns:
             self._switch((time.perf_counter() - self._start) / self._steps)
 
     def _switch(self, step_s: float) -> None:
-        number = self._scraper.tell(not self._on)
+        number = self._scraper.switch(not self._on)
         if not self._on:
             self.quiet_s.append(step_s)
         elif self.quiet_s:
@@ -133,39 +168,37 @@ def _scraping(port: int, pause_s: float) -> Iterator[_Scraper]:
 
 
 def _cpu_of_a_scrape(scraper: _Scraper, seconds: float) -> float:
-    """CPU seconds of this process a scrape, while it does nothing else."""
-    scraper.tell(True)
+    """CPU seconds that a scrape takes in this process while it does nothing else."""
+    scraper.switch(True)
     start = time.process_time()
     time.sleep(seconds)
-    number = scraper.tell(False)
+    number = scraper.switch(False)
     return (time.process_time() - start) / max(number, 1)
 
 
-def _measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
+def _measure(config: TrainConfig, options: MonitorOptions) -> dict[str, Any]:
     world = current_world()
     config.check_world(world)
     device = choose_device(config.engine, world)
     reader = ShardReader(config.data.shards, config.data.check, config.data.download)
     join_world(device)
+    facts = machine(device)
+    print(machine_line(facts))
     try:
         with (
             serve_run(config, world) as metrics,
-            _scraping(config.monitor.port, args.pause) as scraper,
+            _scraping(config.monitor.port, options.pause) as scraper,
         ):
             trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
-            cpu_s = _cpu_of_a_scrape(scraper, args.seconds)
-            turns = _Turns(trainer, scraper, steps=args.steps, warmup=args.warmup)
+            cpu_s = _cpu_of_a_scrape(scraper, options.seconds)
+            turns = _Turns(trainer, scraper, steps=options.steps, warmup=options.warmup)
             trainer.fit()
     finally:
         leave_world()
     step_s, recording_s = statistics.mean(turns.quiet_s), statistics.mean(turns.recording_s)
     lost_s = statistics.median(turns.lost_s)
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
+        **facts,
         "turns": len(turns.lost_s),
         "step_s": step_s,
         "recording_s": recording_s,
@@ -179,12 +212,10 @@ def _measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def cost_table(record: dict[str, Any]) -> str:
     """The record as a Markdown table."""
     low, _, high = record["lost_to_a_scrape_s_quartiles"]
     rows = [
-        ("", "measured"),
-        ("---", "---"),
         ("step, ms", f"{record['step_s'] * 1e3:.1f}"),
         ("recording a step, ms", f"{record['recording_s'] * 1e3:.3f}"),
         ("its share of a step", f"{record['recording_ratio']:.3%}"),
@@ -198,41 +229,26 @@ def table(record: dict[str, Any]) -> str:
             f"{record['scraping_ratio']:.3%}",
         ),
     ]
-    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return table(["", "measured"], rows)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: A setting is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py monitor",
-        description="What recording and scraping cost a step of one process. Other options "
-        "are those of train/main.py, such as --config and --data.shards.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--turns", type=int, default=20, help="scraped ones; as many are quiet")
-    parser.add_argument("--steps", type=int, default=5, help="of a turn")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first turn")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds between two scrapes")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of scrapes without training")
-    args, words = parser.parse_known_args(argv)
-    if min(args.turns, args.steps, args.warmup) < 1:
-        raise ConfigError("tools/bench.py monitor: --turns, --steps and --warmup must be 1 or more")
+    options = parse_options(MonitorOptions, argv, "monitor")
+    replace = dataclasses.replace
+    fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     with tempfile.TemporaryDirectory() as folder:
-        fixed = {
-            "run": f"{folder}/run",
-            "stop_after_steps": args.warmup + 2 * args.turns * args.steps,
-            "schedule.epochs": 1_000_000,
-            "checkpoint.every_steps": 1_000_000,
-            "monitor.progress": "false",
+        fields |= {
+            "run": Path(folder) / "run",
+            "stop_after_steps": options.warmup + 2 * options.turns * options.steps,
+            "schedule": replace(options.schedule, epochs=_NEVER),
+            "checkpoint": replace(options.checkpoint, every_steps=_NEVER),
+            "monitor": replace(options.monitor, progress=False),
         }
-        overrides = [word for name, value in fixed.items() for word in (f"--{name}", str(value))]
-        config = parse_config(
-            TrainConfig, [*words, *overrides], prog="tools/bench.py monitor", description=""
-        )
-        record = _measure(config, args)
-    print(table(record))
-    print(json.dumps(record), flush=True)
+        record = _measure(TrainConfig(**fields), options)
+    print(cost_table(record))
+    append_record(options.out, record)

@@ -1,9 +1,9 @@
-"""What the loader is held against: webdataset with PyAV, PIL or torchvision in a torch DataLoader.
+"""Loaders to compare with: webdataset with PyAV, PIL or torchvision in a torch DataLoader.
 
-Written as a careful user would: only the window's frames are converted (and, where the payload lets
-it, decoded), the container is entered at the key frame before the window, augmentation works on
-uint8, workers have one thread each, and batches are made in the workers. Loaded by spawned workers,
-so nothing here imports DALI.
+Written as a careful user would do it: only the window's frames are converted (and, where the
+payload allows it, decoded), decoding starts at the key frame before the window, augmentation works
+on uint8, workers have one thread each, and batches are made in the workers. Spawned workers import
+this file, so nothing here imports DALI.
 """
 
 import io
@@ -39,10 +39,10 @@ Decoder = Callable[[Sample, np.ndarray], Tensor]
 
 
 class PaperTransform:
-    """The `paper` recipe in torchvision v2: one draw for all frames of a clip.
+    """The `paper` recipe in torchvision v2: one random draw for all frames of a clip.
 
     Args:
-        spec: Ranges.
+        spec: Ranges of the recipe.
         size: Rows and columns of a view.
     """
 
@@ -102,7 +102,7 @@ def decode_mp4(sample: Sample, window: np.ndarray) -> Tensor:
 
 
 def _strip(sample: Sample, window: np.ndarray) -> np.ndarray:
-    """The window's frames as one JPEG: a peer that knows the format cuts them out as we do."""
+    """The window's frames as one JPEG, cut out as Strata does it."""
     table = FrameTable.from_bytes(sample[FRAMES_EXT])
     return assemble_strip([sample[segment_ext(0)]], table, window)
 
@@ -123,7 +123,7 @@ def decode_torch(sample: Sample, window: np.ndarray) -> Tensor:
 
 
 def decode_whole(sample: Sample, window: np.ndarray) -> Tensor:
-    """The window's frames by torchvision from the whole strip: a peer that knows only JPEG."""
+    """The window's frames by torchvision, which decodes the complete strip."""
     height = FrameTable.from_bytes(sample[FRAMES_EXT]).height
     coded = torch.frombuffer(bytearray(sample[segment_ext(0)]), dtype=torch.uint8)
     rows: Any = decode_jpeg(coded, ImageReadMode.RGB)
@@ -165,14 +165,14 @@ def _collate(samples: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class TorchPeer:
-    """webdataset in a torch DataLoader, without an end.
+    """webdataset in an endless torch DataLoader.
 
     Args:
         name: One of `DECODERS`.
         shards: The tars of a shard folder of that payload.
         batch_size: Samples in a batch.
         workers: Processes, each with one thread.
-        views: The recipe.
+        views: The recipe of augmentation.
         clips: The window and its views.
         size: Rows and columns of a view.
     """

@@ -1,4 +1,4 @@
-"""The benchmark of a step runs the real trainer, and its parts add up."""
+"""The benchmark of a step runs the real trainer, and its parts add up to the step."""
 
 import json
 import time
@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from strata.errors import ConfigError
-from strata.tools.bench_train import PARTS, StepClock, main
+from strata.tools.benchmarks.train import PARTS, StepClock, main
 from tests.support.commands import ROOT, TINY, fail_with_one_line, run
 
 
-def test_time_belongs_to_the_innermost_part():
+def test_time_is_attributed_to_the_innermost_part():
     clock = StepClock(torch.device("cpu"))
     for _ in range(2):
         clock.start_step()
@@ -22,7 +22,7 @@ def test_time_belongs_to_the_innermost_part():
             time.sleep(0.02)
             with clock.part("communication"):
                 time.sleep(0.06)
-    (step,) = clock.steps()  # The second is not over: nothing says when.
+    (step,) = clock.steps()  # The second step has not ended.
     assert tuple(step) == PARTS
     assert {name for name, seconds in step.items() if seconds > 0.01} == {
         "rest",
@@ -44,19 +44,20 @@ def test_the_command_on_two_ranks(shards: Path, tmp_path: Path):
     for record in records:
         assert record["ranks"] == 2
         assert sum(record["parts_s"].values()) == pytest.approx(record["step_s"])
-        # Each was there to be measured; in TINY every step is logged.
+        # Every part was measured; in TINY every step is logged.
         assert all(record["parts_s"][name] > 0 for name in PARTS)
         assert record["samples_per_s"] == pytest.approx(4 / record["step_s"])
         assert record["mfu"] > 0
         assert record["memory_bytes"] > 0
-    assert "| communication, ms |" in done.stdout
-    assert "| **step, ms** |" in done.stdout
+    told = " ".join(done.stdout.split())
+    assert "| communication, ms |" in told
+    assert "| **step, ms** |" in told
 
 
 STOPPED = """
 import os, signal, sys
 from strata.errors import exit_with_one_line
-from strata.tools.bench_train import StepClock, main
+from strata.tools.benchmarks.train import StepClock, main
 
 start_step = StepClock.start_step
 
@@ -70,7 +71,7 @@ with exit_with_one_line():
 """
 
 
-def test_a_signal_before_the_end_is_told_and_nothing_is_written(shards: Path, tmp_path: Path):
+def test_a_signal_before_the_end_is_an_error_and_nothing_is_written(shards: Path, tmp_path: Path):
     config, out = tmp_path / "tiny.yaml", tmp_path / "out.jsonl"
     config.write_text(yaml.safe_dump(TINY))
     words = ["--config", config, "--data.shards", shards / "train", "--out", out]
@@ -83,7 +84,7 @@ def test_a_signal_before_the_end_is_told_and_nothing_is_written(shards: Path, tm
 
 
 def test_wrong_settings_are_named(shards: Path):
-    with pytest.raises(ConfigError, match="--steps and --warmup must be 1 or more"):
-        main(["--steps", "0"])
+    with pytest.raises(ConfigError, match="steps is 0; use 1 or more"):
+        main(["--data.shards", str(shards / "train"), "--steps", "0"])
     with pytest.raises(ConfigError, match=r"modle\.width"):
         main(["--data.shards", str(shards / "train"), "--modle.width", "8"])

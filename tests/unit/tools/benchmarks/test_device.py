@@ -1,4 +1,4 @@
-"""The benchmark runs every part at a small size and names what it does not know."""
+"""The benchmark of a device runs every part at a small size and refuses unknown names."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError
-from strata.tools.bench_device import main
+from strata.tools.benchmarks.device import main
 from tests.support.commands import succeed
 
 PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
@@ -19,7 +19,7 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
     words += ["--threads", "1", "2", "--variants", "plain", "half the batch", "--stages", "1"]
     words += ["--seconds", "0.1", "--steps", "2", "--out", str(out), "--plot", str(picture)]
     # In a process of its own: DeepSpeed keeps the groups of the first world that it sees.
-    told = succeed("tools/bench.py", "device", *words)
+    told = " ".join(succeed("tools/bench.py", "device", *words).split())
     records = [json.loads(line) for line in out.read_text().splitlines()]
     by_part = {part: [r for r in records if r["part"] == part] for part in PARTS}
     assert all(by_part.values())
@@ -56,10 +56,10 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--parts", "engine"], "has no part engine; use ceilings"),
-        (["--variants", "fast"], "has no variant fast; use plain"),
+        (["--parts", "engine"], "no part engine; use ceilings"),
+        (["--variants", "fast"], "no variant fast; use plain"),
     ],
 )
-def test_what_is_not_known_is_named(shards: Path, words: list[str], message: str) -> None:
+def test_unknown_names_are_errors(shards: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["--shards", str(shards / "train"), *words])

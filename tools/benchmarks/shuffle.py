@@ -1,11 +1,10 @@
-"""How random the plan's order is beside a uniform permutation: `python tools/bench.py shuffle`.
+"""How random the plan's order is, compared with a uniform permutation: `tools/bench.py shuffle`.
 
 Pure arithmetic on `Plan`, no data. Samples were shuffled when they were sharded, so a shard is a
-random sample of the set, and what a pool costs is company: samples of one shard meet more often.
+random sample of the set. The price of a pool is that samples of one shard meet in a batch more
+often.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,12 @@ import numpy as np
 
 from strata.dataload.plan import Plan
 from strata.errors import ConfigError
+from strata.tools.benchmarks.measure import (
+    parse_options,
+    require_known,
+    table,
+    write_record,
+)
 
 __all__ = ["Quality", "main", "measure_order"]
 
@@ -26,7 +31,7 @@ _SETS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """What an order is like; each figure has its value for a uniform permutation beside it."""
+    """How random an order is; each figure's docstring gives its value for a uniform permutation."""
 
     serial_correlation: float
     """Of neighbours' storage indices in the order; 0 when uniform."""
@@ -39,7 +44,7 @@ class Quality:
     shards_in_batch: float
     """Mean number of shards in a batch."""
     shards_open: float
-    """Mean number of shards in 4,096 consecutive samples: what is read at a time."""
+    """Mean number of shards in 4,096 consecutive samples: those that are read at a time."""
 
 
 def _triangular(distance: np.ndarray) -> np.ndarray:
@@ -84,51 +89,57 @@ def measure_order(
     return Quality(*(float(v) for v in np.mean(rows, axis=0)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShuffleOptions:
+    """How random the order of samples is for each size of the shuffle's pool."""
+
+    sets: tuple[str, ...] = tuple(_SETS)
+    """Sizes of data sets, by name."""
+    pools: tuple[int, ...] = (1024, 4096, 16384)
+    """Values of data.pool_samples."""
+    batch: int = 256
+    """Samples in a global batch."""
+    epochs: int = 3
+    """Pairs of epochs to average."""
+    out: Path | None = None
+    """JSON file to write."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_known("set", self.sets, list(_SETS))
+        if self.epochs < 1 or self.batch < 2:
+            raise ConfigError("epochs must be 1 or more and batch 2 or more")
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
         ConfigError: An option is out of its range.
     """
-    parser = argparse.ArgumentParser(
-        prog="tools/bench.py shuffle", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    say = parser.add_argument
-    say("--sets", nargs="+", default=list(_SETS), help=f"of {', '.join(_SETS)}")
-    say("--pools", nargs="+", type=int, default=[1024, 4096, 16384], help="data.pool_samples")
-    say("--batch", type=int, default=256, help="samples in a global batch")
-    say("--epochs", type=int, default=3, help="pairs of epochs to average")
-    say("--out", type=Path, default=None, help="JSON file to write")
-    args = parser.parse_args(argv)
-    unknown = sorted(set(args.sets) - set(_SETS))
-    if unknown:
-        raise ConfigError(f"--sets has no {unknown[0]}; use {', '.join(_SETS)}")
-    if args.epochs < 1 or args.batch < 2:
-        raise ConfigError("--epochs must be 1 or more and --batch 2 or more")
-    print(
-        f"{'set':<13}{'pool':>8}{'serial':>9}{'moved':>8}{'KS':>8}{'same shard':>12}"
-        f"{'shards/batch':>14}{'shards/4096':>13}"
-    )
-    found = []
-    for name in args.sets:
+    options = parse_options(ShuffleOptions, argv, "shuffle")
+    records = []
+    for name in options.sets:
         num, size = _SETS[name]
         sizes = tuple(min(size, num - start) for start in range(0, num, size))
         orders: dict[str, Callable[[int], np.ndarray]] = {
             f"{pool}": Plan(
-                shard_sizes=sizes, batch_size=args.batch, seed=0, pool_samples=pool
+                shard_sizes=sizes, batch_size=options.batch, seed=0, pool_samples=pool
             ).epoch_order
-            for pool in args.pools
+            for pool in options.pools
         }
         orders["uniform"] = lambda epoch, n=num: np.random.default_rng(epoch).permutation(n)
         for pool, order_of in orders.items():
             quality = measure_order(
-                order_of, shard_size=size, batch_size=args.batch, epochs=args.epochs
+                order_of, shard_size=size, batch_size=options.batch, epochs=options.epochs
             )
-            found.append({"set": name, "pool": pool, **asdict(quality)})
-            print(
-                f"{name:<13}{pool:>8}{quality.serial_correlation:>9.4f}{quality.moved:>8.4f}"
-                f"{quality.moved_ks:>8.4f}{quality.same_shard:>12.5f}"
-                f"{quality.shards_in_batch:>14.1f}{quality.shards_open:>13.1f}"
-            )
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            records.append({"set": name, "pool": pool, **asdict(quality)})
+    head = ("set", "pool", "serial", "moved", "KS", "same shard", "shards/batch", "shards/4096")
+    formats = ("", "", ".4f", ".4f", ".4f", ".5f", ".1f", ".1f")
+    rows = [[f"{v:{f}}" for v, f in zip(r.values(), formats, strict=True)] for r in records]
+    print(table(head, rows))
+    write_record(options.out, records)

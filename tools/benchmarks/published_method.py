@@ -1,11 +1,11 @@
-"""The published way of training this method, as a yardstick: frame files, per-anchor pools, fp32.
+"""The published training of this method, to compare with: frame files, pools of negatives, fp32.
 
-Written from the description of the authors' release (method.md, Part II: 1.1 to 1.3, 4 and 9.15),
-for `tools/bench.py published` alone; nothing trains with it. Where the description leaves a choice,
-the faster is taken, so that the yardstick is not made slow:
+Written from the description of the authors' release (method.md, Part II: 1.1 to 1.3, 4 and 9.15)
+for `tools/bench.py published` only; nothing trains with it. Where the description leaves a choice,
+the faster one is taken, so that the comparison is fair:
 
-- the frames that a sample needs are opened, not the whole video's, and they have the shards' small
-  size where the release's users keep larger ones;
+- only the frames that a sample needs are opened, not all of the video's, and they have the shards'
+  small size where the release's users keep larger ones;
 - batches travel as uint8, a quarter of the release's float32, and are normalised on the device;
 - Sinkhorn, the prototype loss, the retrieval loss and the model are Strata's own.
 """
@@ -49,7 +49,7 @@ class FrameFiles(Dataset[Tensor]):
         root: The folder of folders.
         clips: The window; its long sequence is every second frame.
         size: Rows and columns of a view.
-        length: Samples in all; videos repeat where there are fewer.
+        length: Total number of samples; videos repeat where there are fewer.
     """
 
     def __init__(self, root: Path, clips: ClipSpec, size: int, length: int) -> None:
@@ -58,7 +58,7 @@ class FrameFiles(Dataset[Tensor]):
         self.clips, self.size, self.length = clips, size, length
 
     def __len__(self) -> int:
-        """Samples in all."""
+        """Total number of samples."""
         return self.length
 
     def __getitem__(self, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Commands of ours as a user types them, made to run in this environment."""
+"""How to start python, torchrun and deepspeed in this environment."""
 
 import os
 import socket
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 __all__ = ["QUIET", "program"]
 
 QUIET = {"PYTHONUNBUFFERED": "1", "DS_LOG_LEVEL": "error"}
-"""Environment of a command whose output a person reads."""
+"""Environment variables of a command whose output a person reads."""
 
 
 def program(words: Sequence[str]) -> list[str]:
-    """What to run for a launcher with its options, whatever the shell's PATH says.
+    """The command line that starts a launcher; it does not depend on the shell's PATH.
 
     Args:
         words: `deepspeed`, `torchrun`, `python` or another program, and its options.
     """
     name, *options = words
-    # Not the scripts themselves: their first line breaks where the environment's path has a space.
+    # Modules, not scripts: a script's first line breaks if the environment's path has a space.
     match name:
         case "python":
             return [sys.executable, *options]
@@ -27,7 +27,7 @@ def program(words: Sequence[str]) -> list[str]:
         case "deepspeed":
             given = {option.split("=")[0] for option in options}
             if not given & {"--master_port", "--hostfile", "-H"}:
-                # The launcher's own default is one fixed port, which another run may hold.
+                # The launcher's default is one fixed port, which another run may use.
                 options = [*options, "--master_port", str(_free_port())]
             module = [sys.executable, "-m", "deepspeed.launcher.runner"]
             return [*module, "--log_level", "error", *options]

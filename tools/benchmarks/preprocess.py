@@ -1,9 +1,10 @@
-"""How fast sharding is, against a bare loop and against ffmpeg, and what the payloads cost."""
+"""How fast sharding is, beside a bare loop and ffmpeg's command line, and what each payload costs.
 
-import argparse
+python tools/bench.py preprocess --videos DIR
+"""
+
 import io
 import multiprocessing
-import os
 import resource
 import shutil
 import subprocess
@@ -11,54 +12,78 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
 
-from strata.errors import ConfigError
 from strata.limits import usable_cpus
-from strata.preprocess.listing import VIDEO_SUFFIXES
 from strata.preprocess.mp4 import encode_mp4, to_stored_range
 from strata.preprocess.run import shard_set
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.sources import Source, SourceSet
 from strata.preprocess.transcode import FrameSource, encode_strip
 from strata.preprocess.worker import keep_freed_memory
 from strata.schema import FrameTable, NormalForm
 from strata.strip import assemble_strip, parse_strip
+from strata.tools.benchmarks.measure import (
+    find_videos,
+    in_turns,
+    machine,
+    machine_line,
+    parse_options,
+    require_positive,
+    source_set_of,
+    table,
+)
 
-__all__ = ["bench_choices", "bench_preprocess", "main"]
+__all__ = ["compare_payloads", "compare_speed", "main"]
 
 _CLIP_FRAMES = 32
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Sharding beside a bare loop and ffmpeg, or the payloads beside each other."""
+
+    videos: Path
+    """Folder of videos."""
+    limit: int = 100
+    """Videos, evenly spaced in the order of their names."""
+    workers: int = 0
+    """Processes; 0 is one for each CPU."""
+    repeat: int = 3
+    """Rounds; the best of each contender counts."""
+    choices: bool = False
+    """Compare payloads instead of speed."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        require_positive(self, "limit", "repeat")
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Run the benchmark.
 
     Raises:
-        ConfigError: There are no videos.
+        ConfigError: An option is wrong, or there are no videos.
     """
-    parser = argparse.ArgumentParser(prog="tools/bench.py preprocess")
-    parser.add_argument("--videos", type=Path, required=True, help="folder of videos")
-    parser.add_argument("--limit", type=int, default=100, help="videos, evenly chosen")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one for each CPU")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; the best of each counts")
-    parser.add_argument("--choices", action="store_true", help="compare payloads instead")
-    args = parser.parse_args(argv)
-    found = sorted(p for p in args.videos.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise ConfigError(f"no videos in {args.videos}; mend --videos")
-    chosen = found[:: max(len(found) // args.limit, 1)][: args.limit]
-    workers = args.workers or usable_cpus()
-    print(f"{len(chosen)} videos, {workers} processes, load {os.getloadavg()[0]:.1f} at the start")
-    if args.choices:
-        bench_choices(chosen)
+    options = parse_options(PreprocessOptions, argv, "preprocess")
+    paths = find_videos(options.videos, options.limit)
+    workers = options.workers or usable_cpus()
+    print(machine_line(machine()))
+    print(f"{len(paths)} videos, {workers} processes")
+    if options.choices:
+        compare_payloads(paths)
     else:
-        bench_preprocess(args.videos, chosen, workers, args.repeat)
+        compare_speed(options.videos, paths, workers, options.repeat)
 
 
 def _bare_loop(path: Path) -> int:
@@ -99,14 +124,44 @@ def _cpu_seconds(*whose: int) -> float:
 
 
 def _time(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the clock and of CPU; the second does not mind what else the machine does."""
+    """Seconds on the clock and of CPU; other work on the machine changes the second less."""
     start_s, start_cpu_s = time.perf_counter(), _cpu_seconds()
     function()
     return time.perf_counter() - start_s, _cpu_seconds() - start_cpu_s
 
 
-def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: int) -> None:
-    """Sharding, the bare loop and ffmpeg in turns, all with the start of their processes.
+class _Sharding:
+    """Shards videos with the default settings, and measures where the CPU time is spent.
+
+    Args:
+        videos: The folder that all paths are in.
+        paths: Which videos.
+        workers: Processes.
+    """
+
+    def __init__(self, videos: Path, paths: Sequence[Path], workers: int) -> None:
+        self._videos, self._sources = videos, source_set_of(videos, paths)
+        self._settings = ShardSettings(form=NormalForm(min_frames=1), workers=workers)
+        self.num_frames = 0
+        self.driver_s: list[tuple[float, float]] = []
+        """CPU seconds of the driver's own thread and of all workers, of each run."""
+
+    def run(self, folder: Path) -> None:
+        """Read back a sample of the frames, which is the default."""
+        start_s, children_s = time.thread_time(), _cpu_seconds(resource.RUSAGE_CHILDREN)
+        manifest = shard_set(self._sources, self._videos, folder / "shards", self._settings)
+        self.num_frames = sum(s.num_frames for s in manifest.shards)
+        worker_s = _cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
+        self.driver_s.append((time.thread_time() - start_s, worker_s))
+
+    def run_reading_all(self, folder: Path) -> None:
+        """Read back every frame."""
+        settings = replace(self._settings, read_back="all")
+        shard_set(self._sources, self._videos, folder / "shards", settings)
+
+
+def compare_speed(videos: Path, paths: Sequence[Path], workers: int, repeat: int) -> None:
+    """Sharding, the bare loop and ffmpeg in turns; each starts its own processes.
 
     Args:
         videos: The folder that all paths are in.
@@ -114,58 +169,44 @@ def bench_preprocess(videos: Path, paths: Sequence[Path], workers: int, repeat: 
         workers: Processes.
         repeat: Rounds.
     """
-    sources = [
-        Source(name=p.relative_to(videos).as_posix(), path=p, label=0, num_bytes=p.stat().st_size)
-        for p in paths
-    ]
-    source_set = SourceSet(dataset="bench", split="all", classes=("any",), sources=tuple(sources))
-    settings = ShardSettings(form=NormalForm(min_frames=1), workers=workers)
-    reading_all = replace(settings, read_back="all")
-    times: dict[str, list[tuple[float, float]]] = {
-        "strata": [],
-        "bare loop": [],
-        "strata, all": [],
+    sharding = _Sharding(videos, paths, workers)
+    contenders: dict[str, Callable[[Path], object]] = {
+        "strata": sharding.run,
+        "bare loop": lambda _: _floor(paths, workers),
+        "strata, all": sharding.run_reading_all,
     }
     if shutil.which("ffmpeg"):
-        times["ffmpeg"] = []
+        contenders["ffmpeg"] = lambda folder: _ffmpeg(paths, workers, folder)
     else:
         print("ffmpeg: skipped, there is no such command here (apt-get install ffmpeg)")
-    num_frames = 0
-    driver_s: list[tuple[float, float]] = []
-    for _ in range(repeat):
-        with tempfile.TemporaryDirectory() as made:
-            folder = Path(made)
 
-            def run(folder: Path = folder) -> None:
-                nonlocal num_frames
-                start_s, children_s = time.thread_time(), _cpu_seconds(resource.RUSAGE_CHILDREN)
-                manifest = shard_set(source_set, folder / "shards", settings)
-                num_frames = sum(s.num_frames for s in manifest.shards)
-                worker_s = _cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
-                driver_s.append((time.thread_time() - start_s, worker_s))
+    def timed(run: Callable[[Path], object]) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            return _time(lambda: run(Path(folder)))
 
-            times["strata"].append(_time(run))
-            times["bare loop"].append(_time(lambda: _floor(paths, workers)))
-            all_folder = folder / "all"
-            times["strata, all"].append(
-                _time(lambda f=all_folder: shard_set(source_set, f, reading_all))
-            )
-            if "ffmpeg" in times:
-                times["ffmpeg"].append(_time(lambda f=folder: _ffmpeg(paths, workers, f)))
-    print(f"{'':<12}{'seconds':>9}{'videos/s':>10}{'frames/s':>10}{'CPU s':>9}{'CPU us/frame':>14}")
-    best = {name: np.array(rounds).min(0) for name, rounds in times.items()}
-    for name, (seconds, cpu_s) in best.items():
-        every = ", ".join(f"{s:.2f}" for s, _ in times[name])
-        print(
-            f"{name:<12}{seconds:>9.2f}{len(paths) / seconds:>10.1f}{num_frames / seconds:>10,.0f}"
-            f"{cpu_s:>9.2f}{cpu_s / num_frames * 1e6:>14.0f}   all rounds: {every}"
+    rounds = in_turns({n: partial(timed, run) for n, run in contenders.items()}, repeat)
+    best = {name: np.array([r[name] for r in rounds]).min(0) for name in contenders}
+    frames = sharding.num_frames
+    head = ("", "seconds", "videos/s", "frames/s", "CPU s", "CPU us/frame", "all rounds, s")
+    rows = [
+        (
+            name,
+            f"{seconds:.2f}",
+            f"{len(paths) / seconds:.1f}",
+            f"{frames / seconds:,.0f}",
+            f"{cpu_s:.2f}",
+            f"{cpu_s / frames * 1e6:.0f}",
+            ", ".join(f"{r[name][0]:.2f}" for r in rounds),
         )
-    own_ms, worker_ms = np.array(driver_s).min(0) / len(paths) * 1e3
+        for name, (seconds, cpu_s) in best.items()
+    ]
+    print(table(head, rows))
+    own_ms, worker_ms = np.array(sharding.driver_s).min(0) / len(paths) * 1e3
     print(
         f"driver's own thread {own_ms:.2f} ms a video, workers {worker_ms:.2f}: "
         f"computed, one driver feeds {worker_ms / own_ms:.0f} cores"
     )
-    for name in list(times)[1:]:
+    for name in list(contenders)[1:]:
         by_clock, by_cpu = best[name] / best["strata"]
         print(f"strata / {name}: {by_clock:.2f} of its rate by the clock, {by_cpu:.2f} by CPU time")
 
@@ -182,27 +223,22 @@ def _choices() -> list[NormalForm]:
     ]
 
 
-def bench_choices(paths: Sequence[Path]) -> None:
-    """Bytes, likeness and speed of the payloads on the first 64 frames of each video, one core."""
-    print(
-        f"{'payload':<22}{'bytes/frame':>12}{'PSNR dB':>9}{'SSIM':>8}{'encode us':>11}"
-        f"{'decode us':>11}{'32 frames ms':>14}"
-    )
+def compare_payloads(paths: Sequence[Path]) -> None:
+    """Bytes, quality and speed of the payloads on the first 64 frames of each video, one core."""
+    head = ("payload", "bytes/frame", "PSNR dB", "SSIM")
+    head += ("encode us/frame", "decode us/frame", "32 frames, ms")
     form = NormalForm(min_frames=1)
     scaled = [_first_frames(path, form) for path in paths]
+    rows = []
     for each in _choices():
-        rows = np.array([_measure(planes, each) for planes in scaled])
-        num_bytes, psnr, ssim, encode_s, decode_s, clip_s = rows.mean(0)
-        match each.payload:
-            case "jpeg":
-                name = f"jpeg q{each.quality}"
-            case _:
-                name = f"mp4 {each.codec} {each.quantizer} gop {each.gop}"
-        print(
-            f"{name:<22}{num_bytes:>12,.0f}{psnr:>9.2f}{ssim:>8.4f}{encode_s * 1e6:>11.0f}"
-            f"{decode_s * 1e6:>11.0f}{clip_s * 1e3:>14.2f}",
-            flush=True,
-        )
+        measured = np.array([_measure(planes, each) for planes in scaled])
+        num_bytes, psnr, ssim, encode_s, decode_s, clip_s = measured.mean(0)
+        name = f"jpeg q{each.quality}"
+        if each.payload != "jpeg":
+            name = f"mp4 {each.codec} {each.quantizer} gop {each.gop}"
+        cells = (f"{num_bytes:,.0f}", f"{psnr:.2f}", f"{ssim:.4f}", f"{encode_s * 1e6:.0f}")
+        rows.append((name, *cells, f"{decode_s * 1e6:.0f}", f"{clip_s * 1e3:.2f}"))
+    print(table(head, rows))
 
 
 def _first_frames(path: Path, form: NormalForm) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The measure of shuffling: uniform is told from a pool, and a pool from no shuffling."""
+"""The measure of shuffling distinguishes uniform from a pool, and a pool from no shuffling."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from strata.dataload.plan import Plan
 from strata.errors import ConfigError
 from strata.tools.bench import main
-from strata.tools.bench_shuffle import Quality, measure_order
+from strata.tools.benchmarks.shuffle import Quality, measure_order
 
 SIZES = (64,) * 64
 
@@ -46,5 +46,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main(["shuffle", "--sets", "ucf101", "--pools", "16384", "--epochs", "1", "--out", str(out)])
     assert [row["pool"] for row in json.loads(out.read_text())] == ["16384", "uniform"]
     assert "ucf101" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--sets has no imagenet"):
+    with pytest.raises(ConfigError, match="no set imagenet; use ucf101"):
         main(["shuffle", "--sets", "imagenet"])

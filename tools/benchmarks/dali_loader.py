@@ -1,8 +1,8 @@
-"""What the loader is held against: DALI alone, its webdataset reader and its random operators.
+"""A loader to compare with: DALI alone, its webdataset reader and its random operators.
 
-Written as a careful user of DALI would: the reader maps the shards and shuffles, only the rows of
-the strip between the window's first and last frame are decoded, and every random number is drawn in
-the graph. Such a user does not cut coded frames: no operator of DALI's does.
+Written as a careful user of DALI would do it: the reader maps the shards and shuffles, only the
+rows of the strip between the window's first and last frame are decoded, and every random number is
+drawn in the graph. Coded frames are not cut out, as no operator of DALI can do that.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ __all__ = ["DaliPeer"]
 
 _AHEAD = 2
 _FRAMES_AT, _SEGMENT_AT = 2, 6
-"""Where `frames.i32` has the number of frames, of all and of the first segment."""
+"""Where `frames.i32` has the number of frames of the video and of a segment."""
 _NO_BLUR_SIGMA = 0.5
 
 
 class DaliPeer:
-    """A DALI pipeline over a shard folder of the jpeg payload, without an end.
+    """An endless DALI pipeline over a shard folder with jpeg payload.
 
     Args:
         shards: The tars; their indices are beside them.
         form: The normal form.
         batch_size: Samples in a batch.
-        threads: Of the pipeline.
-        views: The recipe.
+        threads: Threads of the pipeline.
+        views: The recipe of augmentation.
         clips: The window and its views.
         size: Rows and columns of a view.
         device: Where pictures are decoded and augmented.
@@ -132,11 +132,11 @@ def _window(table: Any, clips: ClipSpec) -> tuple[Any, Any, Any]:
     room = dali_math.floor(frames - clips.window_frames * stride)
     first = dali_math.min(dali_math.floor(fn.random.uniform(range=[0.0, 1.0]) * (room + 1.0)), room)
     points: Any = types.Constant(np.arange(clips.window_frames, dtype=np.float32)) * stride
-    order = _whole(dali_math.min(points + 0.5, frames - 1.0 - first))
-    return _whole(first), order, order[-1] + 1
+    order = _to_int(dali_math.min(points + 0.5, frames - 1.0 - first))
+    return _to_int(first), order, order[-1] + 1
 
 
-def _whole(value: Any) -> Any:
+def _to_int(value: Any) -> Any:
     return fn.cast(value, dtype=types.DALIDataType.INT32)
 
 
@@ -163,9 +163,9 @@ def _augment(frames: Any, cut: range, spec: AugmentSpec, size: int) -> Any:
     )
     blurred = fn.cast(fn.random.coin_flip(probability=spec.blur), dtype=types.DALIDataType.FLOAT)
     sigma = fn.random.uniform(range=list(spec.blur_sigma))
-    # A window of one pixel is the identity, so that what is not blurred costs little.
-    radius = _whole(BLUR_RADIUS_SIGMAS * sigma + 1.0)
-    window = 2 * radius * _whole(blurred) + 1
+    # A window of one pixel is the identity, so that clips without blur cost little.
+    radius = _to_int(BLUR_RADIUS_SIGMAS * sigma + 1.0)
+    window = 2 * radius * _to_int(blurred) + 1
     return fn.gaussian_blur(
         clip, sigma=blurred * sigma + (1.0 - blurred) * _NO_BLUR_SIGMA, window_size=window
     )

@@ -14,20 +14,21 @@ from strata.errors import ConfigError
 from strata.preprocess.mp4 import encode_mp4
 from strata.schema import FRAMES_EXT, NormalForm, segment_ext
 from strata.tools.bench import main
-from strata.tools.bench_dataload import check_equal_work, summarize
-from strata.tools.bench_peers import DECODERS, PaperTransform, decode_mp4
+from strata.tools.benchmarks.data import check_equal_work, summarize
+from strata.tools.benchmarks.webdataset_loaders import DECODERS, PaperTransform, decode_mp4
 from tests.support.shard_folders import HEIGHT, WIDTH, moving_picture
 
 
 def test_all_loaders_in_turns(tmp_path: Path):
     out = tmp_path / "out.json"
     sizes = ["--size", "32", "--workers", "1", "--peers", "mp4-pyav", "dali"]
-    main(["dataload", "--quick", *sizes, "--out", str(out)])
+    main(["data", "--quick", *sizes, "--out", str(out)])
     found = json.loads(out.read_text())
     assert [row["name"] for row in found["summary"]] == ["strata", "mp4-pyav", "dali"]
     assert all(row["samples_per_s"] > 0 for row in found["summary"])
     assert {p["payload"] for p in found["parts"]} == {"jpeg", "mjpeg"}
-    assert {p["part"] for p in found["parts"]} == {"read", "decode", "augment", "whole", "cached"}
+    parts = {p["part"] for p in found["parts"]}
+    assert parts == {"read", "checksums", "decode", "augment", "whole", "cached"}
     assert len(found["rounds"]) == 2
     assert all(turn["samples"] >= 2 for r in found["rounds"] for turn in r.values())
 
@@ -88,10 +89,10 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_an_unknown_peer_is_named():
-    with pytest.raises(ConfigError, match="--peers has no torchcodec"):
-        main(["dataload", "--peers", "torchcodec"])
+    with pytest.raises(ConfigError, match="no peer torchcodec; use mp4-pyav"):
+        main(["data", "--peers", "torchcodec"])
 
 
 def test_no_videos(tmp_path: Path):
     with pytest.raises(ConfigError, match="no videos in"):
-        main(["dataload", "--videos", str(tmp_path)])
+        main(["data", "--videos", str(tmp_path)])

@@ -1,0 +1,1 @@
+"""Benchmarks of each part; they run from a checkout and are not in the wheel."""

@@ -1,0 +1,175 @@
+"""The demo: each step is a command that a user would type; the last one writes a report."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strata.config import parse_config
+from strata.errors import ConfigError, StrataError
+from strata.eval.report import DemoResult, write_report
+from strata.tools.launchers import QUIET, program
+
+__all__ = ["DemoConfig", "main", "run_demo"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Videos to an evaluated model."""
+
+    videos: Path | None = None
+    """A folder of videos, one subfolder a class; by default videos are generated."""
+    out: Path = Path("runs/demo")
+    """Folder for everything that the demo makes; the content of an earlier demo is replaced."""
+    pretrain: Path = Path("configs/pretrain/demo.yaml")
+    """The pretraining's configuration."""
+    seeds: tuple[int, ...] = (0,)
+    """Pretraining seeds; each is a separate run."""
+    untrained_seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the untrained networks to compare with."""
+    videos_per_class: int = 40
+    """Generated videos of each of the 8 classes."""
+    test_fraction: float = 0.3
+    """Share of each class's videos held out for the evaluation."""
+    num_clips: int = 10
+    """Clips a video in the evaluation. TEXT: 10."""
+
+
+def _title(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _command(*words: str | Path) -> None:
+    """Run one step in a separate process, as a user would.
+
+    Raises:
+        StrataError: The step failed; its own error is above.
+    """
+    shown = " ".join(map(str, words))
+    print(f"   $ {shown}", flush=True)
+    command = [*program([str(words[0])]), *map(str, words[1:])]
+    done = subprocess.run(command, cwd=_ROOT, env=os.environ | QUIET, check=False)
+    if done.returncode:
+        raise StrataError(f"the step `{shown}` ended with exit code {done.returncode}; see above")
+
+
+def _prepare(config: DemoConfig) -> Path:
+    """Empty the folder of this demo, or make it.
+
+    Raises:
+        ConfigError: The folder has content that is not a demo's.
+    """
+    out = config.out if config.out.is_absolute() else _ROOT / config.out
+    marker = out / "made-by-strata-demo"
+    if out.exists():
+        if not marker.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not a demo's folder; choose another --out, or empty it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    marker.touch()
+    return out
+
+
+def _find_videos(config: DemoConfig, out: Path) -> Path:
+    """The folder of the user's videos, or of generated ones.
+
+    Raises:
+        ConfigError: The user's folder does not exist.
+    """
+    if config.videos is not None:
+        _title("1 of 4: your videos")
+        videos = config.videos.absolute()
+        if not videos.is_dir():
+            raise ConfigError(f"{videos} is not a folder; give one with a subfolder for each class")
+        print(f"   {videos}")
+        return videos
+    _title("1 of 4: make videos (generated data: a trial of the system, not of the method)")
+    videos, count = out / "videos", str(config.videos_per_class)
+    _command("python", "tools/make_videos.py", "--out", videos, "--videos_per_class", count)
+    return videos
+
+
+def _shard(config: DemoConfig, videos: Path, out: Path) -> tuple[Path, Path]:
+    """Shard the videos; returns the folders of the training and of the test set."""
+    _title("2 of 4: shard them")
+    shards = out / "shards"
+    options = ["--test-fraction", str(config.test_fraction)]
+    if config.videos is None:
+        options += ["--width", "96", "--height", "80"]
+    _command("python", "tools/shard.py", "folder", "--videos", videos, "--out", shards, *options)
+    return shards / "train", shards / "test"
+
+
+def _pretrain(config: DemoConfig, seed: int, train: Path, out: Path) -> Path:
+    """Pretrain with one seed; returns the run's folder."""
+    _title(f"3 of 4: pretrain without labels (seed {seed})")
+    run = out / f"run-{seed}"
+    words = ["--config", config.pretrain, "--data.shards", train, "--run", run]
+    _command("deepspeed", "train/main.py", *words, "--seed", str(seed))
+    return run
+
+
+def _compare(run: Path, train: Path, test: Path, seeds: Sequence[int], num_clips: int) -> Any:
+    """Evaluate a run's network and untrained ones by both protocols; returns the report's content.
+
+    Args:
+        run: The run's folder.
+        train: Shards of the training set.
+        test: Shards of the test set.
+        seeds: Seeds of the untrained networks.
+        num_clips: Clips of each video.
+    """
+    out = run / "eval" / "compare.json"
+    words = ["--checkpoint", run, "--train", train, "--test", test, "--out", out]
+    sizes = ["--untrained_seeds", json.dumps(list(seeds)), "--features.num_clips", str(num_clips)]
+    _command("deepspeed", "eval/main.py", "compare", *words, *sizes)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Make or take videos, shard them, pretrain, evaluate, and write the report.
+
+    Returns:
+        The report's page.
+
+    Raises:
+        ConfigError: A folder does not suit.
+        StrataError: A step failed.
+    """
+    start = time.perf_counter()
+    out = _prepare(config)
+    train, test = _shard(config, _find_videos(config, out), out)
+    runs = [_pretrain(config, seed, train, out) for seed in config.seeds]
+    _title("4 of 4: evaluate, and compare with untrained networks and with chance")
+    trained, untrained, records = [], [], []
+    for run in runs:
+        seeds = config.untrained_seeds if run == runs[0] else ()
+        records.append(_compare(run, train, test, seeds, config.num_clips))
+        figures = records[-1]["figures"]
+        trained.append(figures["pretrained"])
+        untrained += [figures[name] for name in figures if name.startswith("untrained")]
+    result = DemoResult(
+        generated=config.videos is None,
+        trained=tuple(trained),
+        untrained=tuple(untrained),
+        chance=records[0]["figures"]["chance"],
+        logs=tuple(run / "log.jsonl" for run in runs),
+        wall_s=time.perf_counter() - start,
+        manifest_digest=json.loads((train / "manifest.json").read_text())["digest"],
+    )
+    page = write_report(result, records[0], out)
+    print(f"\n{result.table()}\n\nall steps took {result.wall_s:.0f} s; the report: {page}")
+    return page
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    described = "Videos to an evaluated model."
+    run_demo(parse_config(DemoConfig, argv, prog="tools/demo.py", description=described))
