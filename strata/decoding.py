@@ -287,7 +287,8 @@ class Decoding:
         except (av.error.FFmpegError, OSError) as error:
             if self._has_begun:
                 self.num_failed += 1
-                self._damage(packet and packet.pts, _decoders_reason(error))
+                time = packet.pts if packet is not None else None
+                self._damage(time, _decoders_reason(error))
             self.first_error = self.first_error or _decoders_reason(error)
             return []
 
