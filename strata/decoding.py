@@ -294,9 +294,9 @@ class Decoding:
 
     def _damage(self, time: int | None, what: str) -> None:
         if self.first_damaged is None:
-            times = self._packets.times
-            timed = time is not None and self._packets.is_timed
-            self.first_damaged = int(np.searchsorted(times, time)) if timed else self.num_decoded
+            self.first_damaged = self.num_decoded
+            if time is not None and self._packets.is_timed:
+                self.first_damaged = int(np.searchsorted(self._packets.times, time))
             self.first_error = what
 
 
