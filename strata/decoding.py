@@ -287,15 +287,16 @@ class Decoding:
         except (av.error.FFmpegError, OSError) as error:
             if self._has_begun:
                 self.num_failed += 1
-                self._damage(packet and packet.pts, _decoders_reason(error))
+                time = packet.pts if packet is not None else None
+                self._damage(time, _decoders_reason(error))
             self.first_error = self.first_error or _decoders_reason(error)
             return []
 
     def _damage(self, time: int | None, what: str) -> None:
         if self.first_damaged is None:
-            times = self._packets.times
-            timed = time is not None and self._packets.is_timed
-            self.first_damaged = int(np.searchsorted(times, time)) if timed else self.num_decoded
+            self.first_damaged = self.num_decoded
+            if time is not None and self._packets.is_timed:
+                self.first_damaged = int(np.searchsorted(self._packets.times, time))
             self.first_error = what
 
 

@@ -98,7 +98,7 @@ class Orientation:
         # PyAV ties a frame to its side data in a cycle, which only the garbage collector frees. So
         # they are read from a tiny copy, and the picture itself is given back at once.
         tiny = frame.reformat(2, 2, "rgb24", _ANY, _ANY, Interpolation.POINT)
-        side = tiny.side_data.get(Type.DISPLAYMATRIX)
+        side = tiny.side_data.get("DISPLAYMATRIX")
         if side is None:
             return UPRIGHT
         a, b, _, c, d = np.frombuffer(side, "<i4")[:5].astype(np.float64)

@@ -14,7 +14,13 @@ from av.error import FFmpegError
 from av.filter import Graph
 from av.video.frame import VideoFrame
 
-from strata.decoding import PICTURE_A_PACKET, Decoding, check_complete, read_packets
+from strata.decoding import (
+    PICTURE_A_PACKET,
+    Decoding,
+    Packets,
+    check_complete,
+    read_packets,
+)
 from strata.errors import FaultKind, VideoFault
 from strata.filters import Orientation, filter_graph, scale_steps, unsupported
 from strata.schema import NormalForm
@@ -141,7 +147,11 @@ def _take(
     with open_video(content, source) as (container, stream):
         if start is not None:
             container.seek(start, stream=stream)
-        for frame in container.decode(stream):
+        packets = Packets()
+        decoding = Decoding(container, stream, packets, source)
+        for frame in decoding.frames():
+            if decoding.num_failed:
+                break
             place = frame.pts if by_time else count
             count += 1
             if place is None or place > wanted[found]:
@@ -152,6 +162,9 @@ def _take(
                 found += 1
                 if found == len(wanted):
                     return pictures, count
+        # The index has no damaged videos: this one was good when it was made.
+        if reason := packets.error or (decoding.num_failed and decoding.first_error):
+            raise VideoFault(FaultKind.DAMAGED, source, f"{count} frames decode, then: {reason}")
     return None, count
 
 

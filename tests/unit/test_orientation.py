@@ -47,7 +47,12 @@ def quarters() -> np.ndarray:
 def letters(picture: np.ndarray) -> str:
     high, wide = picture.shape[:2]
     places = [(high // 4, wide // 4), (high // 4, -wide // 4), (-high // 4, wide // 4)]
-    names = {(1, 0, 0): "R", (0, 1, 0): "G", (0, 0, 1): "B", (1, 1, 1): "W"}
+    names: dict[tuple[int, ...], str] = {
+        (1, 0, 0): "R",
+        (0, 1, 0): "G",
+        (0, 0, 1): "B",
+        (1, 1, 1): "W",
+    }
     colours = [picture[place] for place in [*places, (-high // 4, -wide // 4)]]
     return "".join(names[tuple(int(v > 128) for v in colour)] for colour in colours)
 
