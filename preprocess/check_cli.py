@@ -31,7 +31,10 @@ def main(argv: Sequence[str]) -> None:
     num_faults = 0
     for folder in args.folders:
         start_s = time.monotonic()
-        faults = check_folder(folder, decode=args.decode, seed=args.seed, workers=args.workers)
+        try:
+            faults = check_folder(folder, decode=args.decode, seed=args.seed, workers=args.workers)
+        except OSError as error:
+            raise ShardError(f"{folder} cannot be read ({error}); give permission") from error
         for fault in faults:
             print(f"{folder}: {fault}")
         num_faults += len(faults)

@@ -170,10 +170,9 @@ def _tars(folder: Path) -> list[Path]:
             message += f": one of its folders {some_of(below)}"
         raise ShardError(message)
     for path in tars:
+        if path.suffix != SHARD_SUFFIX:
+            raise ShardError(f"{path} ends in {path.suffix}; rename it to *{SHARD_SUFFIX}")
         checked_name(path.name, "shard", folder, ShardError)
-    stems = Counter(p.stem for p in tars)
-    if len(stems) < len(tars):
-        raise ShardError(f"{folder}: two shards are called {max(stems, key=lambda s: stems[s])}")
     return tars
 
 

@@ -13,10 +13,9 @@ from strata.preprocess.listing import (
     FoundFile,
     Listing,
     are_same_bytes,
-    is_ignored,
     is_video_name,
     list_files,
-    name_of,
+    paths_in,
     read_lines,
     some_of,
 )
@@ -165,8 +164,7 @@ def find_kinetics(
     """
     paths = [splits]
     if splits.is_dir():
-        inside = sorted(p for p in splits.iterdir() if p.suffix.lower() == ".csv")
-        paths = [p for p in inside if not is_ignored(name_of(p.name))]
+        paths = [p for p in paths_in(splits) if p.suffix.lower() == ".csv"]
     if not paths:
         raise ConfigError(f"{splits} holds no csv; --splits is the folder of the official lists")
     by_split: defaultdict[str, list[_Clip]] = defaultdict(list)

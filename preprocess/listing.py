@@ -24,6 +24,7 @@ __all__ = [
     "list_files",
     "name_of",
     "path_of",
+    "paths_in",
     "read_lines",
     "require_folder",
     "some_of",
@@ -151,8 +152,26 @@ def require_folder(folder: Path, option: str) -> None:
     Raises:
         ConfigError: It does not.
     """
-    if not folder.is_dir():
+    try:
+        found = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        found = False
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not found:
         raise ConfigError(f"folder {folder} does not exist; correct {option}")
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """What is directly in a folder of lists, by name, without hidden and system files.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        return sorted(p for p in folder.iterdir() if not is_ignored(name_of(p.name)))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def read_lines(path: Path, option: str = "--splits") -> list[str]:
@@ -291,6 +310,6 @@ def _unreadable(path: Path, error: OSError) -> ConfigError:
     if path.is_symlink():
         reason = f"it is a link to {os.readlink(path)}: {reason}"
     return ConfigError(
-        f"{path} cannot be read ({reason}): correct it or move it away, as its videos would be "
-        "missing without notice"
+        f"{path} cannot be read ({reason}): correct it or move it away, as what it holds would "
+        "be missing without notice"
     )

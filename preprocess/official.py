@@ -8,10 +8,10 @@ from pathlib import Path
 from strata.errors import ConfigError
 from strata.preprocess.listing import (
     Listing,
-    is_ignored,
     list_files,
     name_of,
     path_of,
+    paths_in,
     read_lines,
     require_folder,
     some_of,
@@ -129,8 +129,7 @@ def find_hmdb51(videos: Sequence[Path], splits: Path, split: str) -> list[Source
     require_folder(splits, "--splits")
     _refuse_parent(splits, "*_test_split[123].txt")
     suffix = re.compile(r"(.+)_test_split[123]\.txt")
-    found = [name_of(p.name) for p in splits.iterdir()]
-    matches = (suffix.fullmatch(name) for name in found if not is_ignored(name))
+    matches = [suffix.fullmatch(name_of(p.name)) for p in paths_in(splits)]
     classes = sorted({match[1] for match in matches if match})
     if not classes:
         raise ConfigError(

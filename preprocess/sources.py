@@ -22,6 +22,7 @@ from strata.preprocess.listing import (
     some_of,
 )
 from strata.schema import NO_LABEL
+from strata.untrusted import checked_text
 
 __all__ = [
     "Source",
@@ -95,8 +96,10 @@ def make_set(
     """Put sources in the order of their names.
 
     Raises:
-        ConfigError: A name is there twice.
+        ConfigError: A name is there twice, or a class has a name that no reader would take.
     """
+    for name in classes:
+        checked_text(name, "class", f"{dataset} {split}", ConfigError)
     ordered = sorted(sources, key=lambda s: s.name)
     for first, second in pairwise(ordered):
         if first.name == second.name:

@@ -49,7 +49,9 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, clip: bytes) -> None:
     members = {f"{n}.{ext}": c for n in names for ext, c in (("cls", b"0"), ("mp4", clip))}
     write_tar(folder / "0.tar", members, kind=tarfile.GNU_FORMAT)
     index(folder)
-    assert [row.key for row in read_manifest(folder).written] == list(names)
+    rows = read_manifest(folder).written
+    assert [row.source for row in rows] == [f"0.tar/{name}" for name in names]
+    assert [row.key for row in rows] == ["vid.0", "Mr.%20Bean%203.5", "caf%E9.1"]
     assert len(frames_of(folder)) == 3
     assert check_folder(folder, decode=-1) == []
 
@@ -83,12 +85,13 @@ def test_several_tars_with_the_same_keys(tmp_path: Path, clip: bytes) -> None:
     assert [(r.source, r.label) for r in rows] == [("0.tar/v", 0), ("1.tar/v", 1)]
 
 
-@pytest.mark.parametrize("name", ["my shard.tar", "0.tar.gz", "sub/0.tar"])
+@pytest.mark.parametrize("name", ["my shard.tar", "0.TAR", "0.tar.gz", "sub/0.tar"])
 def test_tars_that_cannot_be_shards_are_named(tmp_path: Path, clip: bytes, name: str) -> None:
     (tmp_path / "sub").mkdir()
     write_tar(tmp_path / name, {"v.mp4": clip})
     message = {
         "my shard.tar": r"the shard name 'my shard\.tar', which is not allowed",
+        "0.TAR": r"0\.TAR ends in \.TAR; rename it to \*\.tar",
         "0.tar.gz": r"holds no \*\.tar.*decompressed \(found 0\.tar\.gz\)",
         "sub/0.tar": r"holds no \*\.tar.*: one of its folders sub",
     }[name]

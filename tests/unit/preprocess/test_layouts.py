@@ -79,13 +79,19 @@ def test_classes_that_sound_like_splits_stay_classes(tmp_path: Path) -> None:
 
 
 def test_odd_class_folders_are_told(tmp_path: Path) -> None:
-    fill(tmp_path, "Riding Bike/a.mp4", "riding_bike/b.mp4", "跑 步\n/c.mp4", "empty/.keep")
+    fill(tmp_path, "Riding Bike/a.mp4", "riding_bike/b.mp4", "跑 步/c.mp4", "empty/.keep")
     (tmp_path / "really empty").mkdir()
     (only,) = find_folder([tmp_path])
-    assert only.classes == ("Riding Bike", "riding_bike", "跑 步\n")
+    assert only.classes == ("Riding Bike", "riding_bike", "跑 步")
     notes = "\n".join(only.notes)
     assert "2 folders hold no video and are no classes: empty, really empty" in notes
     assert "differ in spelling alone, and are kept apart: Riding Bike / riding_bike" in notes
+
+
+def test_a_class_folder_with_a_line_break_is_refused_before_the_work(tmp_path: Path) -> None:
+    fill(tmp_path, "walk\n/a.mp4", "run/b.mp4")
+    with pytest.raises(ConfigError, match=r"the class name 'walk\\n', which is not allowed"):
+        find_folder([tmp_path])
 
 
 def test_one_class_above_the_classes_is_told(tmp_path: Path) -> None:

@@ -125,6 +125,16 @@ def test_what_cannot_be_read_is_an_error_before_anything_is_written(open_tmp: Pa
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert not list(out.iterdir())
+    # The folder that holds everything, and one of lists.
+    videos.chmod(0)
+    done = as_nobody(*argv)
+    videos.chmod(0o755)
+    assert (done.returncode, "videos cannot be read" in done.stderr) == (2, True), done.stderr
+    (open_tmp / "lists").mkdir(mode=0)
+    for kind in ("ucf101", "hmdb51", "kinetics400"):
+        done = as_nobody(kind, *argv[1:], "--splits", open_tmp / "lists")
+        assert (done.returncode, "lists" in done.stderr) == (2, True), done.stderr
+        assert len(done.stderr.splitlines()) == 1
     # A folder that can be listed and not entered.
     (videos / "sit").chmod(0o744)
     done = as_nobody(*argv)
