@@ -1,5 +1,7 @@
 """Synchronised batch norm on several processes equals batch norm on one with the global batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,8 @@ def network(kind: str) -> nn.Module:
 
 def steps(world: World, kind: str, synced: bool) -> dict[str, Tensor]:
     """Loss, outputs, gradients and statistics after some steps, each rank on its own rows."""
-    model = network(kind)
+    model: Any = network(kind)
+    loss = torch.zeros(())
     batch = torch.randn(SHAPES[kind], generator=torch.Generator().manual_seed(1)).double() * 3 + 2
     share = ROWS // world.size
     own = slice(world.rank * share, (world.rank + 1) * share)

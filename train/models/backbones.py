@@ -6,7 +6,7 @@ Shape suffixes: N clips, C channels, T frames or time steps, H rows, W columns.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -348,7 +348,7 @@ def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
 
 def _keep_time(stage: nn.Sequential) -> None:
     """Let a stage keep its time steps: temporal stride 1, and dilation 2 in its place."""
-    block = stage[0]
+    block: Any = stage[0]
     first, shortcut = block.conv1[0], block.downsample[0]
     first.stride, first.padding, first.dilation = (1, 2, 2), (2, 1, 1), (2, 1, 1)
     shortcut.stride = (1, 2, 2)

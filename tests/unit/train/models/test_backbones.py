@@ -1,5 +1,5 @@
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_r3d18_has_the_stages_of_torchvision_s():
 def tclr() -> nn.Module:
     """The network of TCLR's code, made from torchvision's."""
     network = r3d_18()
-    first = network.layer4[0]
+    first: Any = network.layer4[0]
     first.conv1[0] = nn.Conv3d(
         *(256, 512, 3), stride=(1, 2, 2), padding=(2, 1, 1), dilation=(2, 1, 1), bias=False
     )
