@@ -27,7 +27,14 @@ def test_all_loaders_in_turns(tmp_path: Path):
     assert [row["name"] for row in found["summary"]] == ["strata", "mp4-pyav", "dali"]
     assert all(row["samples_per_s"] > 0 for row in found["summary"])
     assert {p["payload"] for p in found["parts"]} == {"jpeg", "mjpeg"}
-    assert {p["part"] for p in found["parts"]} == {"read", "decode", "augment", "whole", "cached"}
+    assert {p["part"] for p in found["parts"]} == {
+        "read",
+        "decode",
+        "augment",
+        "whole",
+        "checksums",
+        "cached",
+    }
     assert len(found["rounds"]) == 2
     assert all(turn["samples"] >= 2 for r in found["rounds"] for turn in r.values())
 
