@@ -365,7 +365,7 @@ def _compare_index(path: Path, shard: Path, entry: ShardEntry) -> None:
     Raises:
         WrongContentError: It is not the index of this shard.
     """
-    expected = getattr(entry, "index_sha256", None)
+    expected = entry.index_sha256
     if expected is not None:
         if sha256_of(path) != expected:
             raise WrongContentError("the index is not what the manifest says (SHA-256 differs)")

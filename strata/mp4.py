@@ -93,7 +93,8 @@ def _check_head(segment: memoryview, number: int, table: FrameTable) -> None:
     places = table.segment(number)
     first = max(int(table.offsets[places.start]), 0)
     end = max(int(table.offsets[places.stop - 1]) + int(table.lengths[places.stop - 1]), 0)
-    if checksum(segment[end:], checksum(segment[:first])) != table.checksums.heads[number]:
+    around = b"".join([segment[:first], segment[end:]])
+    if checksum(around) != table.checksums.heads[number]:
         raise ShardError(
             f"mp4: segment {number} is damaged, the checksum of its header differs; shard the "
             "videos again"

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from strata.manifest import digest_of, read_manifest, write_manifest
 from strata.preprocess.check import check_folder
 from strata.preprocess.check_cli import main as verify
 from strata.preprocess.cli import main
-from strata.schema import NormalForm
+from strata.schema import NormalForm, checksum
 from tests.integration.test_sharding import shard, shards, videos
 from tests.support.source_videos import moving_scene, write_video
 
@@ -81,7 +80,7 @@ def rewrite_table(
     here = slice(member.offset_data, member.offset_data + member.size)
     table = np.frombuffer(bytes(content[here]), "<u4").copy()
     table[index] = change(int(table[index]))
-    table[-1] = zlib.crc32(table[:-1].tobytes())
+    table[-1] = checksum(table[:-1].tobytes())
     content[here] = table.tobytes()
 
 
@@ -105,7 +104,7 @@ def test_a_wrong_writer_is_found_behind_right_hashes(copy: Path, part: str) -> N
         case "facts":
             start = member["json"].offset_data
             content[content.index(b'"num_frames":', start) + 13] ^= 1
-            facts = zlib.crc32(content[start : start + member["json"].size])
+            facts = checksum(content[start : start + member["json"].size])
             rewrite_table(content, member["frames.i32"], -2, lambda _: facts)
         case "key":
             manifest = dataclasses.replace(

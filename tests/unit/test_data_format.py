@@ -6,12 +6,12 @@ import io
 import json
 import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image
 
 from strata.dataload.clips import ClipSpec
@@ -30,6 +30,10 @@ CLASSES = ["gehen", "läuft"]
 
 def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def checksum(content: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
 
 
 def strip(frames: np.ndarray) -> tuple[bytes, list[int], list[int]]:
@@ -60,13 +64,13 @@ def members(
     packed = struct.pack(f"<{len(table)}i", *table)
     if schema == 2:
         sums = [
-            zlib.crc32(jpeg[offset : offset + length])
+            checksum(jpeg[offset : offset + length])
             for jpeg, offsets, lengths in parts
             for offset, length in zip(offsets, lengths, strict=True)
         ]
-        sums += [zlib.crc32(jpeg[: offsets[0]]) for jpeg, offsets, _ in parts]
-        packed += struct.pack(f"<{len(sums) + 1}I", *sums, zlib.crc32(canonical(facts)))
-        packed += struct.pack("<I", zlib.crc32(packed))
+        sums += [checksum(jpeg[: offsets[0]]) for jpeg, offsets, _ in parts]
+        packed += struct.pack(f"<{len(sums) + 1}I", *sums, checksum(canonical(facts)))
+        packed += struct.pack("<I", checksum(packed))
     return [*segments, (f"{key}.frames.i32", packed), (f"{key}.json", canonical(facts))]
 
 

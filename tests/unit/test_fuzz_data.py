@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import tarfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from strata.manifest import read_manifest
 from strata.preprocess.check import check_folder
 from strata.preprocess.foreign import index_folder
 from strata.preprocess.run import merge_set
-from strata.schema import NormalForm
+from strata.schema import NormalForm, checksum
 from tests.support.fuzzing import budget, byte_edits, edited, json_edited, json_edits, outcome
 from tests.support.shard_edits import all_strips, canonical, place_of, write_json
 from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
@@ -131,7 +130,7 @@ def test_frame_table_with_the_right_checksum(
         for place, value in edits:
             table[place % len(table)] = value
         if not is_old:
-            table[-1:].view("<u4")[0] = zlib.crc32(table[:-1].tobytes())
+            table[-1:].view("<u4")[0] = checksum(table[:-1].tobytes())
         content[start : start + size] = table.tobytes()
         path.write_bytes(content)
         found = outcome(lambda: all_strips(where))
@@ -184,8 +183,8 @@ def test_jpeg_header(folder: Path, old: Path, is_old: bool, edits: Any):
         content[start : start + len(header)] = new
         if not is_old:
             unsigned = table.view("<u4")
-            unsigned[8 + 3 * (FRAMES + 1)] = zlib.crc32(new)
-            unsigned[-1] = zlib.crc32(table[:-1].tobytes())
+            unsigned[8 + 3 * (FRAMES + 1)] = checksum(new)
+            unsigned[-1] = checksum(table[:-1].tobytes())
             content[table_start : table_start + table_size] = table.tobytes()
         path.write_bytes(content)
         reader = ShardReader(where)

@@ -26,8 +26,6 @@ from strata.train.engine import Snapshot
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from tests.support.fuzzing import ODD_VALUES, budget, byte_edits, edited, json_edited, outcome
 
-pytestmark = pytest.mark.skip("enabled once checkpoints are decoded by a schema")
-
 STATE = RunState(
     step=12,
     epoch=1,
