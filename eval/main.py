@@ -15,6 +15,7 @@ deepspeed eval/main.py features --checkpoint runs/a --shards shards/ucf101/test0
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from strata.config import parse_config
 from strata.errors import ConfigError, exit_with_one_line
@@ -34,12 +35,12 @@ def main(argv: Sequence[str]) -> None:
             "the arguments"
         )
     settings, run = RUNNERS[name]
-    described = {"prog": f"eval/main.py {name}", "description": "Evaluate a checkpoint."}
-    config = parse_config(settings, args[1:], **described)
+    parse = partial(parse_config, prog=f"eval/main.py {name}", description="Evaluate a checkpoint.")
+    config = parse(settings, args[1:])
     if hasattr(config, "protocol"):
         # Once more with the protocol's settings in the place of the defaults; what is given stays.
         named = protocol_defaults(settings, name, config.protocol)
-        config = parse_config(settings, args[1:], **described, defaults=named)
+        config = parse(settings, args[1:], defaults=named)
     run(config)
 
 

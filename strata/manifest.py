@@ -243,7 +243,7 @@ def _check_rows(manifest: Manifest, path: Path) -> None:
     places = np.arange(len(written)) - (ends - counts)[shards]
     if (
         not np.array_equal(np.bincount(shards, minlength=num_shards), counts)
-        or not np.array_equal([row.position for row in written], places)
+        or not np.array_equal(np.array([row.position for row in written], np.int64), places)
         or not np.array_equal(frames, [e.num_frames for e in manifest.shards])
     ):
         raise ShardError(

@@ -211,7 +211,7 @@ def checksum(content: Buffer) -> int:
     It finds a random change but once in 2^32, and costs a sixth of zlib's CRC-32, which would be
     felt beside decoding. It is no protection from a writer with intent: SHA-256 is.
     """
-    return xxhash.xxh3_64_intdigest(content) & 0xFFFF_FFFF
+    return xxhash.xxh3_64_intdigest(content) & 0xFFFF_FFFF  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)

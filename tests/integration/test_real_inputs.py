@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from strata.errors import ShardError
+from strata.manifest import read_manifest
 from strata.preprocess.cli import main
-from strata.schema import Manifest, SourceRow, read_manifest
+from strata.schema import Manifest, SourceRow
 from tests.support.source_videos import moving_scene, write_video
 from tests.unit.test_orientation import letters, quarters
 from tests.unit.test_video import with_damage

@@ -124,7 +124,7 @@ def test_dali_reads_the_shards(shards: Path) -> None:
     assert outputs is not None
     tables, facts = outputs
     for k, row in enumerate(manifest.written):
-        table = FrameTable.from_bytes(np.array(tables.at(k)))
+        table = FrameTable.from_bytes(np.array(tables.at(k)).tobytes())
         assert (table.num_frames, table.label) == (row.num_frames, row.label)
         assert json.loads(np.array(facts.at(k)).tobytes())["key"] == row.key
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.test_metrics import make_certificate
 
-from strata import scrape
+from strata.telemetry import scrape
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from tests.support.commands import ROOT
 from tests.support.commands import scrape as read_metrics
+from tests.unit.telemetry.test_metrics import make_certificate
 
 
 @pytest.fixture(params=["plain", "tls"])

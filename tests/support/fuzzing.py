@@ -22,7 +22,7 @@ def budget(num_edits: int) -> Any:
         derandomize=True,
         database=None,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck.__members__.values()],
     )
 
 

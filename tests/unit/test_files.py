@@ -19,7 +19,7 @@ def test_after_an_error_the_old_content_stays_and_no_temporary_file_is_left(tmp_
     path = tmp_path / "file"
     write_atomic(path, "old")
     with pytest.raises(TypeError), open_atomic(path) as target:
-        target.write("text where bytes are due")  # pyright: ignore[reportArgumentType]
+        target.write("text where bytes are due")  # pyright: ignore[reportCallIssue, reportArgumentType]
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 

@@ -193,7 +193,8 @@ def progress(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("value", WRONG, ids=str)
 def test_records_of_unfinished_shards(tmp_path: Path, name: str, value: Any):
     (tmp_path / ".progress").mkdir()
-    files = dict(zip(("plan.json", "shard-000000.tar.json"), progress(tmp_path), strict=True))
+    plan, record = progress(tmp_path)
+    files: dict[str, Any] = {"plan.json": plan, "shard-000000.tar.json": record}
     for other, content in files.items():
         (tmp_path / ".progress" / other).write_text(json.dumps(content))
     for field in files[name]:

@@ -140,7 +140,7 @@ class _Sharding:
     """
 
     def __init__(self, videos: Path, paths: Sequence[Path], workers: int) -> None:
-        self._videos, self._sources = videos, source_set_of(videos, paths)
+        self._sources = source_set_of(videos, paths)
         self._settings = ShardSettings(form=NormalForm(min_frames=1), workers=workers)
         self.num_frames = 0
         self.driver_s: list[tuple[float, float]] = []
@@ -149,7 +149,7 @@ class _Sharding:
     def run(self, folder: Path) -> None:
         """Read back a sample of the frames, which is the default."""
         start_s, children_s = time.thread_time(), _cpu_seconds(resource.RUSAGE_CHILDREN)
-        manifest = shard_set(self._sources, self._videos, folder / "shards", self._settings)
+        manifest = shard_set(self._sources, folder / "shards", self._settings)
         self.num_frames = sum(s.num_frames for s in manifest.shards)
         worker_s = _cpu_seconds(resource.RUSAGE_CHILDREN) - children_s
         self.driver_s.append((time.thread_time() - start_s, worker_s))
@@ -157,7 +157,7 @@ class _Sharding:
     def run_reading_all(self, folder: Path) -> None:
         """Read back every frame."""
         settings = replace(self._settings, read_back="all")
-        shard_set(self._sources, self._videos, folder / "shards", settings)
+        shard_set(self._sources, folder / "shards", settings)
 
 
 def compare_speed(videos: Path, paths: Sequence[Path], workers: int, repeat: int) -> None:

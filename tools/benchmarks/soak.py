@@ -72,7 +72,7 @@ def small_shards(folder: Path) -> Path:
     videos = folder / "videos"
     settings = VideoSettings(videos_per_class=4, classes=8, frames=40, width=64, height=48)
     make_videos(videos, settings, workers=0, progress=False)
-    (source_set,) = find_folder(videos)
+    (source_set,) = find_folder([videos])
     form = NormalForm(width=64, height=48)
     shard_set(
         source_set,

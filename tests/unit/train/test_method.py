@@ -133,7 +133,7 @@ def test_l_aug_at_the_high_level_is_one_more_term_and_changes_no_other():
     more.total.backward()
     assert moved(model) - moved(without) >= {"motion_high"}
     # Without motion excitation the average over steps is blind to their order: log 5 at least.
-    model.motion["high"].excite = False
+    model.motion["high"].excite = False  # pyright: ignore[reportArgumentType]
     assert losses(model, SECOND).terms["augmentation_high"] >= math.log(5) - 1e-5
     # A high level of two steps can be reversed alone.
     high = TermWeights(augmentation_high=0.4)
