@@ -20,24 +20,24 @@ from strata.dataload.augment import (
     draw_view,
     ten_crops,
 )
-from strata.dataload.cache import CacheChoice, FrameCache
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.decode_windows import CodedWindows, choose_decoder, read_windows
 from strata.dataload.faults import (
     Fault,
     FaultLog,
     SampleFaultError,
     replace_faulty,
 )
+from strata.dataload.frame_cache import CacheChoice, FrameCache
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice, find_undecodable
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
-from strata.dataload.videos import CodedWindows, choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.format.schema import Payload
 from strata.limits import usable_cpus
-from strata.schema import Payload
 
 __all__ = [
     "Batch",
@@ -78,7 +78,7 @@ class DataConfig:
     augment: DeviceChoice = "auto"
     """Where views are augmented; auto takes the GPU where this rank trains on one."""
     cache: CacheChoice = "none"
-    """Where decoded frames are kept while training, see dataload/cache.py: host is memory that the
+    """Where decoded frames are kept, see dataload/frame_cache.py: host is memory that the
     ranks of a node share, device each rank's GPU. Batches are those of decode cpu, bit for bit."""
     threads: int = 0
     """DALI threads of a rank; 0 divides the machine's cores by its ranks."""

@@ -32,9 +32,9 @@ from strata.dataload.storage import (
 )
 from strata.errors import ShardError
 from strata.files import sha256_of
-from strata.index import Place, read_index
-from strata.manifest import read_manifest
-from strata.schema import (
+from strata.format.index import Place, read_index
+from strata.format.manifest import read_manifest
+from strata.format.schema import (
     FRAMES_EXT,
     INDEX_SUFFIX,
     FrameTable,
@@ -43,7 +43,7 @@ from strata.schema import (
     checksum,
     segment_ext,
 )
-from strata.strip import assemble_strip
+from strata.format.strip_jpeg import assemble_strip
 
 __all__ = ["ShardReader"]
 

@@ -24,7 +24,7 @@ from typing import Protocol
 from strata.dataload.transfer import Store, WrongContentError
 from strata.errors import ConfigError, ShardError
 from strata.files import sha256_of
-from strata.schema import INDEX_SUFFIX, MANIFEST_NAME, SAMPLES_NAME, SHARD_SUFFIX, ShardEntry
+from strata.format.schema import INDEX_SUFFIX, MANIFEST_NAME, SAMPLES_NAME, SHARD_SUFFIX, ShardEntry
 from strata.untrusted import checked_name
 
 __all__ = ["DownloadConfig", "LocalFolder", "RemoteFolder", "ShardFolder", "open_folder"]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from strata.config import dump_config
 from strata.dataload.augment import AugmentSpec
-from strata.dataload.labelled import LabelledLoader, LabelledSpec, check_labels, labelled_plan
+from strata.dataload.classification import LabelledLoader, LabelledSpec, check_labels, labelled_plan
 from strata.dataload.loader import Batch, DataConfig
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, any_true, barrier, gather, mean_over_ranks
@@ -24,12 +24,12 @@ from strata.errors import CheckpointError, ConfigError, StrataError
 from strata.eval.accuracy import Accuracy, ClassSpace, measure_accuracy
 from strata.logs import get_logger
 from strata.telemetry.metrics import Metrics
-from strata.train import checkpoint
-from strata.train.checkpoint import CheckpointConfig, RunState
-from strata.train.encode import VideoClips, over_videos
 from strata.train.engine import Engine, EngineConfig, ParameterGroup
-from strata.train.method import normalise
+from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
+from strata.train.representation.encode import VideoClips, over_videos
+from strata.train.run import checkpoint
+from strata.train.run.checkpoint import CheckpointConfig, RunState
 
 __all__ = [
     "Classifier",
@@ -59,7 +59,7 @@ def _views() -> AugmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """How a classifier is trained. The protocols of eval/named.py set all of it."""
+    """How a classifier is trained. The protocols of eval/protocols/named.py set all of it."""
 
     train: Literal["all", "head"] = "all"
     """Whether the encoder learns too (finetune), or the linear layer alone (linear probe)."""

@@ -19,8 +19,8 @@ from functools import partial
 
 from strata.config import parse_config
 from strata.errors import ConfigError, exit_with_one_line
-from strata.eval.named import protocol_defaults
-from strata.eval.protocols import RUNNERS
+from strata.eval.protocols.named import protocol_defaults
+from strata.eval.protocols.run import RUNNERS
 from strata.logs import set_up_logging
 
 

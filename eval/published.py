@@ -3,7 +3,7 @@
 A name like R3D-18 stands for several networks (docs/method.md): each entry says which it was.
 """
 
-from strata.eval.page import Published
+from strata.eval.report_page import Published
 
 __all__ = ["PUBLISHED"]
 

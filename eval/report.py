@@ -14,8 +14,9 @@ import yaml
 import strata
 from strata.config import plain
 from strata.dataload.reader import ShardReader
-from strata.eval.film import film_strip
-from strata.eval.page import (
+from strata.eval.pictures import film_strip
+from strata.eval.published import PUBLISHED
+from strata.eval.report_page import (
     ClassResult,
     Curve,
     FigureRow,
@@ -26,8 +27,7 @@ from strata.eval.page import (
     Table,
     write_page,
 )
-from strata.eval.published import PUBLISHED
-from strata.eval.record import commit, set_sizes
+from strata.eval.results import commit, set_sizes
 from strata.logs import read_json_lines
 
 __all__ = ["DemoResult", "build_page", "write_report"]

@@ -18,14 +18,14 @@ from pathlib import Path
 from strata.decoding import Damaged
 from strata.errors import ConfigError, FaultKind
 from strata.files import write_atomic
-from strata.manifest import canonical_json
+from strata.format.manifest import canonical_json
+from strata.format.schema import NO_LABEL, NormalForm, ShardEntry, SourceRow
+from strata.preprocess.datasets.folder import Source, sample_key
 from strata.preprocess.parts import Heartbeat, Refused, Rejected, Sent, WorkerFailure, receive
 from strata.preprocess.progress import Progress
 from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.shards import ShardWriter, shard_name
-from strata.preprocess.sources import Source, sample_key
 from strata.preprocess.worker import Task, serve
-from strata.schema import NO_LABEL, NormalForm, ShardEntry, SourceRow
 
 __all__ = ["ShardBuild", "ShardRecord", "WorkerError", "drive", "record_path", "task_of"]
 

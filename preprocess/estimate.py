@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from strata.errors import VideoFault
+from strata.preprocess.datasets.folder import SourceSet
+from strata.preprocess.datasets.listing import some_of
 from strata.preprocess.driver import task_of
-from strata.preprocess.listing import some_of
 from strata.preprocess.run import plan_shards
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.sources import SourceSet
 from strata.preprocess.worker import Done, Member, make_sample
 
 __all__ = ["estimate_table"]

@@ -24,14 +24,8 @@ from PIL import features
 from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
 from strata.files import write_atomic
-from strata.manifest import build_manifest, canonical_json, read_manifest, write_manifest
-from strata.preprocess.driver import ShardBuild, ShardRecord, drive, record_path
-from strata.preprocess.listing import is_ignored
-from strata.preprocess.progress import LogKind, open_progress
-from strata.preprocess.settings import ShardSettings
-from strata.preprocess.shards import shard_name
-from strata.preprocess.sources import Source, SourceSet
-from strata.schema import (
+from strata.format.manifest import build_manifest, canonical_json, read_manifest, write_manifest
+from strata.format.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
     Manifest,
@@ -39,6 +33,12 @@ from strata.schema import (
     ShardEntry,
     SourceRow,
 )
+from strata.preprocess.datasets.folder import Source, SourceSet
+from strata.preprocess.datasets.listing import is_ignored
+from strata.preprocess.driver import ShardBuild, ShardRecord, drive, record_path
+from strata.preprocess.progress import LogKind, open_progress
+from strata.preprocess.settings import ShardSettings
+from strata.preprocess.shards import shard_name
 from strata.telemetry.metrics import Metrics
 from strata.untrusted import checked_name, decode_json
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from strata.decoding import Damaged
 from strata.errors import ConfigError
+from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
-from strata.schema import NormalForm
 
 __all__ = ["ReadBack", "ShardSettings"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from strata.files import sha256_of, sync_path, write_atomic
-from strata.index import index_bytes
-from strata.schema import INDEX_SUFFIX, SHARD_SUFFIX
+from strata.format.index import index_bytes
+from strata.format.schema import INDEX_SUFFIX, SHARD_SUFFIX
 
 __all__ = [
     "BLOCK",

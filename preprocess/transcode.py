@@ -15,10 +15,16 @@ from PIL import Image
 
 from strata.decoding import Damaged, Decoding, check_complete, read_packets
 from strata.errors import FaultKind, VideoFault
-from strata.filters import UPRIGHT, Orientation, filter_graph, scale_steps, unsupported
-from strata.preprocess.probe import Timing, VideoFacts, read_facts, timing_of
-from strata.schema import NormalForm
-from strata.video import no_pulse, open_video
+from strata.format.ffmpeg_filters import (
+    UPRIGHT,
+    Orientation,
+    filter_graph,
+    scale_steps,
+    unsupported,
+)
+from strata.format.open_video import no_pulse, open_video
+from strata.format.schema import NormalForm
+from strata.preprocess.container import Timing, VideoFacts, read_facts, timing_of
 
 __all__ = ["FrameSource", "encode_strip", "matrix_to_bt601"]
 

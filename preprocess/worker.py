@@ -19,13 +19,8 @@ from av.error import FFmpegError
 
 from strata.decoding import Damaged
 from strata.errors import FaultKind, VideoFault
-from strata.preprocess.mp4 import encode_mp4, verify_mp4
-from strata.preprocess.parts import PartPacker, Refused, RefusedError, Rejected, WorkerFailure
-from strata.preprocess.probe import hash_file
-from strata.preprocess.settings import ReadBack
-from strata.preprocess.transcode import FrameSource, encode_strip
-from strata.preprocess.verify import verify_strip
-from strata.schema import (
+from strata.format.open_video import no_pulse
+from strata.format.schema import (
     FACTS_EXT,
     FRAMES_EXT,
     Checksums,
@@ -36,7 +31,12 @@ from strata.schema import (
     segment_checksums,
     segment_ext,
 )
-from strata.video import no_pulse
+from strata.preprocess.container import hash_file
+from strata.preprocess.encode_mp4 import encode_mp4, verify_mp4
+from strata.preprocess.parts import PartPacker, Refused, RefusedError, Rejected, WorkerFailure
+from strata.preprocess.read_back import verify_strip
+from strata.preprocess.settings import ReadBack
+from strata.preprocess.transcode import FrameSource, encode_strip
 
 __all__ = [
     "Done",

@@ -20,8 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from strata.errors import FaultKind, VideoFault
-from strata.structure import declared_frames, missing_bytes
-from strata.video import (
+from strata.format.open_video import (
     MAX_FRAMES,
     MAX_PIXELS,
     no_pulse,
@@ -30,6 +29,7 @@ from strata.video import (
     reason_of,
     size_of,
 )
+from strata.structure import declared_frames, missing_bytes
 
 __all__ = [
     "PICTURE_A_PACKET",

@@ -7,7 +7,7 @@ from strata.dataload.reader import ShardReader
 from strata.tools.ablation_grid import AblateConfig, pretraining
 from strata.tools.ablation_table import Cell
 from strata.train.config import TrainConfig
-from strata.train.schedules import phase_at
+from strata.train.method.schedules import phase_at
 
 __all__ = ["gpu_hours"]
 

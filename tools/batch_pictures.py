@@ -14,7 +14,7 @@ from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.eval.film import contact_sheet, write_video
+from strata.eval.pictures import contact_sheet, write_video
 from strata.untrusted import file_stem
 
 __all__ = ["InspectConfig", "side_by_side", "write_batch"]

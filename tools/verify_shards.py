@@ -3,7 +3,7 @@
 import sys
 
 from strata.errors import exit_with_one_line
-from strata.preprocess.check_cli import main
+from strata.preprocess.audit_command import main
 
 if __name__ == "__main__":
     with exit_with_one_line():

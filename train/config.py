@@ -9,12 +9,12 @@ from strata.distributed import World
 from strata.errors import ConfigError
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
-from strata.train.checkpoint import CheckpointConfig
 from strata.train.engine import EngineConfig
-from strata.train.method import MethodConfig
+from strata.train.method.model import MethodConfig
+from strata.train.method.schedules import ScheduleConfig
 from strata.train.models.backbones import BackboneConfig
-from strata.train.probe import ProbeConfig
-from strata.train.schedules import ScheduleConfig
+from strata.train.representation.online_retrieval import ProbeConfig
+from strata.train.run.checkpoint import CheckpointConfig
 
 __all__ = ["MonitorConfig", "TrainConfig"]
 

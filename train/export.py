@@ -24,7 +24,10 @@ from torch import Tensor, nn
 
 import strata
 from strata.errors import CheckpointError, ConfigError
-from strata.train.checkpoint import (
+from strata.train.method.model import IMAGENET_MEAN, IMAGENET_STD
+from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.models.inputs import DIFFERENCE_SCALE, InputChoice
+from strata.train.run.checkpoint import (
     backbone_config,
     build_for_file,
     find_checkpoint,
@@ -32,9 +35,6 @@ from strata.train.checkpoint import (
     read_state,
     trained_clips,
 )
-from strata.train.method import IMAGENET_MEAN, IMAGENET_STD
-from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
-from strata.train.models.inputs import DIFFERENCE_SCALE, InputChoice
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 

@@ -25,21 +25,21 @@ from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSav
 from strata.files import FolderLock
 from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
-from strata.train import checkpoint
-from strata.train.checkpoint import RunState, Saver
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
-from strata.train.findings import Finding, Report, mean_terms
-from strata.train.garbage import StepGarbage
-from strata.train.health import IDENTITY_MASS, graph_in_words
-from strata.train.method import LossTerms, Method, VideoModel
-from strata.train.monitor import RunMonitor
-from strata.train.probe import OnlineProbe
-from strata.train.schedules import Phase, phase_at
-from strata.train.start_page import describe_run
-from strata.train.stop import StopSignals
-from strata.train.throughput import Clock
-from strata.watchdog import Watchdog
+from strata.train.method.model import LossTerms, Method, VideoModel
+from strata.train.method.schedules import Phase, phase_at
+from strata.train.monitor.clock import Clock
+from strata.train.monitor.health import IDENTITY_MASS, graph_in_words
+from strata.train.monitor.run_monitor import RunMonitor
+from strata.train.representation.online_retrieval import OnlineProbe
+from strata.train.run import checkpoint
+from strata.train.run.checkpoint import RunState, Saver
+from strata.train.run.gc_schedule import StepGarbage
+from strata.train.run.non_finite import Finding, Report, mean_terms
+from strata.train.run.run_plan import describe_run
+from strata.train.run.stop_signals import StopSignals
+from strata.train.run.watchdog import Watchdog
 
 __all__ = ["Trainer"]
 

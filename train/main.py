@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from strata.code import code_digest
+from strata.code_digest import code_digest
 from strata.config import dotted, dump_config, parse_config, plain
 from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
@@ -25,9 +25,9 @@ from strata.logs import set_up_logging
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
-from strata.train.monitor import serve_run
-from strata.train.probe import OnlineProbe
-from strata.train.start_page import describe_run
+from strata.train.monitor.run_monitor import serve_run
+from strata.train.representation.online_retrieval import OnlineProbe
+from strata.train.run.run_plan import describe_run
 
 
 def main(argv: Sequence[str]) -> int:

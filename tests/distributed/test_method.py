@@ -17,9 +17,9 @@ from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
-from strata.train.method import Embeddings, Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import Embeddings, Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import Phase
 from tests.support.rank_processes import run_ranks
 from tests.support.synthetic_clips import smooth_videos
 

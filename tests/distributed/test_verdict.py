@@ -13,14 +13,14 @@ from strata.dataload.pipeline import ClipPipeline
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.telemetry.metrics import Metrics
-from strata.train.checkpoint import CheckpointConfig
 from strata.train.config import MonitorConfig, TrainConfig
 from strata.train.engine import Engine, EngineConfig
 from strata.train.loop import Trainer
-from strata.train.method import MethodConfig
+from strata.train.method.model import MethodConfig
+from strata.train.method.schedules import ScheduleConfig
 from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import ScheduleConfig
-from strata.train.verdict import Verdict
+from strata.train.monitor.bottleneck import Verdict
+from strata.train.run.checkpoint import CheckpointConfig
 from tests.support.rank_processes import run_ranks
 
 _STEPS = 4

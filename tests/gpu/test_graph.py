@@ -12,7 +12,7 @@ from strata.dataload.pipeline import ViewSlice, video_decoder_fault
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, decode_video, reference_view
 from strata.distributed import World
-from strata.schema import NormalForm
+from strata.format.schema import NormalForm
 from tests.support.graph_cases import (
     CASES,
     FRAMES,

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from strata.dataload.decode_windows import read_windows
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import read_windows
 from strata.errors import ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.check import check_folder
-from strata.preprocess.cli import main
+from strata.format.manifest import read_manifest
+from strata.preprocess.audit import check_folder
+from strata.preprocess.command import main
 from tests.support.source_videos import moving_scene, write_video
-from tests.unit.preprocess.test_listing import as_nobody, open_tmp
-from tests.unit.preprocess.test_tars import write_tar
+from tests.unit.preprocess.datasets.test_listing import as_nobody, open_tmp
+from tests.unit.preprocess.test_existing_tars import write_tar
 
 __all__ = ["open_tmp"]
 
@@ -105,7 +105,7 @@ def test_a_bad_label_is_found_before_anything_is_decoded(
     def never(*_: object) -> None:
         raise AssertionError("a video was decoded")
 
-    monkeypatch.setattr("strata.preprocess.foreign.measure_video", never)
+    monkeypatch.setattr("strata.preprocess.index_existing.measure_video", never)
     write_tar(tmp_path / "0.tar", {"v.mp4": clip, "v.cls": b"0"})
     write_tar(tmp_path / "1.tar", {"w.mp4": clip, "w.json": json.dumps({"label": [1]}).encode()})
     with pytest.raises(ShardError, match=r"1\.tar: member w\.json: the label \[1\] is a list"):

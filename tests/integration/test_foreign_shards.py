@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 from webdataset.writer import ShardWriter
 
-from strata.manifest import read_manifest
-from strata.preprocess.cli import main
+from strata.format.manifest import read_manifest
+from strata.preprocess.command import main
 from tests.support.commands import TINY, records, succeed
 from tests.support.source_videos import moving_scene, write_video
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
-from strata.manifest import read_manifest
+from strata.format.manifest import read_manifest
 from strata.preprocess import driver, run
-from strata.preprocess.cli import main
+from strata.preprocess.command import main
 from strata.preprocess.parts import Heartbeat
 from tests.support.commands import ROOT
 from tests.support.source_videos import moving_scene, write_video

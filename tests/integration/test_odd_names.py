@@ -10,8 +10,8 @@ import pytest
 
 from strata.errors import ShardError
 from strata.files import sha256_of
-from strata.manifest import read_manifest
-from strata.preprocess.check import check_folder
+from strata.format.manifest import read_manifest
+from strata.preprocess.audit import check_folder
 from strata.untrusted import decode_json
 from tests.support.commands import ROOT
 from tests.support.source_videos import moving_scene, write_video

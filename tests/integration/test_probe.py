@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from strata.errors import ConfigError
-from strata.train.probe import ProbeConfig
+from strata.train.representation.online_retrieval import ProbeConfig
 from tests.support.commands import TINY, free_port, records, scrape, succeed
 from tests.support.shard_folders import make_shards
 from tests.support.training_processes import ForkServer

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from strata.errors import ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.cli import main
-from strata.schema import Manifest, SourceRow
+from strata.format.manifest import read_manifest
+from strata.format.schema import Manifest, SourceRow
+from strata.preprocess.command import main
 from tests.support.source_videos import moving_scene, write_video
+from tests.unit.format.test_open_video import with_damage
 from tests.unit.test_orientation import letters, quarters
-from tests.unit.test_video import with_damage
 
 
 def shard(videos: Path, out: Path, *options: str) -> Manifest:

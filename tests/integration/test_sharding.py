@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError, ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.cli import closing_table, main, parse_command, run_command
+from strata.format.manifest import read_manifest
+from strata.format.schema import FrameTable, NormalForm
+from strata.format.strip_jpeg import assemble_strip
+from strata.preprocess.command import closing_table, main, parse_command, run_command
 from strata.preprocess.driver import WorkerError
-from strata.schema import FrameTable, NormalForm
-from strata.strip import assemble_strip
 from tests.support.source_videos import moving_scene, write_video
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,7 +182,7 @@ def test_foreign_folder_is_left_alone(videos: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from strata.preprocess.cli import main
+from strata.preprocess.command import main
 
 left = int(sys.argv[1])
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from strata.errors import ShardError
-from strata.manifest import digest_of, read_manifest, write_manifest
-from strata.preprocess.check import check_folder
-from strata.preprocess.check_cli import main as verify
-from strata.preprocess.cli import main
-from strata.schema import NormalForm, checksum
+from strata.format.manifest import digest_of, read_manifest, write_manifest
+from strata.format.schema import NormalForm, checksum
+from strata.preprocess.audit import check_folder
+from strata.preprocess.audit_command import main as verify
+from strata.preprocess.command import main
 from tests.integration.test_sharding import shard, shards, videos
 from tests.support.source_videos import moving_scene, write_video
 

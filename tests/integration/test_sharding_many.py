@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from strata.errors import ConfigError, ShardError
-from strata.manifest import read_manifest
+from strata.format.manifest import read_manifest
 from strata.preprocess import driver, run
-from strata.preprocess.cli import main, parse_command, run_command, slice_of
+from strata.preprocess.command import main, parse_command, run_command, slice_of
+from strata.preprocess.datasets.folder import find_folder
 from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.sources import find_folder
 from tests.integration.test_sharding import (
     REPOSITORY,
     SMALL,

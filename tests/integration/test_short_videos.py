@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from strata.dataload.reader import ShardReader
-from strata.preprocess.cli import main as shard
+from strata.preprocess.command import main as shard
 from tests.support.commands import TINY, records, succeed
 from tests.support.source_videos import moving_scene, write_video
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from strata.preprocess.cli import main as shard
+from strata.preprocess.command import main as shard
 from tests.support.commands import TINY, succeed
 
 PER_CLASS = {"trainlist01.txt": 3, "testlist01.txt": 2}

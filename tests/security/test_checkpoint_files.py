@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from strata.errors import CheckpointError
-from strata.train.checkpoint import (
+from strata.train.engine import Snapshot
+from strata.train.export import ExportCommand, load_export, write_export
+from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.run.checkpoint import (
     CheckpointConfig,
     RunState,
     backbone_config,
@@ -20,9 +23,6 @@ from strata.train.checkpoint import (
     trained_clips,
     write,
 )
-from strata.train.engine import Snapshot
-from strata.train.export import ExportCommand, load_export, write_export
-from strata.train.models.backbones import BackboneConfig, build_backbone
 
 CONFIG = {
     "model": vars(BackboneConfig(width=8)),

@@ -11,7 +11,7 @@ import pytest
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig, LocalFolder, RemoteFolder
 from strata.errors import ShardError
-from strata.schema import ShardEntry
+from strata.format.schema import ShardEntry
 
 DIGEST = "0" * 64
 ENTRY = ShardEntry(name="shard-000000.tar", num_samples=1, num_frames=1, num_bytes=4, sha256=DIGEST)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from strata.errors import CheckpointError, NotSavedError
-from strata.train import checkpoint, history
-from strata.train.checkpoint import CheckpointConfig, RunState, find_checkpoint, write
 from strata.train.engine import Snapshot
+from strata.train.run import checkpoint, history
+from strata.train.run.checkpoint import CheckpointConfig, RunState, find_checkpoint, write
 
 SNAPSHOT = Snapshot(
     model={"w": torch.ones(3)}, training={"random.cpu": torch.get_rng_state()}, loss_scale={}

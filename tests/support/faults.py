@@ -72,7 +72,7 @@ def full_disk() -> None:
 
 def disk_full_once() -> None:
     """The second checkpoint finds no space, the others do."""
-    from strata.train import checkpoint
+    from strata.train.run import checkpoint
 
     original, calls = checkpoint.save_file, []
 

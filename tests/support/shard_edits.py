@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from strata.dataload.reader import ShardReader
-from strata.schema import MANIFEST_NAME, SAMPLES_NAME
+from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME
 
 
 def canonical(value: object) -> bytes:

@@ -12,9 +12,8 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image
 
-from strata.manifest import build_manifest, digest_of, write_manifest
-from strata.preprocess.mp4 import encode_mp4, verify_mp4
-from strata.schema import (
+from strata.format.manifest import build_manifest, digest_of, write_manifest
+from strata.format.schema import (
     Checksums,
     FrameTable,
     Manifest,
@@ -26,7 +25,8 @@ from strata.schema import (
     segment_checksums,
     segment_ext,
 )
-from strata.strip import parse_strip
+from strata.format.strip_jpeg import parse_strip
+from strata.preprocess.encode_mp4 import encode_mp4, verify_mp4
 
 HEIGHT, WIDTH = 48, 64
 _FULL_BT601: dict[str, Any] = {"format": "yuvj420p", "dst_colorspace": 5, "dst_color_range": 2}

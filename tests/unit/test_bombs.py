@@ -16,10 +16,10 @@ import pytest
 from strata.dataload.faults import SampleFaultError
 from strata.dataload.reader import ShardReader
 from strata.errors import ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.cli import main as shard_main
-from strata.schema import FrameTable, NormalForm
-from strata.strip import assemble_strip
+from strata.format.manifest import read_manifest
+from strata.format.schema import FrameTable, NormalForm
+from strata.format.strip_jpeg import assemble_strip
+from strata.preprocess.command import main as shard_main
 from tests.support.shard_edits import edit_manifest, place_of
 from tests.support.shard_folders import make_shards
 from tests.support.source_videos import moving_scene, write_video

@@ -18,8 +18,8 @@ from strata.dataload.clips import ClipSpec
 from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.preprocess.check import check_folder
-from strata.schema import Manifest, NormalForm, SampleFacts, ShardEntry, SourceRow
+from strata.format.schema import Manifest, NormalForm, SampleFacts, ShardEntry, SourceRow
+from strata.preprocess.audit import check_folder
 from tests.support.source_videos import moving_scene
 
 WIDTH, HEIGHT, SEGMENT = 64, 48, 20

@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strata.dataload.augment import centre_crop
+from strata.dataload.decode_windows import read_windows
 from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import read_windows
 from strata.errors import ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.check import check_folder
-from strata.preprocess.foreign import index_folder
+from strata.format.manifest import read_manifest
+from strata.format.schema import NormalForm, checksum
+from strata.preprocess.audit import check_folder
+from strata.preprocess.index_existing import index_folder
 from strata.preprocess.run import merge_set
-from strata.schema import NormalForm, checksum
 from tests.support.fuzzing import budget, byte_edits, edited, json_edited, json_edits, outcome
 from tests.support.shard_edits import all_strips, canonical, place_of, write_json
 from tests.support.shard_folders import HEIGHT, WIDTH, make_shards

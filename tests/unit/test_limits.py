@@ -10,7 +10,7 @@ from strata.dataload import loader
 from strata.dataload.reader import ShardReader
 from strata.limits import usable_cpus
 from strata.preprocess.settings import ShardSettings
-from tests.unit.dataload.test_cache import write
+from tests.unit.dataload.test_frame_cache import write
 
 GROUP = "0::/job/step\n"
 V1 = "4:cpuset:/a\n3:cpu,cpuacct:/job\n2:memory:/job\n"

@@ -13,11 +13,11 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from strata.filters import Orientation
-from strata.foreign import decode_frames
+from strata.format.ffmpeg_filters import Orientation
+from strata.format.schema import NormalForm
+from strata.format.source_video import decode_frames
 from strata.preprocess.transcode import FrameSource
 from strata.preprocess.worker import Member, Task, make_sample
-from strata.schema import NormalForm
 from tests.support.source_videos import write_video
 from tests.unit.preprocess.test_transcode import transcode
 

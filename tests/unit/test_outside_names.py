@@ -12,7 +12,7 @@ import pytest
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ShardError
-from strata.preprocess.cli import main as shard_main
+from strata.preprocess.command import main as shard_main
 from strata.preprocess.run import merge_set
 from strata.untrusted import file_stem
 from tests.support.shard_edits import edit_manifest

@@ -10,7 +10,7 @@ import pytest
 
 from strata.dataload.reader import ShardReader
 from strata.errors import ShardError
-from strata.manifest import read_manifest
+from strata.format.manifest import read_manifest
 from strata.preprocess.run import merge_set
 from tests.support.shard_edits import edit_index, edit_manifest, flip
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from strata.dataload.augment import AugmentSpec
 from strata.dataload.clips import ClipSpec
 from strata.dataload.pipeline import BLUR_RADIUS_SIGMAS
-from strata.schema import FRAMES_EXT, INDEX_SUFFIX, NormalForm, segment_ext
+from strata.format.schema import FRAMES_EXT, INDEX_SUFFIX, NormalForm, segment_ext
 
 __all__ = ["DaliPeer"]
 

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from strata.counter_random import Stream, uniforms
 from strata.dataload.clips import training_window
+from strata.dataload.decode_windows import CodedWindows, read_windows
 from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import CodedWindows, read_windows
 from strata.distributed import World
+from strata.format.schema import NormalForm, checksum, segment_ext
 from strata.limits import usable_cpus
 from strata.preprocess.run import ShardSettings, shard_set
-from strata.schema import NormalForm, checksum, segment_ext
 from strata.tools.benchmarks.dali_loader import DaliPeer
 from strata.tools.benchmarks.measure import (
     best_device,

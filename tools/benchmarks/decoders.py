@@ -13,8 +13,8 @@ from nvidia.dali.pipeline import pipeline_def
 from PIL import Image
 
 from strata.dataload.reader import ShardReader
-from strata.preprocess.mp4 import encode_mp4
-from strata.schema import NormalForm
+from strata.format.schema import NormalForm
+from strata.preprocess.encode_mp4 import encode_mp4
 
 __all__ = ["Decoding", "decodings"]
 

@@ -39,11 +39,11 @@ from strata.tools.benchmarks.measure import (
     wait_for,
 )
 from strata.tools.benchmarks.precision import measure_precisions
-from strata.train.budget import step_cost
 from strata.train.config import TrainConfig
-from strata.train.method import Method, MethodConfig, VideoModel
+from strata.train.method.model import Method, MethodConfig, VideoModel
+from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import ScheduleConfig, phase_at
+from strata.train.monitor.cost_model import step_cost
 
 __all__ = ["VARIANTS", "main"]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from strata.errors import ConfigError
 from strata.files import write_atomic
 from strata.limits import usable_cpus
-from strata.preprocess.sources import VIDEO_SUFFIXES, Source, SourceSet
+from strata.preprocess.datasets.folder import VIDEO_SUFFIXES, Source, SourceSet
 
 if TYPE_CHECKING:
     import torch

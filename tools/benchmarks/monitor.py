@@ -30,7 +30,7 @@ from strata.tools.benchmarks.measure import (
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
-from strata.train.monitor import serve_run
+from strata.train.monitor.run_monitor import serve_run
 
 __all__ = ["main"]
 

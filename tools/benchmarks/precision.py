@@ -17,9 +17,9 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.convolutions import sound_convolutions
-from strata.train.method import Method, MethodConfig, VideoModel
+from strata.train.method.model import Method, MethodConfig, VideoModel
+from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import ScheduleConfig, phase_at
 
 __all__ = ["measure_precisions"]
 

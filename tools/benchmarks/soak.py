@@ -18,9 +18,9 @@ from strata.dataload.clips import ClipSpec
 from strata.dataload.loader import DataConfig, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
+from strata.format.schema import NormalForm
+from strata.preprocess.datasets.folder import find_folder
 from strata.preprocess.run import ShardSettings, shard_set
-from strata.preprocess.sources import find_folder
-from strata.schema import NormalForm
 from strata.tools.benchmarks.measure import (
     best_device,
     machine,

@@ -27,7 +27,7 @@ from strata.tools.benchmarks.measure import (
     require_known,
     table,
 )
-from strata.train.method import (
+from strata.train.method.model import (
     LossTerms,
     Method,
     MethodConfig,
@@ -35,9 +35,9 @@ from strata.train.method import (
     VideoModel,
     normalise,
 )
+from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.heads import pool_space
-from strata.train.schedules import Phase
 
 __all__ = [
     "ARMS",

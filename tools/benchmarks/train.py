@@ -36,10 +36,10 @@ from strata.tools.benchmarks.measure import (
     table,
     wait_for,
 )
-from strata.train.budget import memory_estimate, step_cost
 from strata.train.config import TrainConfig
 from strata.train.engine import choose_device
 from strata.train.loop import Trainer
+from strata.train.monitor.cost_model import memory_estimate, step_cost
 
 __all__ = ["PARTS", "StepClock", "main"]
 

@@ -26,8 +26,8 @@ from webdataset.compat import WebDataset
 
 from strata.dataload.augment import AugmentSpec
 from strata.dataload.clips import ClipSpec, training_window
-from strata.schema import FRAMES_EXT, FrameTable, segment_ext
-from strata.strip import assemble_strip
+from strata.format.schema import FRAMES_EXT, FrameTable, segment_ext
+from strata.format.strip_jpeg import assemble_strip
 
 __all__ = ["DECODERS", "PaperTransform", "TorchPeer", "decode_mp4", "decode_pil", "decode_torch"]
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from strata.dataload.cache import FrameCache
+from strata.dataload.decode_windows import read_windows
 from strata.dataload.faults import SampleFaultError
+from strata.dataload.frame_cache import FrameCache
 from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
 from strata.dataload.reader import ShardReader
-from strata.dataload.videos import read_windows
 from strata.distributed import World
 from strata.errors import ShardError
-from strata.manifest import read_manifest
-from strata.preprocess.check import check_folder
-from strata.schema import NormalForm
+from strata.format.manifest import read_manifest
+from strata.format.schema import NormalForm
+from strata.preprocess.audit import check_folder
 from tests.support.shard_edits import flip, place_of
 from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 

@@ -12,18 +12,18 @@ from webdataset.writer import ShardWriter
 
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
+from strata.dataload.classification import LabelledLoader, LabelledSpec, labelled_plan
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
-from strata.dataload.labelled import LabelledLoader, LabelledSpec, labelled_plan
+from strata.dataload.decode_windows import choose_decoder, read_windows
 from strata.dataload.loader import Batch, DataConfig, EvaluationLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import reference_view
-from strata.dataload.videos import choose_decoder, read_windows
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
-from strata.foreign import decode_frames
-from strata.manifest import read_manifest
-from strata.preprocess.cli import main
+from strata.format.manifest import read_manifest
+from strata.format.source_video import decode_frames
+from strata.preprocess.command import main
 from tests.support import loader_batches
 from tests.support.loader_batches import SEED
 from tests.support.shard_folders import rewrite

@@ -10,7 +10,7 @@ import pytest
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip
 from strata.errors import ShardError
-from strata.manifest import read_manifest
+from strata.format.manifest import read_manifest
 from tests.support.shard_folders import HEIGHT, moving_picture, rewrite
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from strata.dataload.reader import ShardReader
 from strata.eval.accuracy import ClassSpace, measure_accuracy
-from strata.eval.features import Features
-from strata.eval.record import PairResult, accuracy_result, retrieval_result, write_record
+from strata.eval.protocols.features import Features
+from strata.eval.protocols.retrieval import RECALL_AT, retrieve
 from strata.eval.report import DemoResult, build_page, write_report
-from strata.eval.retrieval import RECALL_AT, retrieve
+from strata.eval.results import PairResult, accuracy_result, retrieval_result, write_record
 
 ROOT = Path(__file__).parents[3]
 STEPS = range(1, 1001)

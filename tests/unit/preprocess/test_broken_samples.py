@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from strata.errors import ShardError
-from strata.preprocess.check import check_folder
-from strata.preprocess.check_cli import main as verify
-from strata.schema import NormalForm
+from strata.format.schema import NormalForm
+from strata.preprocess.audit import check_folder
+from strata.preprocess.audit_command import main as verify
 from tests.support.shard_edits import flip, place_of
 from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 

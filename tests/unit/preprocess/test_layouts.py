@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
-from strata.manifest import read_manifest
-from strata.preprocess.cli import main
-from strata.preprocess.sources import find_folder
+from strata.format.manifest import read_manifest
+from strata.preprocess.command import main
+from strata.preprocess.datasets.folder import find_folder
 from tests.support.source_videos import moving_scene, write_video
-from tests.unit.preprocess.test_sources import put
+from tests.unit.preprocess.datasets.test_folder import put
 
 
 def fill(root: Path, *names: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from strata.manifest import build_manifest, read_manifest, write_manifest
+from strata.format.manifest import build_manifest, read_manifest, write_manifest
+from strata.format.schema import NormalForm, ShardEntry, SourceRow
 from strata.preprocess.parts import PartPacker, Sent, receive
 from strata.preprocess.shards import ShardWriter
-from strata.schema import NormalForm, ShardEntry, SourceRow
 
 
 def add(writer: ShardWriter, key: str, members: list[tuple[str, bytes]]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from strata.decoding import Packets, read_packets
-from strata.preprocess.probe import Timing, VideoFacts, timing_of
+from strata.preprocess.container import Timing, VideoFacts, timing_of
 from strata.preprocess.transcode import FrameSource
 from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM

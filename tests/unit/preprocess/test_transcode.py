@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from strata.errors import FaultKind, VideoFault
+from strata.format.schema import NormalForm
+from strata.format.strip_jpeg import parse_strip
+from strata.preprocess.read_back import verify_strip
 from strata.preprocess.transcode import FrameSource, encode_strip
-from strata.preprocess.verify import verify_strip
-from strata.schema import NormalForm
-from strata.strip import parse_strip
 from tests.support.source_videos import moving_scene, write_video
 
 FORM = NormalForm(width=96, height=64, quality=95, min_frames=1)

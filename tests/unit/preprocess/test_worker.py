@@ -6,9 +6,9 @@ import av
 import pytest
 from PIL import Image
 
-from strata.preprocess.probe import hash_file
+from strata.format.schema import NormalForm
+from strata.preprocess.container import hash_file
 from strata.preprocess.worker import Done, Task, is_media_fault, make_sample
-from strata.schema import NormalForm
 from tests.support.source_videos import moving_scene, write_video
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from strata.errors import ConfigError
-from strata.eval.film import contact_sheet
+from strata.eval.pictures import contact_sheet
 from strata.tools.batch_pictures import side_by_side
 from strata.tools.inspect_batch import main
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from strata.preprocess.cli import main as shard_main
+from strata.preprocess.command import main as shard_main
 from strata.tools.inspect_batch import main as inspect_batch
 from tests.support.source_videos import moving_scene, write_video
 

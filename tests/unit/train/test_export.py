@@ -18,16 +18,16 @@ from strata.config import plain
 from strata.dataload.loader import DataConfig
 from strata.errors import CheckpointError, ConfigError
 from strata.tools.export import main
-from strata.train.checkpoint import RunState, load_backbone
 from strata.train.config import TrainConfig
 from strata.train.export import ExportCommand, example_code, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.run.checkpoint import RunState, load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 
 def checkpoint(folder: Path, model: BackboneConfig) -> Path:
-    """A whole checkpoint of a random encoder, as `train/checkpoint.py` lays it out."""
+    """A whole checkpoint of a random encoder, as `train/run/checkpoint.py` lays it out."""
     folder.mkdir(parents=True)
     torch.manual_seed(3)
     backbone = build_backbone(model)

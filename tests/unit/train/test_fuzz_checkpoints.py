@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strata.train.checkpoint import (
+from strata.train.engine import Snapshot
+from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.run.checkpoint import (
     CheckpointConfig,
     RunState,
     find_checkpoint,
@@ -22,8 +24,6 @@ from strata.train.checkpoint import (
     read_state,
     write,
 )
-from strata.train.engine import Snapshot
-from strata.train.models.backbones import BackboneConfig, build_backbone
 from tests.support.fuzzing import ODD_VALUES, budget, byte_edits, edited, json_edited, outcome
 
 STATE = RunState(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from strata.tools.benchmarks.temporal import QUESTIONS, probes, small_model, train_on
-from strata.train.method import LossTerms, TermWeights, VideoModel
+from strata.train.method.model import LossTerms, TermWeights, VideoModel
 
 BATCH, SIZE = 12, 24
 # The terms of one level that show it, and what keeps the features apart: a third of the work.

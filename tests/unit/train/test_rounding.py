@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from strata.distributed import World
-from strata.train.method import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig, Levels
-from strata.train.schedules import Phase
 from tests.support.synthetic_clips import smooth_videos
 
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)

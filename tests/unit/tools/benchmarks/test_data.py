@@ -11,8 +11,8 @@ import torch
 from strata.dataload.augment import AugmentSpec
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
-from strata.preprocess.mp4 import encode_mp4
-from strata.schema import FRAMES_EXT, NormalForm, segment_ext
+from strata.format.schema import FRAMES_EXT, NormalForm, segment_ext
+from strata.preprocess.encode_mp4 import encode_mp4
 from strata.tools.bench import main
 from strata.tools.benchmarks.data import check_equal_work, summarize
 from strata.tools.benchmarks.webdataset_loaders import DECODERS, PaperTransform, decode_mp4

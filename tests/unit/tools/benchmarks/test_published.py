@@ -21,9 +21,9 @@ from strata.tools.benchmarks.published_method import (
 )
 from strata.train.losses.graph import distribution_graphs
 from strata.train.losses.instance import pair_contrast
-from strata.train.method import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.models.backbones import BackboneConfig
-from strata.train.schedules import ScheduleConfig, phase_at
 
 
 def test_pools_give_the_value_of_one_masked_product():

@@ -15,7 +15,7 @@ from strata.tools.benchmarks.temporal import (
     replicate_in_time,
     small_model,
 )
-from strata.train.method import TermWeights, normalise
+from strata.train.method.model import TermWeights, normalise
 
 
 def test_the_labels_describe_the_motion_and_appearance_does_not_predict_them():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from strata.errors import ConfigError
-from strata.train.method import IMAGENET_STD, MethodConfig, VideoModel, normalise
+from strata.train.method.model import IMAGENET_STD, MethodConfig, VideoModel, normalise
+from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from strata.train.models.inputs import frame_differences
-from strata.train.schedules import Phase
 
 PHASE = Phase(stage=1, lr_factor=1.0, queue=False, prototypes_frozen=False)
 

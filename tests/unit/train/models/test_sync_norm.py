@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from strata.train.method import MethodConfig, VideoModel
+from strata.train.method.model import MethodConfig, VideoModel
+from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.stem import FoldedStem
 from strata.train.models.synced_norm import HostSyncedNorm, synchronise_norms
-from strata.train.schedules import Phase
 from tests.support.synthetic_clips import smooth_videos
 
 PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)

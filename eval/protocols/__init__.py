@@ -1,0 +1,1 @@
+"""The evaluations, one file each, and the command that runs them."""

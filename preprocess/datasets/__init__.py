@@ -1,0 +1,1 @@
+"""Where videos are found, and which list each belongs to."""

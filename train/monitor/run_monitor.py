@@ -1,0 +1,219 @@
+"""What a run tells of itself while it goes: counters, times, the verdict. Nothing here decides."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from strata.dataload.loader import Batch
+from strata.distributed import World, broadcast_object, gather, watch_collectives
+from strata.errors import ConfigError
+from strata.logs import get_logger
+from strata.telemetry.gpu import GpuCollector
+from strata.telemetry.host import HostCollector, ProcessCollector
+from strata.telemetry.metrics import Metrics
+from strata.telemetry.serve import export
+from strata.telemetry.tensorboard import TensorBoard
+from strata.train.config import TrainConfig
+from strata.train.monitor.bottleneck import (
+    DATA_PARTS,
+    PARTS,
+    RankTimes,
+    Utilisation,
+    Verdict,
+    judge,
+)
+from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
+from strata.train.monitor.cost_model import step_cost
+
+__all__ = ["RunMonitor", "count_starts", "serve_run"]
+
+logger = get_logger(__name__)
+
+
+def count_starts(log: Path) -> int:
+    """How often the run of a log.jsonl was started before."""
+    if not log.exists():
+        return 0
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        return sum('"kind": "start"' in line for line in lines)
+
+
+def _open_run(config: TrainConfig, world: World) -> Metrics:
+    """Make the run's folder and open its log, with the number of starts before; all ranks call it.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    metrics, wrong = None, ""
+    try:
+        if world.is_first:
+            config.run.mkdir(parents=True, exist_ok=True)
+        log = config.run / "log.jsonl"
+        starts = count_starts(log) if world.is_first else 0
+        metrics = Metrics(log if world.is_first else None)
+        if world.is_first:
+            metrics.add("strata_restarts_total", starts)
+        if config.monitor.tensorboard and world.is_first:
+            metrics.tell(TensorBoard(config.run / "tensorboard"))
+    except OSError as error:
+        wrong = f"the run's folder cannot be written: {error}; choose another --run, or mend it"
+    wrong = broadcast_object(wrong)
+    if metrics is None or wrong:
+        raise ConfigError(wrong)
+    return metrics
+
+
+@contextmanager
+def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
+    """The metrics of one rank: served, listed for Prometheus, taken off the list when all is well.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers.
+
+    Raises:
+        ConfigError: The run's folder cannot be written.
+    """
+    metrics = _open_run(config, world)
+    run = config.run.resolve().name
+    ranks = {"rank": world.rank, "local_rank": world.local_rank}
+    with export(metrics, config.monitor, role="train", run=run, **ranks):
+        yield metrics
+
+
+class RunMonitor:
+    """Puts the figures of a rank's steps into its metrics.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers.
+        device: Where steps are computed.
+        metrics: Where figures go.
+        clock: The times of the steps.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        world: World,
+        device: torch.device,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._config, self._world, self._device = config, world, device
+        self._metrics, self._clock = metrics, clock
+        # Counted now: in the loop it would look like a slow host.
+        self._flops_per_sample = {s: step_cost(config, videos=2, stage=s).flops / 2 for s in (1, 2)}
+        self._peak: float | None = None
+        self._gpu: GpuCollector | None = None
+        self._loader_s = {"read": 0.0, "graph": 0.0}
+        self._sums: list[RankTimes] = []
+        self.verdict: Verdict | None = None
+        metrics.add_collector(ProcessCollector())
+        if world.local_rank == 0:
+            places = {"run": config.run}
+            if "://" not in str(config.data.shards):
+                places["shards"] = Path(config.data.shards)
+            metrics.add_collector(HostCollector(places))
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            uuid = str(properties.uuid)
+            metrics.add_collector(GpuCollector(uuid))
+            # Its own, since GPM tells means since the last reading.
+            self._gpu = GpuCollector(uuid)
+            if config.engine.precision in ("auto", "bf16"):
+                self._peak = peak_flops(properties.name)
+        watch_collectives(clock.communication)
+
+    def count(self, batch: Batch, queue_depth: int) -> None:
+        """Count a step that was issued; touches no device."""
+        metrics, clock, num = self._metrics, self._clock, len(batch.samples)
+        metrics.add("strata_steps_total", 1)
+        metrics.add("strata_samples_total", num)
+        metrics.add("strata_clips_total", num * (2 if batch.long is None else 3))
+        metrics.add("strata_frames_decoded_total", batch.frames_decoded)
+        metrics.add("strata_bytes_read_total", batch.bytes_read)
+        metrics.observe("strata_step_duration_seconds", clock.last_step_s)
+        metrics.add("strata_data_wait_seconds_total", clock.last_wait_s)
+        metrics.set("strata_loader_queue_depth", queue_depth)
+        for part, seconds in (("read", batch.read_s), ("graph", batch.graph_s)):
+            metrics.add("strata_loader_seconds_total", seconds, part=part)
+            self._loader_s[part] += seconds
+
+    def report(self, times: IntervalTimes, stage: int) -> None:
+        """Set what an interval's times say; all ranks call it at the same step.
+
+        Args:
+            times: Of this rank.
+            stage: Of the interval's last step.
+        """
+        metrics = self._metrics
+        metrics.add("strata_device_seconds_total", times.compute_s)
+        metrics.add("strata_optimizer_seconds_total", times.optimizer_s)
+        metrics.add("strata_communication_seconds_total", times.communication_s)
+        metrics.add("strata_checkpoint_seconds_total", times.checkpoint_s)
+        samples = self._config.data.batch_size // self._world.size
+        flops = times.rate(samples) * self._flops_per_sample[stage]
+        metrics.set("strata_model_flops_per_second", flops)
+        if self._peak is not None:
+            metrics.set("strata_mfu_ratio", flops / self._peak)
+        mine = RankTimes(
+            data_s=times.data_wait_s,
+            compute_s=times.compute_s,
+            communication_s=times.communication_s,
+            host_s=times.host_s,
+            checkpoint_s=times.checkpoint_s,
+            optimizer_s=times.optimizer_s,
+            read_s=self._loader_s["read"],
+            graph_s=self._loader_s["graph"],
+        )
+        metrics.set("strata_own_step_seconds", mine.own_s / max(times.num_steps, 1))
+        self._loader_s = {"read": 0.0, "graph": 0.0}
+        local = torch.tensor([mine.values()], dtype=torch.float64, device=self._device)
+        ranks = [RankTimes.from_values(row) for row in gather(local).tolist()]
+        self._sums = (
+            [a + b for a, b in zip(self._sums, ranks, strict=True)] if self._sums else ranks
+        )
+        # The same sums on every rank, so all judge at the same step.
+        if self._sums[0].wall_s >= self._config.monitor.verdict_s:
+            self._judge()
+
+    def _judge(self) -> None:
+        verdict = judge(self._sums, self._utilisation())
+        self._sums, self.verdict = [], verdict
+        metrics = self._metrics
+        metrics.set_one("strata_bound", verdict.bound_by, PARTS, "by")
+        metrics.set_one("strata_data_bound_by", verdict.data_by, DATA_PARTS, "part")
+        for part, share in verdict.shares.items():
+            metrics.set("strata_time_share_ratio", share, part=part)
+        if verdict.straggler_ratio is not None:
+            metrics.set("strata_straggler_ratio", verdict.straggler_ratio)
+            metrics.set("strata_straggler_rank", verdict.slowest_rank)
+        record: dict[str, Any] = {
+            "bound_by": verdict.bound_by,
+            "data_by": verdict.data_by,
+            "shares": verdict.shares,
+            "optimizer_share": verdict.optimizer_share,
+            "slowest_rank": verdict.slowest_rank,
+            "straggler_ratio": verdict.straggler_ratio,
+        }
+        metrics.record("verdict", **record)
+        logger.info("%s", verdict.text())
+
+    def _utilisation(self) -> Utilisation:
+        if self._gpu is None:
+            return Utilisation()
+        found = {r.name: r.value for r in self._gpu.read()}
+        return Utilisation(
+            gpu=found.get("strata_gpu_utilization_ratio") if self._gpu.has_means else None,
+            decoder=found.get("strata_gpu_decoder_utilization_ratio"),
+            jpeg=found.get("strata_gpu_jpeg_utilization_ratio"),
+        )
+
+    def close(self) -> None:
+        """Let collectives go unwatched."""
+        watch_collectives(None)

@@ -1,0 +1,1 @@
+"""A network's features over a set, and what they are worth without training."""

@@ -1,0 +1,153 @@
+"""Run a network over every video of a set exactly once, whatever the number of ranks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from strata.dataload.clips import ClipSpec
+from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.reader import ShardReader
+from strata.distributed import World, gather_objects
+from strata.errors import ConfigError, ShardError
+from strata.telemetry.metrics import Metrics
+from strata.train.method.model import normalise
+from strata.train.models.backbones import Backbone
+
+__all__ = ["LEVELS", "VideoClips", "encode_levels", "over_videos"]
+
+LEVELS = ("low", "mid", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoClips:
+    """The clips of a video that a network is tested on."""
+
+    num_clips: int
+    """Placed uniformly, the first at the video's start and the last at its end."""
+    stride: int
+    """Distance of a clip's neighbouring frames, in source frames."""
+    size: int
+    """Rows and columns."""
+    clip_frames: int
+    """Frames of a clip; the loader wants an even number."""
+    crop: float = 1.0
+    """Side of a crop over the shorter side of the frame."""
+    num_crops: Literal[1, 10] = 1
+    """1: the centre. 10: the centre and the corners, each as it is and mirrored."""
+    videos_per_batch: int
+    """Videos that a rank encodes at a time; changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        for name in ("num_clips", "stride", "size", "clip_frames", "videos_per_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"test clips: {name} is {getattr(self, name)}; use 1 or more")
+        if not 0 < self.crop <= 1:
+            raise ConfigError(f"test clips: crop is {self.crop}; use more than 0, at most 1")
+
+
+@torch.inference_mode()
+def over_videos(
+    compute: Callable[[Tensor], Mapping[str, Tensor]],
+    reader: ShardReader,
+    clips: VideoClips,
+    *,
+    world: World,
+    device: torch.device,
+    shown: str | None,
+    metrics: Metrics | None = None,
+) -> dict[str, np.ndarray]:
+    """What a function says of every video. All ranks call it and get the same.
+
+    The ranks share the videos; those that fill up the last batch are dropped after gathering.
+
+    Args:
+        compute: Takes uint8 `[n, clips a video, T, S, S, 3]`, returns tensors of n rows.
+        reader: The data set.
+        clips: Which clips of a video.
+        world: This rank and its peers.
+        device: Where to compute.
+        shown: Text of the progress bar of rank 0; None for no bar.
+        metrics: Where to count what was read and decoded.
+
+    Returns:
+        By name, one row a video, in the order of the data set.
+
+    Raises:
+        ShardError: A video does not decode, or was not computed exactly once.
+    """
+    loader = EvaluationLoader(
+        reader,
+        DataConfig(
+            shards=reader.location,
+            size=clips.size,
+            clips=ClipSpec(clip_frames=clips.clip_frames),
+        ),
+        world=world,
+        device=device,
+        videos_per_batch=clips.videos_per_batch,
+        num_clips=clips.num_clips,
+        stride=clips.stride,
+        crop=clips.crop,
+        num_crops=clips.num_crops,
+    )
+    samples: list[np.ndarray] = []
+    parts: dict[str, list[np.ndarray]] = {}
+    hidden = shown is None or not world.is_first
+    try:
+        for batch in tqdm(loader, total=len(loader), desc=shown, disable=hidden):
+            for name, value in compute(batch.clips).items():
+                parts.setdefault(name, []).append(value.float().cpu().numpy()[batch.valid])
+            samples.append(batch.samples[batch.valid])
+            if metrics is not None:
+                num = int(batch.valid.sum())
+                metrics.add("strata_samples_total", num)
+                metrics.add("strata_clips_total", num * clips.num_clips * clips.num_crops)
+                metrics.add("strata_frames_decoded_total", batch.frames_decoded)
+                metrics.add("strata_bytes_read_total", batch.bytes_read)
+    finally:
+        loader.close()
+    mine = {name: np.concatenate(rows) for name, rows in parts.items()}
+    gathered = gather_objects((np.concatenate(samples), mine))
+    order = np.concatenate([s for s, _ in gathered])
+    if not np.array_equal(np.sort(order), np.arange(reader.num_samples)):
+        raise ShardError(f"{reader.location}: not every sample was computed exactly once")
+    place = np.argsort(order)
+    return {name: np.concatenate([p[name] for _, p in gathered])[place] for name in mine}
+
+
+def encode_levels(
+    backbone: Backbone, device: torch.device, *, backwards: bool = False
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """For `over_videos`: each level's average over time and space of every clip.
+
+    Args:
+        backbone: On the device, in evaluation mode.
+        device: Where it is.
+        backwards: Whether it sees the clips reversed in time.
+
+    Returns:
+        A function from clips to `[n, clips a video, C]` by level, float32.
+    """
+    in_channels = backbone.in_channels
+
+    def compute(clips: Tensor) -> dict[str, Tensor]:
+        flat = clips.flatten(0, 1)
+        flat = normalise(flat.flip(1) if backwards else flat, in_channels)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            maps = backbone(flat)
+        return {
+            level: getattr(maps, level).float().mean(dim=(2, 3, 4)).unflatten(0, clips.shape[:2])
+            for level in LEVELS
+        }
+
+    return compute

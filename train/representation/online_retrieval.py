@@ -1,0 +1,233 @@
+"""Retrieval and simple classifiers on a labelled set during pretraining; leaves no trace."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from strata.dataload.classification import check_labels, check_pair
+from strata.dataload.reader import ShardReader
+from strata.distributed import World, broadcast_object
+from strata.errors import ConfigError
+from strata.logs import get_logger
+from strata.telemetry.metrics import Metrics
+from strata.train.models.backbones import Backbone
+from strata.train.representation.encode import VideoClips, encode_levels, over_videos
+from strata.train.representation.knn import RECALL_AT, chance_recall, nearest_by_cosine, recall_at
+from strata.train.representation.readout import LINEAR_L2, NUM_VOTERS, knn_accuracy, linear_accuracy
+
+__all__ = ["OnlineProbe", "ProbeConfig", "ProbeFigures"]
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Retrieval and simple classifiers during pretraining, docs/evaluation.md."""
+
+    every_epochs: int = 0
+    """Epochs between measurements, the first before training and one at the end; 0 does none."""
+    gallery: Path | None = None
+    """Shards of a labelled training set. Training does not see the labels."""
+    query: Path | None = None
+    """Shards of its test set. Whoever chooses settings by these figures has chosen on it."""
+    num_clips: int = 2
+    """Clips placed uniformly along each video. The evaluation (TEXT) has 10."""
+    stride: int = 1
+    """Distance of a clip's neighbouring frames, in source frames."""
+    videos_per_batch: int = 8
+    """Videos that a rank encodes at a time; changes memory, not results."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range, or a set is missing.
+        """
+        if self.every_epochs < 0:
+            raise ConfigError(f"probe.every_epochs is {self.every_epochs}; use 0 or more")
+        if self.every_epochs and (self.gallery is None or self.query is None):
+            raise ConfigError(
+                "probe.every_epochs asks for retrieval on a labelled set; give --probe.gallery and "
+                "--probe.query"
+            )
+        for name in ("num_clips", "stride", "videos_per_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"probe.{name} is {getattr(self, name)}; use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeFigures:
+    """Shares in [0, 1]."""
+
+    recall: dict[int, float]
+    """R@k."""
+    accuracy: dict[str, float]
+    """Top-1: `knn`, by a vote of the nearest; `linear`, by logistic regression."""
+    chance: dict[int, float]
+    """R@k at chance."""
+
+
+class OnlineProbe:
+    """Measures R@k and Top-1 of an encoder that is being trained.
+
+    Weights, buffers, random state and the order of batches are afterwards what they were before.
+
+    Args:
+        config: With both sets.
+        size: Rows and columns of a clip: the pretraining's.
+        clip_frames: Frames of a clip: the pretraining's.
+
+    Raises:
+        ConfigError: The sets do not fit each other.
+        ShardError: A set is missing, empty, or has no labels.
+    """
+
+    def __init__(self, config: ProbeConfig, *, size: int, clip_frames: int) -> None:
+        assert config.gallery is not None
+        assert config.query is not None
+        self._every = config.every_epochs
+        self._sets = [ShardReader(config.gallery), ShardReader(config.query)]
+        for reader in self._sets:
+            check_labels(reader)
+        check_pair(*self._sets)
+        self._clips = VideoClips(
+            num_clips=config.num_clips,
+            stride=config.stride,
+            size=size,
+            clip_frames=clip_frames,
+            videos_per_batch=config.videos_per_batch,
+        )
+        self.protocol = (
+            f"retrieval of {_count(self._sets[1])} videos among {_count(self._sets[0])} by cosine "
+            "similarity of the high level's average over time and space, "
+            f"{config.num_clips} clips of {clip_frames} frames at stride {config.stride} placed "
+            f"uniformly, centre crop, {size}x{size}, mean over clips, no centring; Top-1 of the "
+            f"same features: knn, a vote of the {NUM_VOTERS} nearest by exp(cosine / 0.07); "
+            f"linear, logistic regression of standardised features, L2 {LINEAR_L2:g}"
+        )
+
+    def digests(self) -> dict[str, str]:
+        """What identifies the sets."""
+        names = ("probe gallery manifest", "probe query manifest")
+        return {n: r.manifest.digest for n, r in zip(names, self._sets, strict=True)}
+
+    def is_due(self, *, epoch: int, epoch_step: int, last_epoch: int) -> bool:
+        """Whether to measure before the step at this position."""
+        return epoch_step == 0 and (epoch % self._every == 0 or epoch == last_epoch)
+
+    def measure(
+        self,
+        backbone: Backbone,
+        *,
+        world: World,
+        device: torch.device,
+        beat: Callable[[str], None],
+    ) -> ProbeFigures:
+        """All figures. All ranks call it and get the same.
+
+        Args:
+            backbone: The encoder.
+            world: This rank and its peers.
+            device: Where to compute.
+            beat: Called with what is done, before each batch.
+        """
+        encode = encode_levels(backbone, device)
+
+        def compute(clips: Tensor) -> dict[str, Tensor]:
+            beat("encoding the labelled set of probe")
+            return {"high": encode(clips)["high"]}
+
+        with _as_saved(backbone):
+            gallery, queries = (
+                over_videos(compute, r, self._clips, world=world, device=device, shown=None)["high"]
+                for r in self._sets
+            )
+        beat("comparing the labelled set of probe")
+        known, asked = (r.labels for r in self._sets)
+        train, test = gallery.mean(axis=1), queries.mean(axis=1)
+        nearest, _ = nearest_by_cosine(test, train, count=max(RECALL_AT))
+        return ProbeFigures(
+            recall=recall_at(asked, known, nearest),
+            accuracy={
+                "knn": knn_accuracy(train, known, test, asked),
+                "linear": linear_accuracy(train, known, test, asked),
+            },
+            chance=chance_recall(asked, known),
+        )
+
+    def report(
+        self,
+        backbone: Backbone,
+        *,
+        step: int,
+        epoch: int,
+        world: World,
+        device: torch.device,
+        metrics: Metrics,
+        beat: Callable[[str], None],
+    ) -> None:
+        """Measure, and tell the log and the metrics. All ranks call it."""
+        start = time.perf_counter()
+        found = self.measure(backbone, world=world, device=device, beat=beat)
+        took_s = time.perf_counter() - start
+        metrics.add("strata_probe_seconds_total", took_s)
+        if not world.is_first:
+            return
+        for k, value in found.recall.items():
+            metrics.set("strata_probe_recall_ratio", value, k=str(k))
+            metrics.set("strata_probe_chance_ratio", found.chance[k], k=str(k))
+        for readout, value in found.accuracy.items():
+            metrics.set("strata_probe_accuracy_ratio", value, readout=readout)
+        metrics.set("strata_probe_epoch", epoch)
+        metrics.record(
+            "probe",
+            step=step,
+            epoch=epoch,
+            recall={f"R@{k}": value for k, value in found.recall.items()},
+            accuracy=found.accuracy,
+            chance={f"R@{k}": value for k, value in found.chance.items()},
+            protocol=self.protocol,
+            took_s=took_s,
+        )
+        logger.info(
+            "after %d epochs: R@1 %.1f %%, chance %.1f %%, Top-1 knn %.1f %%, linear %.1f %% (%s)",
+            epoch,
+            100 * found.recall[1],
+            100 * found.chance[1],
+            100 * found.accuracy["knn"],
+            100 * found.accuracy["linear"],
+            self.protocol,
+        )
+
+
+def _count(reader: ShardReader) -> str:
+    return f"{reader.num_samples:,} (listed {reader.num_listed:,})"
+
+
+@contextmanager
+def _as_saved(backbone: Backbone) -> Iterator[None]:
+    """For evaluation, with rank 0's batch statistics on all ranks: what a checkpoint holds.
+
+    Without it the ranks would encode with different networks: each has the statistics of its own
+    share of the batches.
+    """
+    training = backbone.training
+    buffers = list(backbone.buffers())
+    own = [buffer.clone() for buffer in buffers]
+    first = broadcast_object([buffer.cpu() for buffer in buffers])
+    try:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, first, strict=True):
+                buffer.copy_(value)
+        backbone.eval()
+        yield
+    finally:
+        backbone.train(training)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, own, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,1 @@
+"""The state of a run: saved, resumed, stopped, and what it does about bad steps."""

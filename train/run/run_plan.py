@@ -1,0 +1,260 @@
+"""What a run will do, said before it does it: one block for people, one record for programs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import strata
+from strata.dataload.frame_cache import cache_bytes
+from strata.dataload.plan import Plan
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
+from strata.train.config import TrainConfig
+from strata.train.engine import derive_deepspeed
+from strata.train.method.schedules import ScheduleConfig, phase_at
+from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_estimate, step_cost
+
+__all__ = ["StartPage", "describe_run", "stage_epochs"]
+
+_NAMED = 5
+"""Keys of videos that a line names; the log has all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartPage:
+    """The page; `lines` is what rank 0 prints, `record` what the run's log keeps."""
+
+    lines: tuple[tuple[str, str], ...]
+    """Name and text of each line."""
+    record: dict[str, Any]
+    """The same as numbers."""
+
+    def text(self) -> str:
+        """One block, names aligned."""
+        width = max(len(name) for name, _ in self.lines)
+        return "\n".join(f"  {name.ljust(width)}  {text}".rstrip() for name, text in self.lines)
+
+
+def stage_epochs(schedule: ScheduleConfig) -> dict[int, tuple[int, int]]:
+    """First epoch and the one after the last of each stage that the run reaches."""
+    switch = min(schedule.second_stage_epoch, schedule.epochs)
+    spans = {1: (0, switch), 2: (switch, schedule.epochs)}
+    return {stage: span for stage, span in spans.items() if span[0] < span[1]}
+
+
+def describe_run(
+    config: TrainConfig,
+    *,
+    world: World,
+    device: torch.device,
+    reader: ShardReader,
+    plan: Plan,
+    step: int = 0,
+) -> StartPage:
+    """The page of a run.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers.
+        device: Where to compute.
+        reader: The data set, opened.
+        plan: The order.
+        step: Steps already done, of a run that goes on.
+
+    Raises:
+        ConfigError: The device does not have the precision.
+    """
+    data, clips, schedule = config.data, config.data.clips, config.schedule
+    derived = derive_deepspeed(
+        config.engine, batch_size=data.batch_size, world_size=world.size, device=device
+    )
+    dtype = derived.get("torch_autocast", {}).get("dtype")
+    videos = data.batch_size // world.size
+    all_steps = schedule.epochs * plan.steps_per_epoch
+    last = min(all_steps, config.stop_after_steps or all_steps)
+    stages = stage_epochs(schedule)
+    costs = {stage: step_cost(config, videos=videos, stage=stage) for stage in stages}
+    memory = {
+        stage: memory_estimate(
+            config, cost, videos=videos, ranks=world.size, stage=stage, autocast=dtype is not None
+        )
+        for stage, cost in costs.items()
+    }
+    largest = max(stages, key=lambda s: memory[s].total)
+    lines = [
+        (f"strata {strata.__version__}", str(config.run)),
+        ("world", _world(config, world, device, dtype)),
+        (
+            "data",
+            f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
+        ),
+        *_left_out(config, reader, plan),
+        (
+            "batch",
+            f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
+            f"{clips.long_frames} frames, {data.size}x{data.size} pixels",
+        ),
+        (
+            "steps",
+            f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
+            f"order {plan.digest}, seed {config.seed}",
+        ),
+        (
+            "model",
+            f"{config.model.name}, width {config.model.width}, "
+            f"{costs[largest].parameters / 1e6:.2f} million parameters with heads",
+        ),
+        *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
+        *_graph(config, 2 in stages),
+        ("learning rate", _rates(config)),
+        ("memory", _memory(memory[largest], largest, world)),
+        *_cache(config, reader),
+        ("checkpoints", _checkpoints(config, plan)),
+        *([("probe", _probe(config))] if config.probe.every_epochs else []),
+        ("figures", _figures(config)),
+    ]
+    record = {
+        "strata": strata.__version__,
+        "torch": torch.__version__,
+        "world_size": world.size,
+        "device": device.type,
+        "autocast": dtype,
+        "batch_size": data.batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "step": step,
+        "last_step": last,
+        "manifest_digest": reader.manifest.digest,
+        "plan_digest": plan.digest,
+        "left_out": [reader.keys[sample] for sample in plan.left_out],
+        "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
+        "parameters": costs[largest].parameters,
+        "stages": {
+            str(stage): {
+                "epochs": list(stages[stage]),
+                "terms": sorted(config.method.active(stage)),
+                "flops_per_step": cost.flops * world.size,
+                "memory_bytes_per_rank": vars(memory[stage]) | {"total": memory[stage].total},
+            }
+            for stage, cost in costs.items()
+        },
+    }
+    return StartPage(lines=tuple(lines), record=record)
+
+
+def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = "float32" if dtype is None else f"{dtype} by autocast, losses float32"
+    return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
+
+
+def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
+    """How many videos the order leaves out, by which rule, and the first of them by name."""
+    if not plan.left_out:
+        return []
+    lengths = reader.num_frames[np.array(plan.left_out)]
+    named = [
+        f"{reader.keys[sample]} ({count})"
+        for sample, count in zip(plan.left_out[:_NAMED], lengths.tolist(), strict=False)
+    ]
+    rest = len(plan.left_out) - len(named)
+    more = f" and {rest} more, all named in log.jsonl" if rest else ""
+    return [
+        (
+            "left out",
+            f"{len(plan.left_out)} of {reader.num_samples} videos have fewer than the window's "
+            f"{config.data.clips.window_frames} frames: {', '.join(named)}{more}",
+        )
+    ]
+
+
+def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: int) -> str:
+    weights = vars(config.method.weights)
+    terms = " + ".join(
+        f"{weight:g} {name}"
+        for name, weight in weights.items()
+        if name in config.method.active(stage)
+    )
+    return (
+        f"epochs {span[0]} to {span[1] - 1}, {_flops(cost.forward_flops)} forward and "
+        f"{_flops(cost.backward_flops)} backward a rank and step: {terms}"
+    )
+
+
+def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
+    """What to expect of the graph, where the run uses it."""
+    method, videos = config.method, config.data.batch_size
+    if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
+        return []
+    others = (videos - 1) / method.num_prototypes
+    expected = (
+        "so few that the graph may be the identity, where L_gr tells a video's two views from "
+        "other videos, no more"
+        if others < 1
+        else "so it can name other videos than a row's own"
+    )
+    return [
+        (
+            "graph",
+            f"{videos} videos and {method.num_prototypes} prototypes: {others:.2g} other videos on "
+            f"a video's prototype if all are used alike, {expected}; see graph_off_diagonal_mass",
+        )
+    ]
+
+
+def _rates(config: TrainConfig) -> str:
+    """Learning rates with the epoch at which each begins."""
+    schedule = config.schedule
+    begins = sorted({0, *(e for e in schedule.lr_drop_epochs if e < schedule.epochs)})
+    return ", ".join(
+        f"{config.engine.learning_rate * phase_at(schedule, epoch).lr_factor:g} from epoch {epoch}"
+        for epoch in begins
+    )
+
+
+def _memory(memory: MemoryEstimate, stage: int, world: World) -> str:
+    parts = " + ".join(f"{_bytes(value)} {name}" for name, value in vars(memory).items())
+    a_rank = "a rank, " if world.size > 1 else ""
+    return f"at least {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
+
+
+def _cache(config: TrainConfig, reader: ShardReader) -> list[tuple[str, str]]:
+    if config.data.cache == "none":
+        return []
+    where = "the host, once a node" if config.data.cache == "host" else "every rank's GPU"
+    frames = int(reader.num_frames.sum())
+    return [("cache", f"{_bytes(cache_bytes(reader))} on {where}: {frames:,} decoded frames")]
+
+
+def _checkpoints(config: TrainConfig, plan: Plan) -> str:
+    every = config.checkpoint.every_steps
+    when = f"every {every} steps" if every else f"every epoch ({plan.steps_per_epoch} steps)"
+    return f"{when}, the last {config.checkpoint.keep} kept; resume {config.resume}"
+
+
+def _probe(config: TrainConfig) -> str:
+    probe = config.probe
+    return (
+        f"retrieval before training, every {probe.every_epochs} epochs and at the end: "
+        f"{probe.query} in {probe.gallery}, {probe.num_clips} clips a video"
+    )
+
+
+def _figures(config: TrainConfig) -> str:
+    monitor = config.monitor
+    served = (
+        f"http://{monitor.host}:{monitor.port}/metrics, local rank r at {monitor.port} + r"
+        if monitor.port
+        else "not served"
+    )
+    return f"{config.run / 'log.jsonl'} every {monitor.log_every} steps; {served}"
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e12:.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
