@@ -75,13 +75,14 @@ def read_learning(run: Path) -> Learning:
 
 
 def draw(runs: dict[str, Learning]) -> Figure:
-    """Two panels, a line for each run, retrieval at chance dashed."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(_PANELS))
-    for axis, (name, title) in zip(axes, _PANELS.items(), strict=True):
-        for label, run in runs.items():
-            steps = [step for step, _ in run.points[name]]
-            axis.plot(steps, [v for _, v in run.points[name]], marker="o", ms=3, label=label)
+    """A panel for each figure that was measured, a line for each run, chance dashed."""
+    panels = {k: v for k, v in _PANELS.items() if any(run.points[k] for run in runs.values())}
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        for number, (label, run) in enumerate(runs.items()):
+            steps, values = zip(*run.points[name], strict=True) if run.points[name] else ((), ())
+            axis.plot(steps, values, marker="o", ms=3, label=label, c=f"C{number}")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step of pretraining")
         axis.set_ylim(0, 100)

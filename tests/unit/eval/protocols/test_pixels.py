@@ -1,10 +1,14 @@
 """Maps of pixels where an encoder stands, against loops over places."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PixelMaps
+from strata.eval.protocols.run import FinetuneEvaluation, run_finetune
 from strata.eval.session import network_name
 from strata.train.method.model import normalise
 from strata.train.representation.encode import encode_levels
@@ -40,6 +44,12 @@ def test_maps_are_means_over_places(clips: torch.Tensor):
                 ]
             )
         np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_nothing_to_finetune():
+    config = FinetuneEvaluation(checkpoint=Path("run"), weights="motion")
+    with pytest.raises(ConfigError, match="--weights motion has no network to finetune"):
+        run_finetune(config)
 
 
 def test_a_still_clip_has_no_motion(clips: torch.Tensor):
