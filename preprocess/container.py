@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from av.video.stream import VideoStream
 
-from strata.decoding import Packets
+from strata.decoding import LONGEST, MAX_IRREGULAR_SHARE, Packets, has_gaps
 from strata.errors import FaultKind, VideoFault
 
 __all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
@@ -91,13 +91,12 @@ class Timing:
     """Frames per second that a constant rate has or should have; 0 where nobody can say."""
 
 
-_MAX_IRREGULAR_SHARE = 0.02
-"""Share of intervals that may differ from the usual one by more than half: lost frames and jitter
-of a stream that is constant all the same."""
+_SHORTEST = 0.5
+"""Times the usual interval that are no irregular one, as are `LONGEST`."""
 
-_SHORTEST, _LONGEST = 0.5, 1.75
-"""Times the usual interval that are no irregular one. Films in television's rate have frames of
-two and of three fields, a factor of 1.5; a lost frame is one of 2."""
+_CUT_INTERVALS = 2
+"""Intervals that may always be irregular: a cut without encoding leaves so many where the last
+frames lack some between them, and in a short clip those would be a large share."""
 
 _MAX_STRAY = 2.0
 """Frames by which a stream at a stated rate may be early or late: in program streams only some
@@ -133,31 +132,24 @@ def timing_of(packets: Packets, facts: VideoFacts) -> Timing:
     constant = constant.limit_denominator(1001)
     stretch = float(steps.sum() * base * constant) / len(steps)
     is_plausible = 1 / _MAX_STRETCH <= stretch <= _MAX_STRETCH
-    irregular = np.mean((steps < _SHORTEST * usual) | (steps > _LONGEST * usual))
-    if irregular <= _MAX_IRREGULAR_SHARE:
+    irregular = np.sum((steps < _SHORTEST * usual) | (steps > LONGEST * usual))
+    if irregular <= max(MAX_IRREGULAR_SHARE * len(steps), _CUT_INTERVALS):
         # The mean too, as an interval of television's films is one of two or of three fields.
         found = (float(constant), float(constant) / stretch)
         agrees = any(abs(float(facts.rate) / rate - 1) < _SAME_RATE for rate in found)
         return as_stated if agrees or not is_plausible else Timing(is_variable=False, rate=constant)
     repeated = float(np.mean(steps == 0))
-    if repeated or not _has_gaps(steps, usual):
+    if repeated or not has_gaps(steps, usual):
         stated = (facts.coded_rate, facts.guessed_rate)
         if any(_follows(times, base, rate) for rate in stated if rate):
             return as_stated
-    if repeated > _MAX_IRREGULAR_SHARE or not is_plausible:
+    if repeated > MAX_IRREGULAR_SHARE or not is_plausible:
         return as_stated
     return Timing(is_variable=True, rate=constant)
-
-
-def _has_gaps(steps: np.ndarray, usual: float) -> bool:
-    """Whether intervals are multiples of the usual one: a constant rate that lost frames."""
-    multiples = steps / usual
-    off = np.abs(multiples - np.maximum(np.round(multiples), 1))
-    return bool(np.mean(off > max(0.1, 1 / usual)) <= _MAX_IRREGULAR_SHARE)
 
 
 def _follows(times: np.ndarray, base: Fraction, rate: Fraction) -> bool:
     """Whether the frames never stray far from a constant rate."""
     off = (times - times[0]) * float(base * rate) - np.arange(len(times))
     off -= np.median(off)
-    return bool(np.mean(np.abs(off) > _MAX_STRAY) <= _MAX_IRREGULAR_SHARE)
+    return bool(np.mean(np.abs(off) > _MAX_STRAY) <= MAX_IRREGULAR_SHARE)

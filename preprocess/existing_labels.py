@@ -73,7 +73,7 @@ def read_label(path: Path, sample: TarSample) -> Label | None:
             value = told.get("label")
             value = told.get("cls") if value is None else value
             class_name = told.get("class_name")
-            facts = _label(value, where)
+            facts = _label(class_name if value is None else value, where)
         elif plain is None:
             facts = _label(told, where)
     if plain is not None and facts is not None and plain.text != facts.text:

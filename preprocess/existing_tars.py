@@ -29,6 +29,15 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
 }
 _SCANNED_BYTES = 1 << 20
+_MOST_NAMING_BYTES = 1 << 20
+_NAMING_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Members that hold names and attributes of those behind them; `tarfile` reads them at once."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,24 @@ def _have_dots(parted: Iterable[tuple[str, str]]) -> bool:
     return bool(dotted - plain)
 
 
+class _TooLongName(Exception):
+    pass
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses long names and attributes of a size that nobody writes, before they are read."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _NAMING_TYPES and info.size > _MOST_NAMING_BYTES:
+            raise _TooLongName(
+                f"a member's name and attributes take {info.size:,} bytes, at most "
+                f"{_MOST_NAMING_BYTES:,} are read"
+            )
+        return info
+
+
 def _members(path: Path) -> tuple[list[Member], list[str]]:
     """The files of a tar, and the names of those that are never data."""
     found: list[Member] = []
@@ -158,7 +185,9 @@ def _members(path: Path) -> tuple[list[Member], list[str]]:
     try:
         _refuse_compressed(path)
         # Never through a decompressor, and names as bytes whatever the locale.
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(
+            path, "r:", tarinfo=_Header, encoding="utf-8", errors="surrogateescape"
+        ) as tar:
             for info in tar:
                 if info.isdir():
                     continue
@@ -188,6 +217,8 @@ def _members(path: Path) -> tuple[list[Member], list[str]]:
                     places[posixpath.normpath(info.name)] = member
             end = tar.offset
         _check_end(path, end)
+    except _TooLongName as error:
+        raise ShardError(f"{path}: {error}; write the tar again") from error
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ShardError(f"{path} is not readable as a tar ({error}); copy it again") from error
     return [_resolved(path, m, links, places) for m in found], ignored

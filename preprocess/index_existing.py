@@ -287,7 +287,9 @@ def _report(
     lines += [f"    {fault}" for fault in faults[:10]]
     if len(faults) > 10:
         lines.append("    ...")
+    plain = [row.source for row in written if row.label == NO_LABEL and manifest.classes]
     for what, names in (
+        ("samples have no label", plain),
         ("members are hidden, of an operating system, or without an extension: ignored", ignored),
         ("tars hold no sample", empty),
     ):

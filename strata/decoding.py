@@ -32,11 +32,14 @@ from strata.format.open_video import (
 from strata.structure import declared_frames, missing_bytes
 
 __all__ = [
+    "LONGEST",
+    "MAX_IRREGULAR_SHARE",
     "PICTURE_A_PACKET",
     "Damaged",
     "Decoding",
     "Packets",
     "check_complete",
+    "has_gaps",
     "read_packets",
 ]
 
@@ -48,6 +51,13 @@ MIN_DECODED_SHARE = 0.9
 
 Damaged = Literal["reject", "keep"]
 """What becomes of a video of which some frames are damaged or missing."""
+
+LONGEST = 1.75
+"""Times the usual interval that are no gap: television's films have a factor of 1.5, a loss 2."""
+
+MAX_IRREGULAR_SHARE = 0.02
+"""Share of intervals that may differ from the usual one by more than half: lost frames and jitter
+of a stream that is constant all the same."""
 
 _REORDERED_FRAMES = 16
 """Most frames that H.264 and HEVC move in time; a clock that jumps back further starts over."""
@@ -71,6 +81,8 @@ class Packets:
     """Chunks without content: frames that the camera dropped."""
     marked: set[int | None] = field(default_factory=set)
     """Times of packets that the container marks as incomplete."""
+    num_marked: int = 0
+    """How many of them are not the last one."""
     ends_inside: bool = False
     """Whether the last packet is incomplete."""
     promised_frames: int = 0
@@ -79,6 +91,10 @@ class Packets:
     """Share of the promised duration that the file does not have; 0 if nothing was promised."""
     num_unread: int = 0
     """Bytes at the file's end in which the container finds no packets, where a share is missing."""
+    num_skipped: int = 0
+    """Frames that are missing by the times: a constant rate has gaps of so many intervals."""
+    first_skipped: int = 0
+    """Number of the first frame behind such a gap."""
     error: str = ""
     """Why the container does not read to its end."""
 
@@ -132,11 +148,18 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
         except (av.error.FFmpegError, OSError) as error:
             found.error = reason_of(error)
         found.ends_inside = bool(found.marked) and last_time in found.marked
+        found.num_marked = len(found.marked) - found.ends_inside
         if ticks:
             found.times = np.sort(np.frombuffer(ticks, np.int64))
             steps = np.diff(found.times)
             usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
             found.starts_over = usual > 0 and back > _REORDERED_FRAMES * usual
+            if found.is_timed and not found.starts_over and usual and has_gaps(steps, usual):
+                gaps = np.flatnonzero(steps > LONGEST * usual)
+                # Many gaps are a rate that varies, and no loss.
+                if 0 < len(gaps) <= (1 - MIN_DECODED_SHARE) * len(steps):
+                    found.num_skipped = int((np.round(steps[gaps] / usual) - 1).sum())
+                    found.first_skipped = int(gaps[0]) + 1
         if "mp4" in container.format.name:
             found.num_lacking = _lacking(stream, num_read, where)
             # The table has what edit lists hide, and not what they leave out.
@@ -156,6 +179,13 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                 unread = size_of(where) - last_byte
                 found.num_unread = unread if unread > missing / 2 * size_of(where) else 0
     return found
+
+
+def has_gaps(steps: np.ndarray, usual: float) -> bool:
+    """Whether intervals are multiples of the usual one: a constant rate that lost frames."""
+    multiples = steps / usual
+    off = np.abs(multiples - np.maximum(np.round(multiples), 1))
+    return bool(np.mean(off > max(0.1, 1 / usual)) <= MAX_IRREGULAR_SHARE)
 
 
 def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
@@ -364,6 +394,17 @@ def check_complete(
             )
     elif decoding.num_lost and decoding.has_picture_a_packet:
         notes.append(f"{decoding.num_lost:,} of {expected:,} packets give no frame")
+    gaps = f"frames missing by the timestamps: {packets.num_skipped:,}, first before frame "
+    gaps = f"{gaps}{packets.first_skipped}" if packets.num_skipped else ""
+    # Where one file was put behind another, the last packet of the first is marked without need.
+    if packets.num_marked and not packets.starts_over:
+        marked = f"packets that the container marks as incomplete: {packets.num_marked:,}"
+        if gaps:
+            fault(FaultKind.DAMAGED, f"{gaps}; {marked}")
+        else:
+            notes.append(marked)
+    elif gaps and not promise:
+        notes.append(gaps)
     if decoding.num_before_key:
         notes.append(f"{decoding.num_before_key:,} packets before the first key frame left out")
     return notes
@@ -398,7 +439,7 @@ def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> tuple[str,
 
 
 def _decoders_reason(error: Exception) -> str:
-    reason = reason_of(error)
-    if isinstance(error, av.error.ArgumentError):  # What FFmpeg says to a picture that is too big.
-        reason += f" (pictures may have {MAX_PIXELS:,} pixels at most)"
-    return reason
+    if isinstance(error, av.error.ArgumentError):  # Also what FFmpeg says to too big a picture.
+        limit = f"a picture has over {MAX_PIXELS:,} pixels"
+        return f"{reason_of(error)} (the stream's parameters are unsound, or {limit})"
+    return reason_of(error)

@@ -20,6 +20,7 @@ from strata.preprocess.datasets.listing import (
     are_same_bytes,
     is_video_name,
     list_files,
+    name_of,
     some_of,
 )
 from strata.untrusted import checked_text
@@ -93,7 +94,7 @@ def make_set(
     sources: Iterable[Source],
     notes: Sequence[str] = (),
 ) -> SourceSet:
-    """Put sources in the order of their names.
+    """Put sources in the order of their names, and tell of classes that are not on the disk.
 
     Raises:
         ConfigError: A name is there twice, or a class has a name that no reader would take.
@@ -106,6 +107,11 @@ def make_set(
             raise ConfigError(
                 f"{dataset} {split} lists {first.name} twice; remove one line from the lists"
             )
+    found = {s.label for s in ordered if s.path is not None}
+    lost = [classes[k] for k in sorted({s.label for s in ordered} - found - {NO_LABEL})]
+    if lost and found:
+        told = f"{len(lost)} classes have no video on the disk: {some_of(lost)}"
+        notes = [*notes, told]
     return SourceSet(
         dataset=dataset,
         split=split,
@@ -197,6 +203,12 @@ def find_folder(
     """
     if not 0 <= test_fraction < 1:
         raise ConfigError(f"--test-fraction is {test_fraction}; use a share from 0 to below 1")
+    words = {_split_word(name_of(folder.resolve().name)) for folder in videos}
+    if len(words) > 1 and None not in words:
+        raise ConfigError(
+            f"{' and '.join(map(str, videos))} are splits, and would become one set; give the "
+            "folder above them as --videos, which makes a set of each, or one of them alone"
+        )
     listing = list_files(videos)
     files = [f for f in listing.files if is_video_name(f.name)]
     if not files:

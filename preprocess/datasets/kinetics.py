@@ -17,6 +17,7 @@ from strata.preprocess.datasets.listing import (
     are_same_bytes,
     is_video_name,
     list_files,
+    name_of,
     paths_in,
     read_lines,
     some_of,
@@ -214,6 +215,11 @@ def _mark_shared_files(sets: Sequence[SourceSet]) -> list[SourceSet]:
     return [replace(s, sources=tuple(map(marked, s.sources))) for s in sets]
 
 
+def _with_root(file: FoundFile) -> tuple[str, ...]:
+    """The names of the folders above a file, with the one that the user gave."""
+    return (name_of(file.path.parents[len(file.folders)].name), *file.folders)
+
+
 class _KineticsFinder:
     """Finds the file of a clip among those on disk, and remembers what was doubtful."""
 
@@ -306,11 +312,11 @@ class _KineticsFinder:
 
     def _folder_split(self, file: FoundFile) -> str | None:
         # A class may be called after a split: Kinetics has "training dog".
-        folders = [f for f in file.folders if plain(f) not in self._plain_labels]
+        folders = [f for f in _with_root(file) if plain(f) not in self._plain_labels]
         words = (w for folder in folders for w in re.split(r"[^a-z]+", folder.lower()))
         return next((_SPLIT_NAMES[w] for w in words if w in _SPLIT_NAMES), None)
 
     def _is_replacement(self, file: FoundFile) -> bool:
         return any(
-            _REPLACEMENT.search(f) and plain(f) not in self._plain_labels for f in file.folders
+            _REPLACEMENT.search(f) and plain(f) not in self._plain_labels for f in _with_root(file)
         )

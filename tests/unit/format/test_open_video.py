@@ -70,6 +70,14 @@ def h264(path: Path, count: int = 100, **options: str) -> Path:
     return write_video(path, moving_scene(count, 96, 64), codec="libx264", options=settings)
 
 
+def without_a_packet(path: Path, number: int) -> None:
+    """Leave out the bytes of a packet of a stream whose packets stand one behind the other."""
+    with av.open(str(path)) as container:
+        places = [p.pos or 0 for p in container.demux(video=0) if p.size]
+    content = path.read_bytes()
+    path.write_bytes(content[: places[number]] + content[places[number + 1] :])
+
+
 # Which files are opened.
 
 
@@ -344,6 +352,63 @@ def test_a_damaged_packet(tmp_path: Path, name: str):
     count, (note,) = sharded(path, "keep")
     assert 97 <= count < 100
     assert note == f"damaged: {fault.detail}"
+
+
+def test_a_packet_that_is_lost_without_a_trace_leaves_a_gap(tmp_path: Path):
+    path = h264(tmp_path / "a.flv", bf="0")
+    without_a_packet(path, 37)
+    note = "frames missing by the timestamps: 1, first before frame 37"
+    assert sharded(path) == (99, [note])
+
+
+def test_a_cluster_of_matroska_that_is_lost(tmp_path: Path):
+    """FFmpeg reads on at the next cluster, and says nothing."""
+    path = h264(tmp_path / "a.mkv", bf="0")
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    content = bytearray(path.read_bytes())
+    first, behind = packets[37].pos or 0, packets[38].pos or 0
+    content[first:behind] = bytes(behind - first)
+    path.write_bytes(content)
+    count, (note,) = sharded(path)
+    assert note == f"frames missing by the timestamps: {100 - count}, first before frame 37"
+
+
+@pytest.mark.parametrize("num_lost", [1, 4])
+def test_lost_packets_of_a_transport_stream(tmp_path: Path, num_lost: int):
+    path = write_video(
+        tmp_path / "a.ts", moving_scene(100, 96, 64), codec="libx264", options={"bf": "0"}
+    )
+    with av.open(str(path)) as container:
+        place = [p.pos or 0 for p in container.demux(video=0) if p.size][37]
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + content[place + 188 * num_lost :])
+    fault = both_faults(path)
+    assert fault.kind is FaultKind.DAMAGED
+    assert re.fullmatch(
+        r"frames missing by the timestamps: \d+, first before frame 3[67]; packets that the "
+        r"container marks as incomplete: 1",
+        fault.detail,
+    )
+    count, notes = sharded(path, "keep")
+    assert count < 100
+    assert notes == [f"damaged: {fault.detail}"]
+
+
+def test_a_mark_of_the_container_alone_is_a_note(tmp_path: Path):
+    """The error bit of one transport packet; everything decodes."""
+    path = h264(tmp_path / "a.ts", bf="0")
+    with av.open(str(path)) as container:
+        place = [p.pos or 0 for p in container.demux(video=0) if p.size][37]
+    content = bytearray(path.read_bytes())
+    content[place + 1] |= 0x80
+    path.write_bytes(content)
+    assert sharded(path) == (100, ["packets that the container marks as incomplete: 1"])
+
+
+def test_the_reason_of_unsound_parameters_is_not_their_size(tmp_path: Path):
+    path = write_video(tmp_path / "a.mov", moving_scene(9, 96, 64), codec="rawvideo")
+    assert "the stream's parameters are unsound" in both_faults(path).detail
 
 
 def test_a_frame_that_the_decoder_had_to_make_up(tmp_path: Path):

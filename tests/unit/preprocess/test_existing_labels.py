@@ -50,6 +50,8 @@ def as_json(value: object) -> bytes:
         ({"JSON": b'\xef\xbb\xbf{"label": 3}'}, "3"),
         ({"cls": b"3", "json": as_json(3.0)}, "3"),
         ({"cls": b"3", "json": b"[1, 2]"}, "3"),
+        ({"json": b'{"class_name": "run"}'}, "run"),
+        ({"json": b'{"label": null, "class_name": null}'}, None),
         ({"txt": b"a caption"}, None),
         ({"cls": str(MAX_CLASSES - 1).encode()}, str(MAX_CLASSES - 1)),
     ],

@@ -190,3 +190,18 @@ def test_what_is_no_sound_tar_is_named(
 def test_a_tar_without_members(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     assert read_tar(tmp_path / "a.tar").samples == []
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE]
+)
+def test_a_name_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", {"first.mp4": b"A"})
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, 4 << 30
+    content = path.read_bytes()[:1024]
+    with path.open("wb") as file:
+        file.write(content + header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(5 << 30)
+    with pytest.raises(ShardError, match=r"a.tar: a member's name and attributes take 4,294,967"):
+        read_tar(path)

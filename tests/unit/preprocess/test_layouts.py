@@ -66,6 +66,14 @@ def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
         find_folder([tmp_path])
 
 
+def test_splits_as_two_folders_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path, "train/run/a.mp4", "val/run/b.mp4", "train_2/run/c.mp4")
+    with pytest.raises(ConfigError, match=r"val are splits, and would become one set; give the"):
+        find_folder([tmp_path / "train", tmp_path / "val"])
+    (both,) = find_folder([tmp_path / "train", tmp_path / "train_2"])
+    assert [s.name for s in both.sources] == ["run/a.mp4", "run/c.mp4"]
+
+
 def test_a_share_for_the_test_set_is_refused_where_there_are_splits(tmp_path: Path) -> None:
     fill(tmp_path, "train/run/a.mp4", "val/run/b.mp4")
     with pytest.raises(ConfigError, match=r"is divided into train, val already; leave out"):

@@ -66,6 +66,7 @@ CONSTANT = {
     "jitter": (with_(regular(25), lambda k: 0.016 * (-1) ** k), 25, 25),
     "random jitter": ((np.array(regular(25)) + RANDOM.uniform(-0.014, 0.014, 150)).tolist(), 25, 0),
     "one lost": ([t for k, t in enumerate(regular(25)) if k != 70], 25, 25),
+    "a short cut that lacks some at its end": ([*regular(25, 37), 1.56, 1.64], 25, 25),
     "every time twice": ([t for t in regular(25, 75) for _ in range(2)], 25, 0),
     "two frames": ([0.0, 3.0], 25, 0),
     "all at once": ([0.0] * 50, 25, 0),

@@ -267,3 +267,16 @@ def test_kinetics_hidden_lists_are_none(tmp_path: Path) -> None:
 def test_kinetics_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"looked for air drumming.* as <id>_<start>_<end> or"):
         kinetics(tmp_path, ["other.mp4"])
+
+
+def test_kinetics_replacements_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """The folder that the user gives has a name, too."""
+    name = "ccccccccccc_000000_000010.mp4"
+    put(tmp_path / "val" / "training dog" / name, b"corrupt")
+    put(tmp_path / "replacement_for_corrupted_k400" / name, b"good")
+    put(tmp_path / "val.csv", (HEAD + LINES).encode())
+    folders = [tmp_path / "val", tmp_path / "replacement_for_corrupted_k400"]
+    (val,) = find_kinetics("kinetics400", folders, tmp_path / "val.csv", "val")
+    assert not faults(val)
+    assert [s.path for s in val.present] == [folders[1] / name]
+    assert any("taken from a replacement folder" in n for n in val.notes)
