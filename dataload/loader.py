@@ -1,7 +1,6 @@
 """Typed batches from shards, made a few ahead, in an order that is arithmetic."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strata import launch
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import (
     AugmentSpec,
@@ -217,8 +217,7 @@ class _GraphMaker:
         self.device = device
         self.size = config.size
         self.colour_maps = config.views.per_frame or config.views.gray > 0
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        self.threads = config.threads or max(1, usable_cpus() // local_ranks)
+        self.threads = config.threads or max(1, usable_cpus() // launch.ranks_of_node())
 
     def build(
         self, *, batch_size: int, strip_frames: int, views: Sequence[ViewSlice], photometric: bool

@@ -225,7 +225,10 @@ class RemoteFolder:
                 missing or has another size, or the store does not answer.
         """
         self._shards = self._root / _checked_digest(digest, self.location)
-        self._shards.mkdir(exist_ok=True)
+        try:
+            self._shards.mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._not_kept(error) from error
         names = [_checked_shard_name(entry, self.location) for entry in entries]
         for entry, size in zip(entries, self._store.sizes(names), strict=True):
             if size is not None and size != entry.num_bytes:
@@ -277,11 +280,20 @@ class RemoteFolder:
         Raises:
             ShardError: It cannot be downloaded, or is not what the manifest says.
         """
-        path = self._submit(entry).result()
+        try:
+            path = self._submit(entry).result()
+        except OSError as error:
+            raise self._not_kept(error) from error
         # Another process may have made room; who opens the path then asks again.
         with suppress(FileNotFoundError):
             os.utime(path)
         return path
+
+    def _not_kept(self, error: OSError) -> ShardError:
+        return ShardError(
+            f"{self.location} cannot be kept in data.download.folder {self._root}: {error}; free "
+            "space, or use another folder"
+        )
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
         """Start to download what will be asked for soon, as far as it fits."""

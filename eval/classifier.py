@@ -27,7 +27,7 @@ from strata.telemetry.metrics import Metrics
 from strata.train.engine import Engine, EngineConfig, ParameterGroup
 from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
-from strata.train.representation.encode import VideoClips, over_videos
+from strata.train.representation.encode import VideoClips, inference_autocast, over_videos
 from strata.train.run import checkpoint
 from strata.train.run.checkpoint import CheckpointConfig, RunState
 
@@ -216,7 +216,7 @@ def video_probabilities(
     model.eval()
 
     def compute(batch: Tensor) -> dict[str, Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with inference_autocast(device):
             features = model.features(batch.flatten(0, 1))
         logits = model.head(features).unflatten(0, batch.shape[:2])
         return {"probabilities": logits.softmax(dim=2).mean(dim=1)}

@@ -39,6 +39,7 @@ from strata.train.run.checkpoint import (
     backbone_config,
     find_checkpoint,
     load_backbone,
+    read_marker,
     read_state,
     trained_clips,
 )
@@ -207,7 +208,7 @@ class Bench:
         )
         self.config = config
         self.results = found.parent.parent / "eval"
-        self.identity = (found / "complete.json").read_text(encoding="utf-8")
+        self.identity = read_marker(found)
         all_equal("checkpoint", self.identity)
         if isinstance(config, OneNetwork):
             self._check_backbone(config.backbone)

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn, get_args
 
 import yaml
 
+from strata import launch
 from strata.decoding import Damaged
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
@@ -85,16 +86,13 @@ def slice_of(given: str | None, environment: Mapping[str, str]) -> tuple[int, in
             raise ConfigError(f"--slice is {given!r}; use i/n with i from 0 to n-1, like 0/4")
         index, count, origin = int(match[1]), int(match[2]), f"--slice {given}"
     else:
-        names = ("RANK", "WORLD_SIZE")
-        if not all(n in environment for n in names):
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-        if not all(n in environment for n in names):
-            return 0, 1
-        origin = " ".join(f"{n}={environment[n]}" for n in names)
         try:
-            index, count = (int(environment[n]) for n in names)
-        except ValueError as error:
-            raise ConfigError(f"{origin}: not numbers; mend the launcher or use --slice") from error
+            task = launch.task_of_job(environment)
+        except launch.LaunchError as error:
+            raise ConfigError(f"{error}; correct the launcher or use --slice") from error
+        if task is None:
+            return 0, 1
+        index, count, origin = task
     if not 0 <= index < count:
         raise ConfigError(f"{origin} is no part of a whole; use 0/n to (n-1)/n")
     return index, count
@@ -277,7 +275,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         seed=args.seed,
         read_back=args.read_back,
         damaged=args.damaged,
-        workers=args.workers or _share_of_cpus(os.environ),
+        workers=args.workers or _share_of_cpus(),
         slice_index=slice_index,
         slice_count=slice_count,
         timeout_s=args.timeout,
@@ -303,12 +301,10 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     )
 
 
-def _share_of_cpus(environment: Mapping[str, str]) -> int:
+def _share_of_cpus() -> int:
     """Processes for this one's share of the machine, or 0 for all of it."""
-    beside = environment.get("LOCAL_WORLD_SIZE", "1")
-    if not beside.isdigit() or int(beside) < 2:
-        return 0
-    return max(usable_cpus() // int(beside), 1)
+    beside = launch.local_world_size() or 1
+    return 0 if beside < 2 else max(usable_cpus() // beside, 1)
 
 
 def find_sets(command: ShardCommand) -> list[SourceSet]:
@@ -407,14 +403,13 @@ def run_command(command: ShardCommand) -> list[Manifest]:
 
 def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
     """The metrics of this process, of the slice that it makes."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     out = command.out.resolve()
     return export_process(
         command.monitor,
         role="preprocess",
         run=some_of([name_of(out.name)]),
         rank=command.settings.slice_index,
-        local_rank=int(local) if local.isdigit() else 0,
+        local_rank=launch.local_rank_of_task(),
         places={"shards": next(p for p in (out, *out.parents) if p.exists())},
     )
 

@@ -12,6 +12,7 @@ import jsonargparse
 import yaml
 
 from strata.errors import ConfigError
+from strata.files import write_atomic
 
 __all__ = ["dotted", "dump_config", "parse_config", "plain"]
 
@@ -127,6 +128,4 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_config(config: Any, path: Path) -> None:
     """Write the resolved tree as YAML; the file is itself accepted by `--config`."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, yaml.safe_dump(plain(config), sort_keys=False))

@@ -6,8 +6,6 @@ falls back to a world of one.
 """
 
 import datetime
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from strata import launch
 from strata.errors import ConfigError, WorldError
 from strata.files import FolderLock
 
@@ -40,7 +39,6 @@ __all__ = [
     "lost_peer",
     "mean_over_ranks",
     "only_writer",
-    "slurm_environment",
     "watch_collectives",
 ]
 
@@ -79,80 +77,14 @@ def current_world() -> World:
     Raises:
         WorldError: RANK and WORLD_SIZE contradict each other or are not numbers.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(slurm_environment(os.environ))
-    if "LOCAL_SIZE" in os.environ:
-        # DeepSpeed's launcher has a name of its own for what torchrun calls LOCAL_WORLD_SIZE.
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     try:
-        rank = int(os.environ.get("RANK", "0"))
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise WorldError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}"
-        ) from error
+        launch.complete()
+        rank, size, local_rank = launch.ranks()
+    except launch.LaunchError as error:
+        raise WorldError(str(error)) from error
     if not 0 <= rank < size:
         raise WorldError(f"RANK {rank} is not in a world of {size}; mend the launcher's settings")
     return World(rank=rank, size=size, local_rank=local_rank)
-
-
-def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, told by what `srun` set; empty outside a job step.
-
-    Only a step of `srun` has SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is a
-    world of one, however many tasks the job was given. Rank 0 is on the first node of the list, and
-    the port follows from the job's and the step's number, so that all ranks agree on both without
-    talking. MASTER_ADDR and MASTER_PORT win where they are set.
-
-    Args:
-        environment: Of a process of the step.
-
-    Returns:
-        Variables to add.
-
-    Raises:
-        WorldError: A variable of Slurm's has another form than its manual says.
-    """
-    if "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
-        return {}
-    try:
-        job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
-        on_nodes = _unfold_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
-        found = {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": str(on_nodes[int(environment["SLURM_NODEID"])]),
-            "MASTER_ADDR": _first_host(environment["SLURM_STEP_NODELIST"]),
-            # Below the ports that Linux gives to outgoing connections.
-            "MASTER_PORT": str(15_000 + job % 15_000),
-        }
-    except (KeyError, ValueError, IndexError) as error:
-        raise WorldError(
-            f"Slurm's environment is not understood ({type(error).__name__}: {error}); start with "
-            "srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-        ) from error
-    return {
-        name: value
-        for name, value in found.items()
-        if not (name.startswith("MASTER_") and name in environment)
-    }
-
-
-def _unfold_counts(counts: str) -> list[int]:
-    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1."""
-    unfolded: list[int] = []
-    for part in counts.split(","):
-        count, _, times = part.partition("(x")
-        unfolded += [int(count)] * int(times.rstrip(")") or 1)
-    return unfolded
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of Slurm's short form: `gpu[003-007,9],cpu1` begins with `gpu003`."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _store_of_one() -> dict[str, Any]:
@@ -171,20 +103,14 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
         WorldError: The group did not form in time.
     """
     world = current_world()
-    alone = "MASTER_ADDR" not in os.environ
+    address = launch.address()
+    alone = address is None
     if alone and world.size > 1:
         raise WorldError(
             f"a world of {world.size} needs MASTER_ADDR and MASTER_PORT; "
             "start with deepspeed or torchrun"
         )
-    for name, value in (
-        ("RANK", world.rank),
-        ("WORLD_SIZE", world.size),
-        ("LOCAL_RANK", world.local_rank),
-    ):
-        if name not in os.environ:
-            os.environ[name] = str(value)
-            _told.append(name)
+    _told.extend(launch.set_ranks(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         try:
             dist.init_process_group(
@@ -195,9 +121,8 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
                 **(_store_of_one() if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise WorldError(
-                f"the world of {world.size} did not form at {where} (waiting at most "
+                f"the world of {world.size} did not form at {address} (waiting at most "
                 f"{timeout_s:.0f} s): {error}; mend the network, or choose another --master_port"
             ) from error
     return world
@@ -210,8 +135,8 @@ def leave_world() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    while _told:
-        os.environ.pop(_told.pop(), None)
+    launch.unset(_told)
+    _told.clear()
 
 
 def _size() -> int:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import NoReturn
 
+from strata import launch
+
 __all__ = [
     "EXIT_LOST_PEER",
     "EXIT_NOT_FINITE",
@@ -155,7 +157,7 @@ def exit_with_one_line() -> Iterator[None]:
     try:
         yield
     except StrataError as error:
-        rank = os.environ.get("RANK")
+        rank = launch.rank_text()
         prefix = "error" if rank is None else f"error (rank {rank})"
         print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strata import launch
+
 __all__ = [
     "JsonLines",
     "SteadyStream",
@@ -51,7 +53,7 @@ class _RankFilter(logging.Filter):
     """Adds the rank, and lets only rank 0 speak below the level of a warning."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = int(launch.rank_text() or "0")
         record.rank = rank
         return rank == 0 or record.levelno >= logging.WARNING
 

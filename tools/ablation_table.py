@@ -11,7 +11,9 @@ import strata
 from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PIXEL_MAPS
 from strata.eval.results import commit, set_sizes
+from strata.files import write_atomic
 from strata.logs import read_json_lines
+from strata.untrusted import decode_json
 
 __all__ = ["Cell", "read_json", "summarise", "write_json", "write_tables"]
 
@@ -25,6 +27,7 @@ _HEALTH = (
 )
 """Beginnings of the health figures that the tables show; the record has all."""
 _STATE = "cell.json"
+_MAX_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +83,23 @@ def _state(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def read_json(path: Path) -> Any:
-    """A file that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that `write_json` wrote.
+
+    Raises:
+        ConfigError: It is not readable, or not JSON.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} is not readable: {error}") from error
+    return decode_json(content, dict[str, Any], path, ConfigError, max_bytes=_MAX_BYTES)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file: whole or not at all."""
+    """Write a file: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False), sync=False)
 
 
 def _log_facts(log: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 python tools/learning_curve.py --runs '{paper: runs/a, difference: runs/b}' --out curve.svg
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import msgspec
 from matplotlib.figure import Figure
 
 from strata.config import parse_config
 from strata.errors import ConfigError, exit_with_one_line
 from strata.files import open_atomic
+from strata.logs import read_json_lines
 
 __all__ = ["CurveCommand", "Learning", "draw", "main", "read_learning"]
 
@@ -50,28 +51,44 @@ class Learning:
     """R@1 at chance, in percent."""
 
 
+class _Recall(msgspec.Struct, frozen=True):
+    r1: float = msgspec.field(name="R@1")
+
+
+class _Probe(msgspec.Struct, frozen=True):
+    """What is read of a record of the online probe; shares in [0, 1]."""
+
+    step: int
+    recall: _Recall
+    chance: _Recall
+    accuracy: dict[str, float | None] = msgspec.field(default_factory=dict)
+
+
 def read_learning(run: Path) -> Learning:
     """What the probe wrote to a run's log; what a resume repeated counts once.
 
     Raises:
-        ConfigError: The run has no log, or its log no record of a probe.
+        ConfigError: The run has no log, or its log no valid record of a probe.
     """
     log = run / "log.jsonl"
     if not log.is_file():
         raise ConfigError(f"{log} is not there; give the folder of a pretraining")
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    probes = {r["step"]: r for r in records if r["kind"] == "probe"}
+    records, _ = read_json_lines(log)
+    try:
+        found = [msgspec.convert(r, _Probe) for r in records if r["kind"] == "probe"]
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{log} has a record of a probe that is not valid: {error}") from error
+    probes = {probe.step: probe for probe in found}
     if not probes:
         raise ConfigError(f"{log} has no record of a probe; pretrain with --probe.every_epochs")
     points: dict[str, list[tuple[int, float]]] = {name: [] for name in _PANELS}
     for step in sorted(probes):
-        found = probes[step]
         # A log of before the classifiers has retrieval alone.
-        shares = {"R@1": found["recall"]["R@1"], "linear": found.get("accuracy", {}).get("linear")}
+        shares = {"R@1": probes[step].recall.r1, "linear": probes[step].accuracy.get("linear")}
         for name, share in shares.items():
             if share is not None:
                 points[name].append((step, 100 * share))
-    return Learning(points=points, chance=100 * probes[max(probes)]["chance"]["R@1"])
+    return Learning(points=points, chance=100 * probes[max(probes)].chance.r1)
 
 
 def draw(runs: dict[str, Learning]) -> Figure:

@@ -445,6 +445,8 @@ class Engine:
             self._model.load_state_dict(snapshot.model, strict=True)
         for name in ("random.cpu", "random.cuda"):
             state = training.pop(name, None)
+            if state is not None and state.dtype != torch.uint8:
+                raise CheckpointError(f"{name} is of type {state.dtype}, not a random state")
             if name == "random.cpu" and state is not None:
                 torch.set_rng_state(state)
             elif state is not None and self.device.type == "cuda":
@@ -454,9 +456,13 @@ class Engine:
         for key, value in training.items():
             kind, _, name = key.partition(".")
             fits = name in named and kind in self._kinds
-            if not fits or (kind != _STEP and value.shape != named[name].shape):
+            shape = torch.Size([]) if kind == _STEP else named[name].shape if fits else None
+            if not fits or value.shape != shape or not value.is_floating_point():
                 raise CheckpointError(f"the optimizer's {key} has no place in this model")
             saved.setdefault(name, {})[kind] = value
+        for name, moments in saved.items():
+            if moments.keys() != set(self._kinds):
+                raise CheckpointError(f"the optimizer's state of {name} is not complete")
         if self._zero:
             self._restore_sharded(saved)
         else:

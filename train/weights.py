@@ -6,14 +6,13 @@ instead of 3x7x7, and a max-pool), so it is neither taken from there nor accepte
 `stem_frames` is 3.
 """
 
-import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,8 +52,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            _refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except CheckpointError:
+        raise
+    # Of a damaged file, torch's reader raises what its parts do: KeyError, TypeError, struct.error.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is not readable as weights: {reason}") from error
     for name in ("state_dict", "model"):
@@ -63,6 +67,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dict; give a file of named tensors")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a file that would need far more memory than its size; `torch.save` writes none.
+
+    Raises:
+        CheckpointError: Its members are larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(member.file_size for member in archive.infolist())
+    if num_bytes > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is not readable as weights: it is compressed, to {num_bytes} bytes when "
+            "unpacked; save it again with torch.save"
+        )
 
 
 def export_backbone(backbone: Backbone) -> dict[str, Tensor]:

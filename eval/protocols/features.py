@@ -19,7 +19,13 @@ from strata.errors import ConfigError, ShardError
 from strata.files import open_atomic
 from strata.telemetry.metrics import Metrics
 from strata.train.models.backbones import Backbone
-from strata.train.representation.encode import LEVELS, VideoClips, encode_levels, over_videos
+from strata.train.representation.encode import (
+    LEVELS,
+    VideoClips,
+    encode_levels,
+    inference_precision,
+    over_videos,
+)
 
 __all__ = ["LEVEL_CHOICES", "FeatureConfig", "Features", "extract_features", "write_features"]
 
@@ -147,7 +153,7 @@ def extract_features(
     protocol = {k: v for k, v in asdict(config).items() if k not in apart}
     # The form of the file: with a hash.
     protocol["form"] = 2
-    protocol["precision"] = "bf16" if device.type == "cuda" else "fp32"
+    protocol["precision"] = inference_precision(device)
     if backwards:
         protocol["backwards"] = True
     name = _digest({"network": network, "set": reader.manifest.digest, "protocol": protocol})
@@ -206,7 +212,8 @@ def _cached(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray]:
                 raise ValueError(f"{level} has shape {values.shape} and type {values.dtype}")
         if metadata.get(_HASH) != _content_hash(found):
             raise ValueError("the hash of the content differs")
-    except (SafetensorError, OSError, ValueError) as error:
+    # TypeError: a type that NumPy does not have.
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ShardError(
             f"cached features {path} are damaged ({error}); delete the file"
         ) from error

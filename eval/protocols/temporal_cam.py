@@ -25,7 +25,7 @@ from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet
 from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
-from strata.train.representation.encode import VideoClips
+from strata.train.representation.encode import VideoClips, inference_autocast
 
 __all__ = [
     "CamConfig",
@@ -147,7 +147,7 @@ def activation_maps(
         over t, h and w is the logit.
     """
     seen = clips.flip(1) if backwards else clips
-    with torch.autocast("cuda", torch.bfloat16, enabled=clips.device.type == "cuda"):
+    with inference_autocast(clips.device):
         maps = getattr(backbone(normalise(seen, backbone.in_channels)), level)
     head = torch.from_numpy(weight).to(maps.device, torch.float32)
     cam = torch.einsum("ncthw,c->nthw", maps.float(), head)

@@ -76,7 +76,12 @@ class ExporterConfig:
         """
         if self.password_file is None:
             return None
-        line = self.password_file.read_text(encoding="utf-8").strip()
+        try:
+            line = self.password_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"monitor.password_file {self.password_file} is not readable: {error}"
+            ) from error
         user, colon, password = line.partition(":")
         if not (user and colon and password) or "\n" in line:
             raise ConfigError(

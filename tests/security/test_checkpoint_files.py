@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from strata.distributed import World
 from strata.errors import CheckpointError
-from strata.train.engine import Snapshot
+from strata.train.engine import Engine, EngineConfig, ParameterGroup, Snapshot
 from strata.train.export import ExportCommand, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from strata.train.run.checkpoint import (
@@ -19,15 +21,27 @@ from strata.train.run.checkpoint import (
     RunState,
     backbone_config,
     load_backbone,
+    read_marker,
     read_state,
+    restore,
     trained_clips,
     write,
 )
+from tests.support.rank_processes import run_ranks
 
 CONFIG = {
     "model": vars(BackboneConfig(width=8)),
     "data": {"size": 32, "clips": {"clip_frames": 8}},
 }
+STATE = RunState(
+    step=1,
+    epoch=0,
+    epoch_step=1,
+    manifest_digest="m",
+    plan_digest="p",
+    world_size=1,
+    config=CONFIG,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +52,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training={"random.cpu": torch.get_rng_state()},
         loss_scale={},
     )
-    state = RunState(
-        step=1,
-        epoch=0,
-        epoch_step=1,
-        manifest_digest="m",
-        plan_digest="p",
-        world_size=1,
-        config=CONFIG,
-    )
-    return write(snapshot, state, tmp_path_factory.mktemp("run"), CheckpointConfig())
+    return write(snapshot, STATE, tmp_path_factory.mktemp("run"), CheckpointConfig())
 
 
 @pytest.fixture
@@ -196,3 +201,56 @@ def test_a_config_of_an_export_that_is_none_is_one_line(text: str, tmp_path: Pat
     with pytest.raises(CheckpointError) as caught:
         load_export(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("marker", [b"\xff{}", b'{"model.safetensors": "' + b"A" * 64 + b'"}'])
+def test_the_marker_that_identifies_a_checkpoint_is_decoded_first(marker: bytes, folder: Path):
+    assert read_marker(folder) == (folder / "complete.json").read_text()
+    (folder / "complete.json").write_bytes(marker)
+    with pytest.raises(CheckpointError, match=r"complete\.json is not valid"):
+        read_marker(folder)
+
+
+ODD_TRAINING: dict[str, dict[str, torch.Tensor | None]] = {
+    "random.cpu": {"random.cpu": torch.zeros(5000)},
+    "a short random.cpu": {"random.cpu": torch.zeros(3, dtype=torch.uint8)},
+    "exp_avg": {"exp_avg.0.weight": None},
+    "step": {"step.0.weight": torch.ones(2)},
+    "whole numbers": {"exp_avg_sq.0.weight": torch.ones(2, 3, dtype=torch.int64)},
+    "shape": {"exp_avg.0.weight": torch.ones(3, 2)},
+    "name": {"exp_avg.other": torch.ones(2, 3)},
+    "kind": {"secret.0.weight": torch.ones(2, 3)},
+}
+
+
+def test_a_state_of_training_that_does_not_fit_is_one_line(tmp_path: Path):
+    """Checked when it is restored: the first step would fail otherwise, or silently differ."""
+    (refused,) = run_ranks(restore_odd, 1, tmp_path)
+    assert refused == list(ODD_TRAINING)
+
+
+def restore_odd(world: World, tmp_path: Path) -> list[str]:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    engine = Engine(
+        model,
+        [ParameterGroup("all", list(model.parameters()))],
+        EngineConfig(device="cpu"),
+        batch_size=2,
+        world=world,
+        device=torch.device("cpu"),
+        run=tmp_path,
+    )
+    engine.step(engine(torch.rand(2, 3)).square().sum(), lr_factor=1.0, frozen=())
+    good = engine.snapshot()
+    folder = write(good, STATE, tmp_path, CheckpointConfig())
+    restore(engine, model, folder)
+    refused = []
+    for name, odd in ODD_TRAINING.items():
+        training = {k: v for k, v in {**good.training, **odd}.items() if v is not None}
+        save_file(training, folder / "training.safetensors")
+        seal(folder)
+        try:
+            restore(engine, model, folder)
+        except CheckpointError as error:
+            refused += [name] * (str(folder) in str(error))
+    return refused

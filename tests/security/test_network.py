@@ -322,3 +322,10 @@ def test_an_index_is_held_against_the_hash_or_in_older_sets_against_the_tar(
         for entry in entries:
             with pytest.raises(transfer.WrongContentError, match="the index"):
                 storage._compare_index(index, shard, entry)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server: Misbehaving, tmp_path: Path):
+    reader = open_at(server, tmp_path)
+    (tmp_path / reader.manifest.digest).rmdir()
+    with pytest.raises(ShardError, match=r"cannot be kept in data\.download\.folder"):
+        reader.strip(0, FRAMES)

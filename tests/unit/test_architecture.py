@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -97,6 +98,20 @@ def test_heavy_packages_have_one_owner(package: str, owners: set[str]):
         if module == package or module.startswith(f"{package}.")
     }
     assert users == owners
+
+
+LAUNCHER = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|LOCAL_SIZE|SLURM_[A-Z_]+|MASTER_[A-Z]+")
+
+
+def test_the_launchers_environment_has_one_reader():
+    """A variable's name as a string of its own is what reading or setting it takes."""
+    readers = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and LAUNCHER.fullmatch(str(node.value))
+    }
+    assert readers == {"strata/launch.py"}
 
 
 def test_packages_are_the_folders_but_for_the_benchmarks():

@@ -11,9 +11,9 @@ from strata.distributed import (
     current_world,
     join_world,
     leave_world,
-    slurm_environment,
 )
 from strata.errors import WorldError
+from strata.launch import LaunchError, slurm_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # As `srun` sets them for the last task of a step of two nodes with two tasks and one.
@@ -150,7 +150,7 @@ def test_an_address_that_was_set_wins():
 
 
 def test_an_environment_not_understood_is_refused():
-    with pytest.raises(WorldError, match="ValueError"):
+    with pytest.raises(LaunchError, match="ValueError"):
         slurm_environment(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"})
 
 

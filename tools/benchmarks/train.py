@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from strata import distributed
+from strata import distributed, launch
 from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world
@@ -357,7 +357,7 @@ def main(argv: Sequence[str]) -> None:
         StrataError: A signal stopped it.
     """
     options = parse_options(StepOptions, argv, "train")
-    if options.ranks and "RANK" not in os.environ:
+    if options.ranks and not launch.is_launched():
         _start_ranks(options.ranks, argv)
         return
     device = choose_device(options.engine, current_world())

@@ -18,7 +18,14 @@ from strata.telemetry.metrics import Metrics
 from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
 
-__all__ = ["LEVELS", "VideoClips", "encode_levels", "over_videos"]
+__all__ = [
+    "LEVELS",
+    "VideoClips",
+    "encode_levels",
+    "inference_autocast",
+    "inference_precision",
+    "over_videos",
+]
 
 LEVELS = ("low", "mid", "high")
 
@@ -53,6 +60,17 @@ class VideoClips:
                 raise ConfigError(f"test clips: {name} is {getattr(self, name)}; use 1 or more")
         if not 0 < self.crop <= 1:
             raise ConfigError(f"test clips: crop is {self.crop}; use more than 0, at most 1")
+
+
+def inference_precision(device: torch.device) -> Literal["bf16", "fp32"]:
+    """In what a network is evaluated: bfloat16 by autocast on a GPU, else float32."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def inference_autocast(device: torch.device) -> torch.autocast:
+    """While entered, forward passes have `inference_precision`."""
+    enabled = inference_precision(device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.inference_mode()
@@ -143,7 +161,7 @@ def encode_levels(
     def compute(clips: Tensor) -> dict[str, Tensor]:
         flat = clips.flatten(0, 1)
         flat = normalise(flat.flip(1) if backwards else flat, in_channels)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with inference_autocast(device):
             maps = backbone(flat)
         return {
             level: getattr(maps, level).float().mean(dim=(2, 3, 4)).unflatten(0, clips.shape[:2])

@@ -50,6 +50,7 @@ __all__ = [
     "build_for_file",
     "find_checkpoint",
     "load_backbone",
+    "read_marker",
     "read_state",
     "restore",
     "trained_clips",
@@ -248,15 +249,30 @@ def _give_name(writing: Path, final: Path) -> None:
     sync_path(final.parent)
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash that a checkpoint's completeness marker gives each file."""
+    marker = folder / COMPLETE
+    kind = dict[str, Annotated[str, Digest]]
+    return decode_json(_read(marker), kind, marker, CheckpointError, max_bytes=_MAX_JSON_BYTES)
+
+
+def read_marker(folder: Path) -> str:
+    """The text of a checkpoint's completeness marker, which identifies its content.
+
+    Raises:
+        CheckpointError: It is missing or of another form.
+    """
+    _hashes(folder)
+    return _read(folder / COMPLETE).decode("utf-8")
+
+
 def _check_hashes(folder: Path) -> None:
     """Compare every file with its hash.
 
     Raises:
         CheckpointError: A hash or a file is missing, or a file is altered.
     """
-    marker = folder / COMPLETE
-    kind = dict[str, Annotated[str, Digest]]
-    hashes = decode_json(_read(marker), kind, marker, CheckpointError, max_bytes=_MAX_JSON_BYTES)
+    marker, hashes = folder / COMPLETE, _hashes(folder)
     advice = (
         f"use an older checkpoint: write its folder's name into {folder.parent / 'latest'}, or "
         "remove this folder"
@@ -313,7 +329,7 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
                 loss_scale=state.loss_scale,
             )
         )
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, CheckpointError) as error:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this model: {str(error).splitlines()[0]}; resume "
             "with the run's own config.yaml"

@@ -5,6 +5,8 @@ import signal
 import sys
 from types import FrameType, TracebackType
 
+from strata import launch
+
 __all__ = ["StopSignals"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -24,7 +26,7 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number)
             # Not by a logger or print: a signal may come while either holds its lock.
-            rank = os.environ.get("RANK", "0")
+            rank = launch.rank_text() or "0"
             text = f"rank {rank}: {self.received.name}: saving at the end of this step\n"
             os.write(sys.stderr.fileno(), text.encode())
 

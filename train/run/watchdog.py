@@ -7,6 +7,7 @@ import threading
 import time
 from types import TracebackType
 
+from strata import launch
 from strata.errors import EXIT_LOST_PEER
 
 __all__ = ["Watchdog"]
@@ -39,7 +40,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        rank = os.environ.get("RANK", "0")
+        rank = launch.rank_text() or "0"
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(
             f"error (rank {rank}): nothing moved for {self._limit_s:g} s while {self._what} (the "

@@ -12,6 +12,7 @@ from strata.config import parse_config
 from strata.errors import ConfigError
 from strata.tools.ablation import gpu_shares, main
 from strata.tools.ablation_grid import AblateConfig, pretraining
+from strata.tools.ablation_table import read_json
 from strata.tools.launchers import program
 from strata.train.config import TrainConfig
 from tests.support.commands import ROOT
@@ -183,3 +184,11 @@ def test_runs_side_by_side_share_the_gpus(monkeypatch: pytest.MonkeyPatch):
         ConfigError, match="3, but 4 GPUs are visible; use a divisor or a multiple of 4"
     ):
         shares(monkeypatch, 4, "", 3, "deepspeed")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{", b"[" * 100_000])
+def test_a_record_of_a_grid_that_is_none_is_one_line(content: bytes, tmp_path: Path):
+    path = tmp_path / "cell.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cell\.json is not valid"):
+        read_json(path)

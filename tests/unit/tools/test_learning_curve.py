@@ -49,3 +49,13 @@ def test_a_run_without_a_probe_is_refused(tmp_path: Path):
         read_learning(tmp_path)
     with pytest.raises(ConfigError, match=r"no record of a probe; pretrain with --probe\.every"):
         read_learning(run(tmp_path / "run", {"kind": "step", "step": 1}))
+
+
+def test_a_cut_line_is_skipped_and_a_damaged_record_is_named(tmp_path: Path):
+    folder = run(tmp_path / "run", probe(0, 0.5))
+    log = folder / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'\n{"kind": "pro\xff\n')
+    assert read_learning(folder).points["R@1"] == [(0, 50.0)]
+    log.write_text('{"kind": "probe", "step": 1, "recall": {"R@1": "high"}}\n')
+    with pytest.raises(ConfigError, match=r"log\.jsonl .* not valid: .*R@1"):
+        read_learning(folder)

@@ -1,8 +1,14 @@
+import io
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.video import r3d_18
 from torchvision.models.video import s3d as torchvision_s3d
@@ -16,6 +22,7 @@ from strata.train.weights import (
     load_torchvision,
     read_weights,
 )
+from tests.support.fuzzing import budget, byte_edits, edited, outcome
 
 
 def encoder(name: str, *, width: int = 8, in_channels: int = 3, seed: int = 0) -> Backbone:
@@ -243,3 +250,43 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(CheckpointError, match=r"an R3D-18 only; set model\.name r3d18"):
         load_release(encoder("s3d"), release_weights())
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def test_compressed_weights_are_refused_before_they_are_unpacked(tmp_path: Path):
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for member in plain.infolist():
+            bomb.writestr(member.filename, plain.read(member))
+    assert read_weights(tmp_path / "plain.pt")["a"].shape == (1 << 20,)
+    with pytest.raises(CheckpointError, match=r"bomb\.pt .* is compressed, to 4\d{6} bytes"):
+        read_weights(tmp_path / "bomb.pt")
+
+
+@pytest.fixture(scope="module")
+def weight_files() -> dict[str, bytes]:
+    """A file of each format by its suffix."""
+    tensors = {f"layer.{k}.weight": torch.randn(3, 4) for k in range(3)}
+    found = {".safetensors": safetensors.torch.save(tensors)}
+    for suffix, is_zip in ((".pt", True), (".pth", False)):
+        file = io.BytesIO()
+        torch.save({"state_dict": tensors}, file, _use_new_zipfile_serialization=is_zip)
+        found[suffix] = file.getvalue()
+    return found
+
+
+@budget(300)
+@given(st.sampled_from([".safetensors", ".pt", ".pth"]), byte_edits())
+def test_edited_weights_are_read_or_refused_in_one_line(
+    weight_files: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+    suffix: str,
+    edits: Any,
+):
+    """Other values are not found: these files have no hash."""
+    path = tmp_path_factory.getbasetemp() / f"edited{suffix}"
+    path.write_bytes(edited(weight_files[suffix], edits))
+    found = outcome(lambda: read_weights(path))
+    assert found is None or all(isinstance(value, Tensor) for value in found.values())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
@@ -82,7 +83,7 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken(
     np.testing.assert_array_equal(kept.levels["high"], fresh.levels["high"])
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "other set", "other kind"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "other set", "other kind", "unknown kind"])
 def test_features_that_were_altered_or_belong_elsewhere_are_refused(
     damage: str, backbone: Backbone, readers: list[ShardReader], tmp_path: Path
 ):
@@ -96,6 +97,9 @@ def test_features_that_were_altered_or_belong_elsewhere_are_refused(
             path.write_bytes(content[:-100])
         case "other set":
             features._write({k: v[:1] for k, v in features._cached(path, (2, 1)).items()}, path)
+        case "unknown kind":
+            levels = {k: torch.zeros(2, 1, 4, dtype=torch.bfloat16) for k in features.LEVELS}
+            save_file(levels, path, metadata={"sha256": "0" * 64})
         case _:
             found = features._cached(path, (2, 1))
             features._write({k: v.astype(np.float64) for k, v in found.items()}, path)
