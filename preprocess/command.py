@@ -33,7 +33,7 @@ __all__ = ["find_sets", "main", "run_command"]
 
 
 def find_sets(command: ShardCommand) -> list[SourceSet]:
-    """The sets that the command asks for, with duplicates seen to.
+    """The sets of the command, with duplicates marked.
 
     Raises:
         ConfigError: A folder or a list is missing or contradicts itself.
@@ -73,8 +73,8 @@ def run_command(command: ShardCommand) -> list[Manifest]:
         The manifests; none for a dry run or a slice.
 
     Raises:
-        ConfigError: The sources or the settings are at fault.
-        ShardError: An output folder is, or too many videos were rejected.
+        ConfigError: The sources or the settings are wrong.
+        ShardError: An output folder cannot be used, or too many videos were rejected.
     """
     sets = find_sets(command)
     for source_set in sets:
@@ -127,7 +127,7 @@ def run_command(command: ShardCommand) -> list[Manifest]:
 
 
 def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
-    """The metrics of this process, of the slice that it makes."""
+    """The metrics of this process, exported while it works."""
     local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     out = command.out.resolve()
     return export_process(
@@ -184,10 +184,10 @@ def _index(options: IndexOptions) -> None:
         lock = FolderLock(out, "indexing", ShardError, "wait for it", ".index.lock")
     try:
         with lock:
-            manifest, told = index_folder(folder, form, names, options.workers, options.index_out)
+            manifest, report = index_folder(folder, form, names, options.workers, options.index_out)
     except OSError as error:
         raise ShardError(f"{folder}: {error}; correct that and run the command again") from error
-    print(told, flush=True)
+    print(report, flush=True)
     _check_rejects(manifest, out, options.max_rejects)
 
 

@@ -16,7 +16,14 @@ _SHOWN_NOTES = 10
 def closing_table(
     manifest: Manifest, folder: Path, seconds: float, notes: Sequence[str] = ()
 ) -> str:
-    """What became of every source, in a few lines for a person."""
+    """Counts of written, absent and rejected sources with reasons and notes, as text.
+
+    Args:
+        manifest: Of the set.
+        folder: The set's folder.
+        seconds: Duration of the run; 0 leaves out the line.
+        notes: Notes of the search for sources.
+    """
     rows = manifest.rows
     count = Counter(row.status for row in rows)
     num_frames = sum(s.num_frames for s in manifest.shards)

@@ -1,4 +1,4 @@
-"""The official lists of Kinetics, and where their clips are on the disk."""
+"""Read the official lists of Kinetics and find their clips on disk."""
 
 import csv
 import re
@@ -64,7 +64,7 @@ class _Clip:
 
     @property
     def stems(self) -> tuple[str, str, str]:
-        """What the file may be called, the surest name first."""
+        """Possible names of the file, the most specific first."""
         return self.stem, f"{self.youtube_id}_{self.start_s}_{self.end_s}", self.youtube_id
 
 
@@ -215,7 +215,7 @@ def _mark_shared_files(sets: Sequence[SourceSet]) -> list[SourceSet]:
 
 
 class _KineticsFinder:
-    """Finds the file of a clip among those on disk, and remembers what was doubtful."""
+    """Finds the file of a clip among those on disk, and collects notes on ambiguous ones."""
 
     def __init__(self, listing: Listing, classes: Sequence[str]) -> None:
         self._labels = {name: label for label, name in enumerate(classes)}
@@ -231,7 +231,7 @@ class _KineticsFinder:
         self._same: list[str] = []
 
     def notes(self) -> Iterator[str]:
-        """What a person should know."""
+        """Notes for the user."""
         for what, names in (
             (
                 "files have no times in their names and are taken as the clips themselves, not the "
@@ -281,14 +281,14 @@ class _KineticsFinder:
             other = next(f for f in fitting if f not in replacements)
             self._replaced.append(f"{replacements[0].name}, not {other.name}")
             fitting = replacements
-        # Fewer is surer: by the name, then by the class's folder, then by the split's.
+        # Narrow the choice by name, then by the class's folder, then by the split's.
         best = min(clip.stems.index(stem_of(f.name)) for f in fitting)
-        for surer in (
+        for preferred in (
             [f for f in fitting if stem_of(f.name) == clip.stems[best]],
             [f for f in fitting if self._folder_label(f) == label],
             [f for f in fitting if self._folder_split(f) == split],
         ):
-            both = [f for f in fitting if f in surer]
+            both = [f for f in fitting if f in preferred]
             fitting = both or fitting
         source = source_at(name, fitting[0], label)
         if len(fitting) > 1:

@@ -317,7 +317,7 @@ def test_a_fault_of_the_program_ends_the_run(videos: Path, tmp_path: Path) -> No
         ["folder", "--videos", str(videos / "run"), "--out", str(tmp_path), "--log", "none"]
     )
     broken = dataclasses.replace(command.settings, form=NormalForm(payload="foreign", min_frames=1))
-    with pytest.raises(WorkerError, match=r"\d.mp4: a fault of the program(.|\n)*AssertionError"):
+    with pytest.raises(WorkerError, match=r"\d.mp4: a bug of the program(.|\n)*AssertionError"):
         run_command(dataclasses.replace(command, settings=broken))
     assert not list((tmp_path / "train").glob("*.t*"))
 
