@@ -227,8 +227,8 @@ def _refuse_compressed(path: Path) -> None:
 def _check_end(path: Path, end: int) -> None:
     """Check that a tar ends correctly after its last member.
 
-    A file that was cut between two members looks complete but for this, and what stands behind the
-    end, as where tars were joined by `cat`, nobody reads.
+    Otherwise a file that was cut between two members would look complete, and members after the
+    end mark, as in tars joined by `cat`, would be ignored silently.
     """
     with path.open("rb") as file:
         file.seek(end)

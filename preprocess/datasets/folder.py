@@ -79,7 +79,7 @@ class SourceSet:
 def sample_key(name: str) -> str:
     """The key of a source in its shard: stable, unique, without dots or spaces.
 
-    A readable head and a hash of the whole name: the head alone may be cut or ambiguous.
+    A readable head and a hash of the full name: the head alone may be cut or ambiguous.
     """
     head = re.sub(r"[^A-Za-z0-9]+", "_", os.path.splitext(name)[0]).strip("_")
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
@@ -367,12 +367,12 @@ def _note_shared(sources: Sequence[tuple[str, Source]]) -> list[str]:
 def mark_duplicates(source_set: SourceSet, *, reject: bool = True) -> SourceSet:
     """Find files that are equal byte for byte, reading only those of equal size.
 
-    Of equal files with one label the first by name is kept. Where the labels differ nobody can say
+    Of equal files with one label the first by name is kept. Where the labels differ, it is unknown
     which is right, so all are rejected.
 
     Args:
         source_set: The set.
-        reject: Whether duplicates are rejected; else they are only told in the notes, as the
+        reject: Whether duplicates are rejected; else they are only noted, as the
             official lists must be kept.
 
     Returns:

@@ -123,14 +123,14 @@ def _kinetics_classes(
         if len(classes) != expected:
             raise ConfigError(
                 f"the lists in {splits} name {len(classes)} classes, {dataset} has {expected}; so "
-                "the labels would not be those of the whole set: give all its lists, or a file "
+                "the labels would not be those of the complete set: give all its lists, or a file "
                 "with one class name a line by --classes"
             )
     spellings: dict[str, str] = {}
     for name in classes:
         other = spellings.setdefault(plain(name), name)
         if other != name:
-            raise ConfigError(f"classes {other!r} and {name!r} cannot be told apart in folders")
+            raise ConfigError(f"classes {other!r} and {name!r} cannot be distinguished in folders")
     return classes
 
 
