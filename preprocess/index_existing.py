@@ -186,7 +186,7 @@ def _writable(folder: Path, out: Path) -> Path:
         raise ShardError(f"{out} has a {MANIFEST_NAME} already; remove it to index again")
     if not os.access(out, os.W_OK | os.X_OK, effective_ids=True):
         raise ShardError(
-            f"{out} cannot be written; give a folder for index and manifest with --index_out"
+            f"{out} cannot be written; give a folder for index and manifest with --index-out"
         )
     return out
 
@@ -196,7 +196,7 @@ def _link(link: Path, tar: Path) -> None:
     if link.is_symlink():
         link.unlink()
     elif link.exists():
-        raise ShardError(f"{link} exists and is no link; give another --index_out")
+        raise ShardError(f"{link} exists and is no link; give another --index-out")
     link.symlink_to(tar)
 
 

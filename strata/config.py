@@ -28,8 +28,8 @@ def parse_config(
     *,
     prog: str,
     description: str,
-    defaults: Mapping[str, Any] | None = None,
     positional: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
 
@@ -41,10 +41,10 @@ def parse_config(
         root: The dataclass to build; field docstrings become `--help`.
         argv: Arguments without the program's name.
         prog: Name shown in help and errors.
-        description: First line of the help.
-        defaults: Values by dotted name that take the place of the fields' own defaults.
         positional: The setting that gets the words that belong to no option. The command has
             neither true-or-false settings nor another list.
+        description: First line of the help.
+        defaults: Values by dotted name that take the place of the fields' own defaults.
 
     Returns:
         A validated instance of `root`.
@@ -76,6 +76,22 @@ def parse_config(
         raise ConfigError(
             f"{prog}: {reason}{where}. See {prog} --help for the settings."
         ) from error
+
+
+def _with_name(argv: Sequence[str], name: str) -> list[str]:
+    """Arguments in which the words that belong to no option are the values of `--name`."""
+    words, named, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if option == f"--{name}":
+            named += [value] if equals else []
+        elif not word.startswith("--"):
+            named.append(word)
+        else:
+            takes_next = rest and not equals and not rest[0].startswith("--")
+            words += [word, rest.pop(0)] if takes_next else [word]
+    return [*words, f"--{name}", *named] if named else words
 
 
 def _types(root: Any, prefix: str = "") -> dict[str, Any]:
@@ -110,22 +126,6 @@ def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
         else:
             words.append(f"{name}{equals}{value}")
     return words
-
-
-def _with_name(argv: Sequence[str], name: str) -> list[str]:
-    """Arguments in which the words that belong to no option are the values of `--name`."""
-    words, named, rest = [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        option, equals, value = word.partition("=")
-        if option == f"--{name}":
-            named += [value] if equals else []
-        elif not word.startswith("--"):
-            named.append(word)
-        else:
-            takes_next = rest and not equals and not rest[0].startswith("--")
-            words += [word, rest.pop(0)] if takes_next else [word]
-    return [*words, f"--{name}", *named] if named else words
 
 
 def plain(value: Any) -> Any:

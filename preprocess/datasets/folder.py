@@ -196,7 +196,7 @@ def find_folder(
             class folders; or a share is asked for where there are splits.
     """
     if not 0 <= test_fraction < 1:
-        raise ConfigError(f"--test_fraction is {test_fraction}; use a share from 0 to below 1")
+        raise ConfigError(f"--test-fraction is {test_fraction}; use a share from 0 to below 1")
     listing = list_files(videos)
     files = [f for f in listing.files if is_video_name(f.name)]
     if not files:
@@ -210,7 +210,7 @@ def find_folder(
         splits = sorted({f.folders[level] for f in files})
         raise ConfigError(
             f"{listing.places} is divided into {some_of(splits)} already; leave out "
-            "--test_fraction (or set test_fraction: 0)"
+            "--test-fraction (or set test_fraction: 0)"
         )
     home = _homes(files, level)
     classes = _classes(listing, files, home)

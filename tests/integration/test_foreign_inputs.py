@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_names_the_option(open_tmp: Path, clip: 
     theirs.chmod(0o555)
     done = as_nobody("index", theirs, "--min-frames", "1")
     assert done.returncode == 2
-    assert "give a folder for index and manifest with --index_out" in done.stderr
+    assert "give a folder for index and manifest with --index-out" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     done = as_nobody("index", theirs, "--min-frames", "1", "--index_out", ours / "set")
     assert done.returncode == 0, done.stderr

@@ -125,7 +125,7 @@ def test_test_fraction_divides_every_class(tmp_path: Path) -> None:
     assert not {s.name for s in train.sources} & {s.name for s in test.sources}
     assert find_folder([tmp_path], test_fraction=0.3, seed=1) == [train, test]
     assert find_folder([tmp_path], test_fraction=0.3, seed=2) != [train, test]
-    with pytest.raises(ConfigError, match=r"--test_fraction is 1.5"):
+    with pytest.raises(ConfigError, match=r"--test-fraction is 1.5"):
         find_folder([tmp_path], test_fraction=1.5)
 
 
