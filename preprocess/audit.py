@@ -1,4 +1,4 @@
-"""Read a finished shard folder once and name every fault in it."""
+"""Audit a finished shard folder: read every file once and list all faults."""
 
 import hashlib
 import io
@@ -53,14 +53,14 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     Args:
         folder: A finished shard folder.
         decode: How many samples to decode; -1 for all.
-        seed: Which ones.
+        seed: Seed that chooses the samples.
         workers: Threads; 0 for one on each CPU.
 
     Returns:
         One line for each fault; empty if there is none.
 
     Raises:
-        ShardError: There is no sound manifest to hold the folder against.
+        ShardError: The manifest is missing or damaged.
     """
     manifest = read_manifest(folder)
     faults = list(_check_manifest(folder, manifest))
@@ -82,7 +82,7 @@ def check_folder(folder: Path, *, decode: int = 64, seed: int = 0, workers: int 
     known = {MANIFEST_NAME, SAMPLES_NAME}
     for entry in manifest.shards:
         known |= {entry.name, Path(entry.name).with_suffix(INDEX_SUFFIX).name}
-    if manifest.form.payload == "foreign":  # A tar of rejected samples alone is no shard.
+    if manifest.form.payload == "foreign":  # A tar in which all samples were rejected is no shard.
         known |= {row.source.partition("/")[0] for row in manifest.rows}
     for path in sorted(folder.iterdir()):
         if path.name not in known and not is_ignored(path.name) and not _is_empty(path, manifest):
@@ -141,7 +141,7 @@ def _check_shard(
         checked.run(file, rows, samples, chosen)
     is_other = checked.sha256 != entry.sha256
     if is_other and manifest.schema == 1 and samples and not checked.faults:
-        # Nothing but decoding tells which samples of an old set are damaged.
+        # Schema 1 has no checksums: only decoding shows which samples are damaged.
         with path.open("rb", buffering=0) as file:
             checked.run(file, rows, samples, set(range(len(rows))))
     faults += [f"{entry.name}: {fault}" for fault in checked.faults]
@@ -158,7 +158,7 @@ def _members(
     rows: Sequence[SourceRow],
     faults: list[str],
 ) -> list[SampleMembers]:
-    """Keys and members by the index, where its hash is right, and else by the tar's headers."""
+    """Keys and members from the index if its hash is right, otherwise from the tar's headers."""
     index_path = path.with_suffix(INDEX_SUFFIX)
     found = None
     if index_path.is_file():
@@ -182,7 +182,7 @@ def _members(
 
 @dataclass
 class _ShardPass:
-    """Reads a shard from its beginning to its end, hashes it, and checks each sample on the way."""
+    """One pass over a shard that hashes the file and checks each sample."""
 
     manifest: Manifest
     entry: ShardEntry
@@ -197,13 +197,13 @@ class _ShardPass:
         samples: Sequence[SampleMembers],
         chosen: set[int],
     ) -> None:
-        """Read all.
+        """Read the complete file.
 
         Args:
             file: The shard.
             rows: Its samples as the manifest lists them.
-            samples: The same by the index.
-            chosen: Those to decode.
+            samples: Its samples as the index lists them.
+            chosen: Positions of the samples to decode.
         """
         self._file, self._place, self._digest = file, 0, hashlib.sha256()
         for position, (row, (key, members)) in enumerate(zip(rows, samples, strict=False)):
@@ -219,8 +219,8 @@ class _ShardPass:
             except VideoFault as fault:
                 self.faults.append(f"{key}: {fault.detail}")
             if self.manifest.form.payload != "foreign":
-                # After a fault the rest of the sample is hashed too, and the next one begins where
-                # it should.
+                # After a fault the rest of the sample is hashed too, so that the next sample is
+                # read from its start.
                 self._skip_to(max(offset + size for offset, size in members.values()))
         while self._read(_CHUNK_BYTES):
             pass
@@ -247,9 +247,9 @@ class _ShardPass:
         """
         offset, size = place
         if self.manifest.form.payload == "foreign":
-            if offset < self._place:  # A link in the tar leads back.
+            if offset < self._place:  # A link in the tar refers to an earlier member.
                 return os.pread(self._file.fileno(), size, offset)
-            self._skip_to(offset - BLOCK)  # Over samples that the index leaves out.
+            self._skip_to(offset - BLOCK)  # Skip samples that are not in the index.
         before = self._read(max(offset - self._place, 0))
         if self._place > offset:
             raise ShardError(f"member {ext} lies within the one before it")
@@ -281,7 +281,7 @@ class _ShardPass:
         """Compare every member of a sample with its checksum and with the row."""
         form = self.manifest.form
         offset, size = members[FRAMES_EXT]
-        # Ahead of its turn, as it says what the segments before it must be.
+        # Read first, as it describes the segments before it.
         content = os.pread(self._file.fileno(), size, offset)
         table = FrameTable.from_bytes(content)
         table.check(form, row)
@@ -298,22 +298,22 @@ class _ShardPass:
 
 
 def _check_facts(row: SourceRow, table: FrameTable, facts: bytes) -> None:
-    """Hold the JSON member against the row and its checksum.
+    """Compare the JSON member with the row and its checksum.
 
     Raises:
         ShardError: They disagree.
     """
     if table.checksums is not None and checksum(facts) != table.checksums.facts:
         raise ShardError("the facts are damaged, their checksum differs")
-    told = vars(decode_json(facts, SampleFacts, "the facts", ShardError))
+    stored = vars(decode_json(facts, SampleFacts, "the facts", ShardError))
     expected = {"key": row.key, "label": row.label, "num_frames": row.num_frames}
-    wrong = [name for name, value in expected.items() if told[name] != value]
+    wrong = [name for name, value in expected.items() if stored[name] != value]
     if wrong:
         raise ShardError(f"the facts' {' and '.join(wrong)} are not what the manifest says")
 
 
 def _check_segment(manifest: Manifest, table: FrameTable, segment: int, content: bytes) -> None:
-    """Hold one segment against the table, without decoding it.
+    """Compare one segment with the table, without decoding it.
 
     Raises:
         ShardError: They disagree.

@@ -1,38 +1,53 @@
-"""The command behind `tools/verify_shards.py`: folders in, one line a fault out."""
+"""The command behind `tools/verify_shards.py`: it checks shard folders and prints each fault."""
 
-import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from strata.config import parse_config
 from strata.errors import ShardError
 from strata.format.manifest import read_manifest
 from strata.preprocess.audit import check_folder
 
-__all__ = ["main"]
+__all__ = ["AuditOptions", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """Hash every file of shard folders and decode a sample of the videos."""
+
+    folders: tuple[Path, ...]
+    """Folders with a manifest.json; may be given without the option's name."""
+    decode: int = 64
+    """Number of samples to decode; -1 for all."""
+    seed: int = 0
+    """Seed that chooses the samples."""
+    workers: int = 0
+    """Threads; 0 is one for each CPU."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command line.
 
     Raises:
+        ConfigError: An argument is unknown or has the wrong type.
         ShardError: A folder has a fault; each was printed before.
     """
-    parser = argparse.ArgumentParser(
+    options = parse_config(
+        AuditOptions,
+        argv,
         prog="tools/verify_shards.py",
-        description="Hash every file of shard folders and decode a sample of the videos.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(AuditOptions.__doc__ or "").splitlines()[0],
+        positional="folders",
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="folders with a manifest.json")
-    parser.add_argument("--decode", type=int, default=64, help="samples to decode; -1 for all")
-    parser.add_argument("--seed", type=int, default=0, help="which samples")
-    parser.add_argument("--workers", type=int, default=0, help="threads; 0: one for each CPU")
-    args = parser.parse_args(argv)
     num_faults = 0
-    for folder in args.folders:
+    for folder in options.folders:
         start_s = time.monotonic()
         try:
-            faults = check_folder(folder, decode=args.decode, seed=args.seed, workers=args.workers)
+            faults = check_folder(
+                folder, decode=options.decode, seed=options.seed, workers=options.workers
+            )
         except OSError as error:
             raise ShardError(f"{folder} cannot be read ({error}); give permission") from error
         for fault in faults:
@@ -40,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         num_faults += len(faults)
         if not faults:
             manifest = read_manifest(folder)
-            decoded = manifest.num_samples if args.decode < 0 else args.decode
+            decoded = manifest.num_samples if options.decode < 0 else options.decode
             print(
                 f"{folder}: sound: {manifest.num_samples:,} samples in {len(manifest.shards):,} "
                 f"shards, {sum(s.num_bytes for s in manifest.shards):,} bytes hashed, "

@@ -1,4 +1,4 @@
-"""What a source says of itself: its hash, its container's facts, its timestamps."""
+"""Facts of a source file: its hash, its container's fields, its timing."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,7 +17,7 @@ __all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFacts:
-    """What the container says."""
+    """Facts from the container's header."""
 
     width: int
     """Pixels, before rotation."""
@@ -26,11 +26,11 @@ class VideoFacts:
     codec: str
     pixel_format: str
     rate: Fraction
-    """Average frames per second; 0 where the container does not say."""
+    """Average frames per second; 0 if the container has none."""
     guessed_rate: Fraction
     """FFmpeg's own guess, which is round; 0 where it has none."""
     coded_rate: Fraction
-    """What the coded stream itself says; 0 if it does not."""
+    """Frames per second by the coded stream; 0 if it has none."""
     time_base: Fraction
     """Seconds of a tick of the timestamps."""
     sample_aspect: float
@@ -83,12 +83,12 @@ def read_facts(stream: VideoStream) -> VideoFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the timestamps of a stream say."""
+    """Timing of a stream by its timestamps."""
 
     is_variable: bool
     """Whether the frames do not come at a constant rate."""
     rate: Fraction
-    """Frames per second that a constant rate has or should have; 0 where nobody can say."""
+    """Frames per second that a constant rate has or should have; 0 if unknown."""
 
 
 _SHORTEST = 0.5

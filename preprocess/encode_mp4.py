@@ -1,4 +1,4 @@
-"""The mp4 payload: a segment as a short video of its own, with closed groups and no reordering."""
+"""The mp4 payload: a segment as a short mp4 video with closed groups and no reordering."""
 
 import io
 from fractions import Fraction
@@ -56,7 +56,7 @@ def _options(form: NormalForm) -> dict[str, str]:
 
 
 def to_stored_range(planes: np.ndarray, form: NormalForm) -> np.ndarray:
-    """Limited range for the video codecs: what a reader that ignores the flag takes for granted."""
+    """Convert to limited range for h264 and vp9, which readers that ignore the flag assume."""
     if form.codec == "mjpeg":
         return planes
     stored = np.empty_like(planes)
@@ -116,7 +116,7 @@ def _step(form: NormalForm) -> float:
 def verify_mp4(
     content: bytes, planes: np.ndarray, form: NormalForm, source: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a segment in full; compare the number, order and likeness of its frames.
+    """Decode a segment in full; compare the number, order and content of its frames.
 
     Args:
         content: The file.
@@ -145,7 +145,7 @@ def verify_mp4(
                     place = len(offsets)
                     starts = place % form.gop == 0 or form.codec == "mjpeg"
                     if packet.pts != packet.dts or packet.is_keyframe != starts:
-                        detail = f"frame {place}: a key frame or an order that was not asked for"
+                        detail = f"frame {place}: an unexpected key frame or order"
                         raise VideoFault(FaultKind.UNLIKE, source, detail)
                     offsets.append(packet.pos or 0)
                     lengths.append(packet.size)
@@ -170,7 +170,7 @@ def _compare(
     source: str,
     place: int,
 ) -> None:
-    """Hold the means of 8 x 8 values of one frame's planes against what went in."""
+    """Compare the means of 8 x 8 values of one frame's planes with those of the source."""
     difference = frame.to_ndarray().astype(np.int16) - expected
     high, wide = form.height // 8, form.width // 8
     luma = difference[: form.height].reshape(1, high, 8, wide, 8)

@@ -1,4 +1,4 @@
-"""What sharding would do: counts per class and split, bytes, and time from a timed sample."""
+"""The dry run: counts for each class and split, and an estimate of bytes and time."""
 
 import time
 from collections import Counter
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from strata.errors import VideoFault
 from strata.preprocess.datasets.folder import SourceSet
 from strata.preprocess.datasets.listing import some_of
-from strata.preprocess.driver import task_of
 from strata.preprocess.run import plan_shards
 from strata.preprocess.settings import ShardSettings
+from strata.preprocess.shard_build import task_of
 from strata.preprocess.worker import Done, Member, make_sample
 
 __all__ = ["estimate_table"]
@@ -21,7 +21,7 @@ _SAMPLE_SECONDS = 15.0
 
 @dataclass(kw_only=True)
 class _Timed:
-    """Sums over the videos that were tried."""
+    """Sums over the videos that were timed."""
 
     videos: int = 0
     rejected: int = 0
@@ -33,14 +33,14 @@ class _Timed:
 
 
 def estimate_table(sets: Sequence[SourceSet], settings: ShardSettings) -> str:
-    """What a run would do, in lines for a person; nothing is written.
+    """Counts and an estimate of what a run would write and take, as text; nothing is written.
 
-    A few videos are transcoded and verified here, in one process, in the order in which the run
-    would take them. Time and size of the rest follow from the bytes of their files.
+    A few videos are transcoded and verified in this process, in the order of the run. Time and size
+    of the others are estimated by the bytes of their files.
 
     Args:
-        sets: What would be sharded.
-        settings: How.
+        sets: The sets of sources.
+        settings: Settings of the run.
     """
     lines: list[str] = []
     for source_set in sets:
@@ -79,7 +79,7 @@ def _counts(source_set: SourceSet) -> list[str]:
 
 
 def _classes(sets: Sequence[SourceSet]) -> list[str]:
-    """On disk / listed, for each class and split."""
+    """Lines with the videos on disk and listed, for each class and split."""
     classes = sets[0].classes
     if not classes:
         return []

@@ -1,4 +1,4 @@
-"""The labels of shards that somebody else wrote: numbers or names, in `.cls` or `.json` members."""
+"""Labels of WebDataset shards of other programs: numbers or names, in `.cls` or `.json` members."""
 
 import json
 import re
@@ -27,7 +27,7 @@ class Label:
     Args:
         text: A number's digits, or a name.
         where: The tar and the member, for messages.
-        class_name: The name of the class, where the label is a number and the name is told too.
+        class_name: The class's name, if the label is a number and the sample has the name too.
     """
 
     text: str
@@ -99,14 +99,14 @@ def _content(path: Path, member: Member, kind: str) -> tuple[str, bytes]:
 
 
 def _label(value: object, where: str) -> Label | None:
-    """A value as a label; integers in disguise, like 3.0 and "3", are integers."""
+    """A value as a label; 3.0 and "3" are the integer 3."""
     if value is None:
         return None
     if isinstance(value, bool | list | dict):
         _refuse(where, repr(value), f"is a {type(value).__name__}")
     if isinstance(value, float):
         if not value.is_integer():
-            _refuse(where, repr(value), "is not a whole number")
+            _refuse(where, repr(value), "is not an integer")
         value = int(value)
     text = str(value).strip()
     if not text:
@@ -140,7 +140,7 @@ def number_classes(
 
     Args:
         labels: Of all samples.
-        given: Class names in order; without, they are found in the labels.
+        given: Class names in order; if empty, they are collected from the labels.
 
     Raises:
         ShardError: Numbers and names are mixed, a label is none of the classes given, or a number

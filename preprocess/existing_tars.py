@@ -1,4 +1,4 @@
-"""What is in a tar: samples with the place of each member, and the index that says so.
+"""Read the samples of a tar with the place of each member, and make its index.
 
 A sample's key is a member's name up to the first dot of its last part, as WebDataset has it. Where
 that would leave a video under an extension with a dot, the names of that tar have dots in their
@@ -256,10 +256,10 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """See that a tar ends as it should, where its last member ends.
+    """Check that a tar ends correctly after its last member.
 
-    A file that was cut between two members looks complete but for this, and what stands behind the
-    end, as where tars were joined by `cat`, nobody reads.
+    Otherwise a file that was cut between two members would look complete, and members after the
+    end mark, as in tars joined by `cat`, would be ignored silently.
     """
     with path.open("rb") as file:
         file.seek(end)

@@ -1,4 +1,4 @@
-"""Index and manifest for shards that somebody else wrote, without encoding anything again."""
+"""Write index and manifest for WebDataset shards of other programs; no video is encoded."""
 
 import hashlib
 import os
@@ -71,19 +71,19 @@ def index_folder(
 ) -> tuple[Manifest, str]:
     """Write an index for every tar of a folder, and a manifest over them.
 
-    Every video is decoded once, in full: so its number of frames is known to the one, and what
-    does not decode is rejected, named, and left out of the index.
+    Every video is decoded once, completely: so its number of frames is exact, and a video that
+    does not decode is rejected by name and left out of the index.
 
     Args:
         folder: Holds WebDataset tars whose samples have one video member (`.mp4`, ...) and a label
             in a `.cls` member or in `.json` as `label` or `cls`: a number or a name.
-        form: What the loader is to make of the videos; its payload is `foreign`.
-        classes: Class names by number; without, they are found in the samples.
+        form: The form to which the loader converts the videos; its payload is `foreign`.
+        classes: Class names by number; if empty, they are collected from the samples.
         workers: Threads; 0 for one on each CPU.
-        out: Where index and manifest go, with a link to each tar, if not beside the tars.
+        out: Folder for index, manifest and a link to each tar; None for the folder of the tars.
 
     Returns:
-        The manifest; and what was found and what it costs to read it, in lines for a person.
+        The manifest; and a report of the content and of the cost of reading it, as text.
 
     Raises:
         ShardError: There are no tars, one cannot be read, the folder has a manifest already or
@@ -91,7 +91,7 @@ def index_folder(
     """
     tars = _tars(folder)
     out = _writable(folder, out or folder)
-    # All that a person must correct is found before hours of decoding.
+    # Tars and labels are checked before the long decoding.
     contents = [read_tar(path) for path in tars]
     found = [
         [_Foreign(sample=s, label=read_label(path, s)) for s in content.samples]
@@ -155,7 +155,7 @@ def index_folder(
 
 
 def _tars(folder: Path) -> list[Path]:
-    """The tars of a folder, with names that a manifest may have."""
+    """The tars of a folder, with checked names."""
     if not folder.is_dir():
         raise ShardError(f"shard folder {folder} does not exist; correct the path")
     files = sorted(p for p in folder.iterdir() if not is_ignored(p.name))
@@ -177,7 +177,7 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def _writable(folder: Path, out: Path) -> Path:
-    """Where index and manifest go, seen to be a place for them."""
+    """The folder for index and manifest, which is made and checked."""
     if out != folder:
         out.mkdir(parents=True, exist_ok=True)
         if out.resolve() == folder.resolve():
@@ -192,7 +192,7 @@ def _writable(folder: Path, out: Path) -> Path:
 
 
 def _link(link: Path, tar: Path) -> None:
-    """Make a shard known in another folder; readers follow links."""
+    """Link a shard into another folder; readers follow links."""
     if link.is_symlink():
         link.unlink()
     elif link.exists():
@@ -247,7 +247,7 @@ def _rows(
 def _cost(
     tars: Sequence[Path], found: Sequence[Sequence[_Foreign]], form: NormalForm
 ) -> tuple[float, float]:
-    """Milliseconds of one core and frames decoded for a clip from the middle of a video."""
+    """Mean milliseconds of one core and mean frames decoded for a clip from a video's middle."""
     good = [(p, s) for p, samples in zip(tars, found, strict=True) for s in samples if s.facts]
     times, counts = [], []
     for path, sample in good[:: max(len(good) // _TIMED_SAMPLES, 1)][:_TIMED_SAMPLES]:

@@ -1,8 +1,8 @@
-"""How finished members go from a worker to the driver, which never touches their bytes.
+"""Messages from a worker to the driver; the bytes of members pass without the driver reading them.
 
-The worker lays them out as they will stand in the tar, in a file that lives in memory only, and
-sends its descriptor. The driver has the kernel copy it behind what the shard holds already. So one
-driver feeds many workers, and nothing is left over however a process ends.
+The worker lays members out as in the tar, in a file in memory (memfd), and sends its descriptor.
+The driver has the kernel append that file to the shard. So one driver serves many workers, and no
+temporary data remains, however a process ends.
 """
 
 import ctypes
@@ -32,26 +32,26 @@ __all__ = [
 ]
 
 _MOST_BUFFERS = 512
-"""To one `writev`; Linux takes 1024."""
+"""Most buffers in one `writev`; Linux accepts 1024."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some finished members of the sample under way, as they stand in a tar."""
+    """Some finished members of a sample, laid out as in a tar."""
 
     members: tuple[tuple[str, int, int], ...]
     """Name, offset of the content from the part's start, and size of the content."""
     num_bytes: int
-    """All of it, headers and padding too."""
+    """Size of the part, with headers and padding."""
     num_frames: int | None
-    """Of the whole sample, where this is its last part."""
+    """Frames of the complete sample, in its last part; None in the others."""
     notes: tuple[str, ...] = ()
-    """What is remarkable about the video, with the last part."""
+    """Remarks about the video for the manifest, in the last part."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The video cannot be used; parts sent before are void."""
+    """The video cannot be used; the driver drops its earlier parts."""
 
     kind: FaultKind
     detail: str
@@ -59,28 +59,28 @@ class Rejected:
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """The program itself is at fault, not the video."""
+    """The worker met a bug of the program, not a fault of the video."""
 
     trace: str
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The system takes no more bytes (a limit of file size, memory); as `errno` says."""
+    """The system refused to store bytes (file size limit, memory); `errno` says why."""
 
     errno: int
 
 
 class RefusedError(Exception):
-    """A worker cannot keep the bytes of a part; holds the system's error number."""
+    """A worker cannot store the bytes of a part; its argument is the system's error number."""
 
 
 class Sent:
-    """A part that has arrived; its bytes wait in memory until it is closed.
+    """A received part; its bytes stay in memory until `close`.
 
     Args:
-        part: What it is.
-        descriptor: Of the bytes; owned from now on.
+        part: Its description.
+        descriptor: Of the file with the bytes; this object closes it.
     """
 
     def __init__(self, part: Part, descriptor: int) -> None:
@@ -88,17 +88,17 @@ class Sent:
         self.descriptor = descriptor
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
 class Heartbeat:
-    """When a worker last got on, by `time.monotonic`: it writes, the driver reads.
+    """Time of a worker's last progress, by `time.monotonic`: the worker writes, the driver reads.
 
-    It lives in memory without a file, so that neither /dev/shm nor a temporary folder is needed,
-    which may be read-only, full or missing.
+    It is in anonymous memory, so neither /dev/shm nor a temporary folder is needed, which may be
+    read-only, full or missing.
     """
 
     def __init__(self) -> None:
@@ -124,11 +124,11 @@ class Heartbeat:
         self._value.value = seconds
 
     def __getstate__(self) -> object:
-        """Hand the memory to a process that is being started."""
+        """Pickle for a process that is being started: the descriptor of the memory."""
         return reduction.DupFd(self._descriptor)
 
     def __setstate__(self, state: Any) -> None:
-        """Take the memory in the new process."""
+        """Map the same memory in the new process."""
         self._attach(state.detach())
 
 
@@ -150,7 +150,7 @@ class PartPacker:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to send."""
+        """Whether no member was added since the last `send`."""
         return not self._members
 
     def add(self, ext: str, content: bytes) -> None:
@@ -163,15 +163,15 @@ class PartPacker:
         self._num_bytes += len(header) + len(content) + len(padding)
 
     def send(self, num_frames: int | None = None, notes: tuple[str, ...] = ()) -> None:
-        """Send what was added.
+        """Send the members that were added.
 
-        Of one sample at most one part waits unread: sending another first waits for the driver's
-        word that it has taken the one before. So a long video does not fill the memory while a
-        slower one, which comes before it in the shard, is being done.
+        At most one part of a sample is unread: sending the next one first waits for the driver's
+        confirmation. So a long video does not fill the memory while a slower one, which comes
+        before it in the shard, is being transcoded.
 
         Args:
-            num_frames: Of the whole sample, if this is its last part.
-            notes: What is remarkable about the video, with the last part.
+            num_frames: Frames of the complete sample, if this is its last part.
+            notes: Remarks about the video, with the last part.
         """
         if self._owes_answer:
             self._connection.recv()
@@ -201,7 +201,7 @@ def _write_all(descriptor: int, buffers: Sequence[bytes]) -> None:
 
 
 def receive(connection: Connection) -> Sent | Rejected | Refused | WorkerFailure:
-    """Take a worker's next message, and its bytes with it.
+    """Receive a worker's next message, with its bytes.
 
     Raises:
         EOFError: The worker is gone.

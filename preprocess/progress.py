@@ -1,4 +1,4 @@
-"""What the driver tells as it goes: a moving bar for a person, JSON lines for a cluster's log."""
+"""Progress of sharding on stderr: a bar for a terminal, or JSON lines for a cluster's log."""
 
 import json
 import sys
@@ -17,19 +17,19 @@ LogKind = Literal["bar", "json", "none"]
 
 
 class Progress:
-    """Says nothing; what the others have in common."""
+    """Interface of the reporters of progress; this one writes nothing."""
 
     def done(self, num_frames: int) -> None:
-        """One more source is done: written with so many frames, or rejected with 0."""
+        """Count a source that is done: written with so many frames, or rejected with 0."""
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
-        """A source was rejected."""
+        """Report a rejected source."""
 
     def tick(self) -> None:
-        """Time passes, whether a source is done or not."""
+        """Called about once a second, whether a source is done or not."""
 
     def close(self) -> None:
-        """The last word."""
+        """Report the end."""
 
 
 class _Bar(Progress):
@@ -40,7 +40,7 @@ class _Bar(Progress):
             initial=initial,
             desc=name,
             unit="video",
-            # A file gets a line now and then instead of a moving bar.
+            # A file gets a line every 30 s instead of a moving bar.
             mininterval=0.2 if sys.stderr.isatty() else 30.0,
         )
 
@@ -60,13 +60,13 @@ class _Bar(Progress):
 
 
 class JsonLog(Progress):
-    """One JSON object a line: how far it is now and then, and every rejected video.
+    """One JSON object a line: the progress at intervals, and every rejected video.
 
     Args:
         name: The set.
-        total: Sources that this process has to do, those done before included.
+        total: Sources of this process, including those done before.
         initial: Sources done before.
-        every_s: Seconds between lines about the progress.
+        every_s: Seconds between lines of progress.
         file: Where to write; stderr by default.
     """
 
@@ -82,35 +82,35 @@ class JsonLog(Progress):
         self._name, self._total, self._done, self._initial = name, total, initial, initial
         self._every_s, self._file = every_s, file
         self._num_rejected = 0
-        self._start_s = self._told_s = time.monotonic()
-        self._tell_progress("start")
+        self._start_s = self._reported_s = time.monotonic()
+        self._report_progress("start")
 
     def done(self, num_frames: int) -> None:
-        """Count one, and tell if it is time."""
+        """Count a source, and report if an interval has passed."""
         self._done += 1
         self.tick()
 
     def tick(self) -> None:
-        """Tell if it is time: a long video must not look like a run that hangs."""
-        if time.monotonic() - self._told_s >= self._every_s:
-            self._tell_progress("progress")
+        """Report if an interval has passed: a long video must not look like a hung run."""
+        if time.monotonic() - self._reported_s >= self._every_s:
+            self._report_progress("progress")
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
-        """Tell it at once."""
+        """Report a rejected source immediately."""
         self._num_rejected += 1
-        self._tell(event="rejected", source=source, reason=reason, detail=detail)
+        self._write(event="rejected", source=source, reason=reason, detail=detail)
 
     def close(self) -> None:
-        """Tell where it ended."""
-        self._tell_progress("end")
+        """Report the final counts."""
+        self._report_progress("end")
 
-    def _tell_progress(self, event: str) -> None:
-        self._told_s = time.monotonic()
-        elapsed_s = self._told_s - self._start_s
+    def _report_progress(self, event: str) -> None:
+        self._reported_s = time.monotonic()
+        elapsed_s = self._reported_s - self._start_s
         fresh = self._done - self._initial
         rate = fresh / elapsed_s if fresh and elapsed_s else 0.0
         left_s = round((self._total - self._done) / rate, 1) if rate else None
-        self._tell(
+        self._write(
             event=event,
             done=self._done,
             total=self._total,
@@ -120,13 +120,13 @@ class JsonLog(Progress):
             left_s=left_s,
         )
 
-    def _tell(self, **fields: Any) -> None:
+    def _write(self, **fields: Any) -> None:
         line = {"time_s": round(time.time(), 3), "set": self._name, **fields}
         print(json.dumps(line), file=self._file or sys.stderr, flush=True)
 
 
 class _Exported(Progress):
-    """Tells Prometheus, and another."""
+    """Counts for Prometheus, and passes every call to another reporter."""
 
     def __init__(self, other: Progress, metrics: Metrics) -> None:
         self._other, self._metrics = other, metrics
@@ -157,7 +157,7 @@ def open_progress(
     metrics: Metrics | None = None,
     every_s: float = 10.0,
 ) -> Iterator[Progress]:
-    """The progress of one set, closed at the end however it comes; JSON every so many seconds."""
+    """A reporter for one set, closed also after an error; JSON every `every_s` seconds."""
     match kind:
         case "bar":
             progress: Progress = _Bar(name, total, initial)

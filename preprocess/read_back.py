@@ -1,8 +1,8 @@
-"""Read a written strip back and hold it against the frames that went in.
+"""Decode an encoded strip and compare it with the frames that were encoded.
 
-The bounds are not chosen but follow from the quantisation table: no DCT coefficient is further off
-than half its step. As the transform is orthonormal, the mean square error of the pixels is that of
-the coefficients, and a mean of pixels is off by no more than the means of the basis functions say.
+The bounds follow from the quantisation table: the error of a DCT coefficient is at most half its
+step. As the transform is orthonormal, the mean square error of the pixels is that of the
+coefficients, and the error of a mean of pixels is bounded by the means of the basis functions.
 """
 
 import io
@@ -17,10 +17,10 @@ from strata.format.strip_jpeg import assemble_strip, parse_strip
 __all__ = ["verify_strip"]
 
 _ROUNDING = 1.5
-"""Grey levels that integer DCTs and two roundings add."""
+"""Error in grey levels from integer DCTs and two roundings."""
 
 _FULL_EVERY = 16
-"""How many frames there are to one that is compared pixel by pixel."""
+"""Every so many frames one is compared pixel by pixel."""
 
 
 def _decode(jpeg: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -37,7 +37,7 @@ def _root_mean_square(difference: np.ndarray) -> np.ndarray:
 def verify_strip(
     jpeg: bytes, planes: np.ndarray, form: NormalForm, source: str, *, every: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a strip and compare number and likeness of its frames with the source.
+    """Decode a strip and compare the number and the content of its frames with the source.
 
     Frames are entropy-decoded in full and compared by the means of their 8 x 8 blocks, in luma and
     chroma; some are also compared pixel by pixel, cut out as the loader will cut them. Whatever
@@ -48,7 +48,7 @@ def verify_strip(
         planes: What `encode_strip` was given.
         form: The normal form.
         source: The video as the user would name it.
-        every: How many frames there are to one that is decoded; the last always is.
+        every: Every so many frames one is decoded; the last always is.
 
     Returns:
         The offsets and lengths of `parse_strip`.
@@ -75,9 +75,9 @@ def verify_strip(
         read = jpeg if every == 1 else assemble_strip([jpeg], table, chosen).tobytes()
         small = _decode(read, (width // 8, len(chosen) * height // 8))
         small = small.reshape(len(chosen), height // 8, width // 8, 3)
-        looked_at = planes if every == 1 else planes[chosen]
+        expected = planes if every == 1 else planes[chosen]
         for channel, name in enumerate(("luma", "Cb", "Cr")):
-            means = _block_means(looked_at, channel, height, width)
+            means = _block_means(expected, channel, height, width)
             error = _root_mean_square(small[..., channel] - means)
             # A JPEG block of 8 x 8 chroma values covers 2 x 2 of the means.
             bound = _bound_of_means(steps[min(channel, 1)], 8 if channel == 0 else 4)

@@ -1,9 +1,9 @@
-"""The parallel driver: sources in, shards and a manifest out; the same bytes on every way there.
+"""Shard a set of sources: plan the shards, make those that are missing, write the manifest.
 
-Which sample stands where is decided before the first video is opened: the sources on disk are
+The place of each sample is decided before the first video is opened: the sources on disk are
 shuffled with the seed, and a shard is a slice of that order. A rejected video leaves a gap in its
-own shard and moves nothing in the others. So shards can be made in any order, by any number of
-workers, and a run that was stopped makes just those that are not there.
+own shard and moves no sample of another. So the bytes do not depend on the number of workers or
+the order of work, and a resumed run makes only the missing shards.
 """
 
 import dataclasses
@@ -35,9 +35,10 @@ from strata.format.schema import (
 )
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.datasets.listing import is_ignored
-from strata.preprocess.driver import ShardBuild, ShardRecord, drive, record_path
+from strata.preprocess.driver import drive
 from strata.preprocess.progress import LogKind, open_progress
 from strata.preprocess.settings import ShardSettings
+from strata.preprocess.shard_build import ShardBuild, ShardRecord, record_path
 from strata.preprocess.shards import shard_name
 from strata.telemetry.metrics import Metrics
 from strata.untrusted import checked_name, decode_json
@@ -49,7 +50,7 @@ _PLAN_NAME = "plan.json"
 
 
 def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
-    """Which sources, in which order, make each shard; a pure function of its arguments."""
+    """The sources of each shard, in order; a pure function of its arguments."""
     present = source_set.present
     order = permutation(settings.seed, Stream.SHUFFLE, 0, len(present)).tolist()
     size = settings.samples_per_shard
@@ -57,7 +58,7 @@ def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Sou
 
 
 def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
-    """The settings that the manifest stores, with a digest of all that decides the bytes."""
+    """The settings that the manifest stores, with a digest of everything that decides the bytes."""
     stored: dict[str, Any] = {
         "seed": settings.seed,
         "samples_per_shard": settings.samples_per_shard,
@@ -92,22 +93,22 @@ def shard_set(
     *,
     log: LogKind = "none",
 ) -> Manifest:
-    """Make all shards of one split, or the rest of them, and the manifest.
+    """Make all missing shards of one split, and the manifest.
 
     Args:
-        source_set: What to shard.
+        source_set: The sources.
         folder: Where the shards go. May hold an earlier, unfinished run of the same command.
-        settings: How. The slice must be the whole.
-        log: What to write on stderr as it goes.
+        settings: Settings, without slices.
+        log: Kind of progress on stderr.
 
     Returns:
-        The manifest that was written, or found if all was done before.
+        The manifest; an earlier one if the folder was complete.
 
     Raises:
         ShardError: The folder holds something else, is in use, or the disk is full.
     """
     if settings.slice_count != 1:
-        raise AssertionError("a slice alone has no manifest")
+        raise AssertionError("one slice has no manifest")
     if not shard_slice(source_set, folder, settings, log=log):
         return read_manifest(folder)
     return merge_set(folder)
@@ -121,20 +122,20 @@ def shard_slice(
     log: LogKind = "none",
     metrics: Metrics | None = None,
 ) -> bool:
-    """Make the shards of one slice, or the rest of them, without the manifest.
+    """Make all missing shards of one slice, without the manifest.
 
-    Any number of slices may work in one folder at the same time, or each in one of its own, whose
-    files are brought together afterwards, those in `.progress` too. `merge_set` does the rest.
+    Several slices may work in one folder at the same time, or each in its own folder, whose files
+    are then copied together, with those in `.progress`. Afterwards `merge_set` writes the manifest.
 
     Args:
-        source_set: What to shard, the same for all slices.
+        source_set: The sources, the same for all slices.
         folder: Where the shards go.
-        settings: How.
-        log: What to write on stderr as it goes.
-        metrics: Where to count what is done.
+        settings: Settings, with the slice.
+        log: Kind of progress on stderr.
+        metrics: Counters of finished videos and frames.
 
     Returns:
-        False if the set has a manifest already and all is there.
+        False if the set has a manifest already and is complete.
 
     Raises:
         ShardError: The folder holds something else, is in use, or the disk is full.
@@ -184,10 +185,10 @@ def merge_set(folder: Path) -> Manifest:
         folder: The folder of one set, in which every shard is finished.
 
     Returns:
-        The manifest that was written, or found if it was there.
+        The manifest; an earlier one if the folder was complete.
 
     Raises:
-        ShardError: A shard is not there yet, or comes from a run with other videos or settings.
+        ShardError: A shard is missing, or comes from a run with other videos or settings.
     """
     progress_folder = folder / _PROGRESS_FOLDER
     plan_path = progress_folder / _PLAN_NAME
@@ -237,7 +238,7 @@ def merge_set(folder: Path) -> Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """All that the manifest needs beside the shards' records."""
+    """Content of the manifest except the shards' records; stored in the progress folder."""
 
     dataset: str
     split: str
@@ -264,7 +265,7 @@ def _plan_json(
 
 
 def _cannot_write(folder: Path, error: OSError) -> ShardError:
-    # An error that names a file elsewhere is not the fault of --out.
+    # The error may name a file outside --out.
     named = error.filename if isinstance(error.filename, str | bytes) else None
     place = Path(os.fsdecode(named)) if named else folder
     where = folder if place.is_relative_to(folder) or folder.is_relative_to(place) else place
@@ -292,7 +293,11 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
-    """Make the folder this plan's own, or see that it is."""
+    """Reserve the folder for this plan.
+
+    Raises:
+        ShardError: It holds other files, or the work of another plan.
+    """
     plan_path = progress_folder / _PLAN_NAME
     if not plan_path.exists():
         ours = {_PROGRESS_FOLDER}
@@ -301,7 +306,7 @@ def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
         foreign = folder.is_dir() and any(
             p.name not in ours and not is_ignored(p.name) for p in folder.iterdir()
         )
-        # Another slice may have begun between the two looks.
+        # Another slice may have started between the two checks.
         if foreign and not plan_path.exists():
             raise ShardError(
                 f"{folder} holds files that sharding did not write; choose another --out"
@@ -348,7 +353,7 @@ def _read_record(
     entry = record.entry
     if entry is not None:
         tar = folder / checked_name(entry.name, "shard", path, ShardError)
-        whole = tar.is_file() and tar.stat().st_size == entry.num_bytes
-        if not whole or not tar.with_suffix(INDEX_SUFFIX).is_file():
+        is_complete = tar.is_file() and tar.stat().st_size == entry.num_bytes
+        if not is_complete or not tar.with_suffix(INDEX_SUFFIX).is_file():
             return None
     return record

@@ -1,4 +1,4 @@
-"""How to shard: what decides the bytes, and what only decides the way there."""
+"""Settings of sharding: those that decide the bytes, and those that do not."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,30 +16,30 @@ ReadBack = Literal["all", "sampled"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings:
-    """How to shard."""
+    """Settings of sharding, without the videos and the folder."""
 
     form: NormalForm = field(default_factory=NormalForm)
     """The form of every sample."""
     samples_per_shard: int = 128
     """Sources to a shard; 128 clips of UCF101 are about 140 MB."""
     seed: int = 0
-    """Of the shuffle, in [0, 2^32)."""
+    """Seed of the shuffle, in [0, 2^32)."""
     read_back: ReadBack = "sampled"
     """`sampled`: every restart marker is counted, every 8th frame and the last decoded back and
-    compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded whole."""
+    compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded completely."""
     damaged: Damaged = "reject"
     """Videos with damaged or missing frames: `reject` them, or `keep` what decodes, with a note."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0
-    """Seconds without a packet, a frame or a segment after which a video counts as hung; one that
-    is merely long or slow does not."""
+    """Seconds without a packet, a frame or a segment after which a video counts as hung; a long or
+    slow video does not."""
     buffer_bytes: int = 1 << 30
-    """Finished members that may wait for a slower video before them."""
+    """Bytes of finished members that may wait for a slower video before them."""
     slice_index: int = 0
     """Which part of the shards to make, from 0."""
     slice_count: int = 1
-    """Parts in all; the shards of a part are those whose number leaves its index."""
+    """Number of parts; a part has the shards whose number modulo this is its index."""
 
     def __post_init__(self) -> None:
         """Check the ranges.

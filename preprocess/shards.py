@@ -1,4 +1,4 @@
-"""Write one tar with its index: same members, same bytes; whole or not at all."""
+"""Write one tar with its index: equal members give equal bytes, and only a finished tar is kept."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ def shard_name(index: int) -> str:
 
 
 def tar_header(name: str, num_bytes: int) -> bytes:
-    """The header of a member; owner, time and mode are fixed, so the name and size decide it."""
+    """The header of a member; owner, time and mode are fixed, so name and size decide the bytes."""
     header = tarfile.TarInfo(name)
     header.size = num_bytes
     header.mode = 0o644
@@ -46,7 +46,7 @@ class ShardWriter:
     Args:
         folder: Where the shard goes.
         index: Its number.
-        tag: Part of the temporary name, so that nobody else writes to the same file.
+        tag: Part of the temporary name, different in every slice.
     """
 
     def __init__(self, folder: Path, index: int, tag: str = "0-of-1") -> None:
@@ -64,12 +64,12 @@ class ShardWriter:
         return len(self._lines)
 
     def begin_sample(self) -> None:
-        """Start a sample; what `add` writes from now on can be taken back by `drop_sample`."""
+        """Start a sample; `drop_sample` removes what `add` writes from here."""
         self._members = []
         self._sample_start = self._offset
 
     def add(self, members: Sequence[tuple[str, int, int]], descriptor: int, num_bytes: int) -> None:
-        """Append members of the sample that was begun, already laid out as in a tar.
+        """Append members of the current sample, already laid out as in a tar.
 
         Args:
             members: Name, offset of the content in these bytes and its size, for each.
@@ -92,22 +92,22 @@ class ShardWriter:
         self._lines.append(" ".join(self._members))
 
     def drop_sample(self) -> None:
-        """Take back all that was added since `begin_sample`."""
+        """Remove all that was added since `begin_sample`."""
         self._offset = self._sample_start
         self._members = []
         self._file.seek(self._offset)
         self._file.truncate()
 
     def finish(self) -> tuple[int, str, str]:
-        """End the tar, write the index, make both durable and give them their names.
+        """End the tar, write the index, sync both and give them their final names.
 
-        The tar is read back to be hashed, so the hash is of what stands in the file.
+        The tar is read again for its hash, so the hash is that of the file's content.
 
         Returns:
             Size in bytes and SHA-256 of the tar, and SHA-256 of the index.
         """
         end = bytes(2 * BLOCK)
-        while end:  # A raw file may take less than it is given.
+        while end:  # A raw file may write less than it is given.
             end = end[self._file.write(end) :]
         self._offset += 2 * BLOCK
         os.fsync(self._file.fileno())
@@ -123,7 +123,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove the unfinished shard."""
-        with suppress(OSError):  # On a full disk closing fails to write, and need not.
+        with suppress(OSError):  # On a full disk closing may fail; the file is removed anyway.
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -81,7 +81,7 @@ def matrix_to_bt601(colorspace: int) -> np.ndarray | None:
         colorspace: `MatrixCoefficients` of ITU-T H.273.
 
     Returns:
-        Shape `[3, 3]`, float32, or None if there is nothing to do.
+        Shape `[3, 3]`, float32, or None if no change is needed.
     """
     if colorspace not in _LUMA_WEIGHTS:
         return None
@@ -135,11 +135,11 @@ class FrameSource:
         self.deinterlaced = False
         """Whether there was an interlaced frame so far."""
         self.num_frames = 0
-        """Frames given out so far."""
+        """Frames yielded so far."""
         self.orientation = UPRIGHT
         """How the display matrix turns the pictures; known after the first segment."""
         self.notes: list[str] = []
-        """What is remarkable about the video; known after the last segment."""
+        """Remarks about the video; known after the last segment."""
         self.facts: VideoFacts | None = None
         """Known after the first segment."""
 
@@ -155,7 +155,7 @@ class FrameSource:
 
     @property
     def rate(self) -> Fraction:
-        """Frames per second of what is given out; known after the first segment."""
+        """Frames per second of the yielded frames; known after the first segment."""
         return self._timing.rate if self._timing else Fraction(0)
 
     def segments(self) -> Iterator[np.ndarray]:
@@ -200,7 +200,7 @@ class FrameSource:
             decoding = Decoding(container, stream, packets, self._source, self._pulse)
             for frame in decoding.frames():
                 self._pulse()
-                # Sticky: a stream that mixes both must not start anew at every change.
+                # Sticky: a stream that mixes both must not restart the filter at every change.
                 self.deinterlaced |= frame.interlaced_frame
                 now = (frame.width, frame.height, frame.format.name, frame.colorspace)
                 now = (*now, frame.color_range, frame.rotation, self.deinterlaced)

@@ -1,4 +1,4 @@
-"""What a worker process does: one video after another to the members of a sample."""
+"""The worker process: it turns one video after another into the members of a sample."""
 
 import ctypes
 import os
@@ -55,11 +55,11 @@ _SEGMENT_SUFFIXES = (".jpg", ".mp4")
 
 @dataclass(frozen=True)
 class Task:
-    """One video to do."""
+    """One video to transcode."""
 
     path: Path
     name: str
-    """As the manifest names it."""
+    """Its name in the manifest."""
     file_name: str
     """Relative to the videos' folder, as found on disk."""
     key: str
@@ -69,7 +69,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Member:
-    """One finished member of the sample under way."""
+    """One finished member of a sample."""
 
     ext: str
     content: bytes
@@ -81,11 +81,11 @@ class Done:
 
     num_frames: int
     notes: tuple[str, ...] = ()
-    """What is remarkable about the video, for the manifest."""
+    """Remarks about the video, for the manifest."""
 
 
 _SAMPLED_EVERY = 8
-"""Frames to one that `sampled` decodes."""
+"""`sampled` decodes every 8th frame."""
 
 
 def make_segment(
@@ -108,7 +108,7 @@ def make_segment(
         The member, and the offset in it and the length of each frame's coded bytes, both `[F]`.
 
     Raises:
-        VideoFault: What was written does not read back.
+        VideoFault: The encoded frames differ from the source when they are decoded.
     """
     match form.payload:
         case "jpeg":
@@ -129,17 +129,17 @@ def make_sample(
     pulse: Callable[[], None] = no_pulse,
     damaged: Damaged = "reject",
 ) -> Iterator[Member | Done]:
-    """Transcode and verify one video, giving each member as soon as it is ready.
+    """Transcode and verify one video; yield each member as soon as it is finished.
 
-    Never more than one segment's frames are held, however long the video is.
+    Memory holds the frames of at most one segment, however long the video is.
 
     Args:
         task: The video.
         form: The normal form.
         read_back: Which frames are decoded back and compared.
-        pulse: Called whenever it got on: a piece of the file was hashed, a packet read, a frame
+        pulse: Called at each progress: a piece of the file was hashed, a packet read, a frame
             decoded.
-        damaged: What becomes of a video of which some frames are damaged or missing.
+        damaged: What to do with a video of which some frames are damaged or missing.
 
     Raises:
         VideoFault: The video cannot be used.
@@ -198,7 +198,7 @@ def make_sample(
 
 
 def _die_with_parent() -> None:
-    """End at once when the parent is gone, however it went, also out of a hung codec."""
+    """End this process as soon as its parent is gone, even inside a hung codec."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -206,15 +206,15 @@ def _die_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next segment instead of giving it back to the kernel.
+    """Make glibc keep freed memory for the next segment instead of returning it to the kernel.
 
-    The buffers of a segment are large, and having their pages mapped anew for each video took 90 us
-    a frame. A process keeps at most what its largest segment needed.
+    The buffers of a segment are large; mapping their pages again for each video took 90 us a frame.
+    A process keeps at most the memory of its largest segment.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return  # Another C library: nothing but slower.
+        return  # Another C library: only slower.
     trim_threshold, mmap_threshold, most_bytes = -1, -3, 1 << 30
     mallopt(mmap_threshold, most_bytes)
     mallopt(trim_threshold, most_bytes)
@@ -225,10 +225,10 @@ _ALWAYS_BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportErro
 
 
 def is_media_fault(error: Exception) -> bool:
-    """Whether a video upset a media library, rather than the program being wrong.
+    """Whether an error is a fault of the video and not a bug of the program.
 
-    FFmpeg's own errors are that, memory that a header asked for in vain is, and so is what else was
-    raised inside PyAV or Pillow, unless it says that they were called wrongly.
+    Faults of the video are FFmpeg's own errors, memory that a header demanded and the system lacks,
+    and other errors raised inside PyAV or Pillow, except those of a wrong call.
     """
     if isinstance(error, FFmpegError | MemoryError):
         return True
@@ -253,7 +253,7 @@ def send_sample(
     damaged: Damaged,
     pulse: Callable[[], None],
 ) -> None:
-    """Make a sample and send it; one segment at a time, the last one with all the rest."""
+    """Make a sample and send it: one segment in each part, the last with the other members."""
     packer = PartPacker(connection, task.key)
     for message in make_sample(task, form, read_back, pulse, damaged):
         pulse()
@@ -279,12 +279,12 @@ def serve(
         connection: To the driver.
         form: The normal form.
         read_back: Which frames are decoded back and compared.
-        damaged: What becomes of a video of which some frames are damaged or missing.
-        heartbeat: Shared with the driver: when this worker last got on, by `time.monotonic`.
+        damaged: What to do with a video of which some frames are damaged or missing.
+        heartbeat: Time of the last progress, by `time.monotonic`; shared with the driver.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
     keep_freed_memory()
-    av.logging.set_level(av.logging.PANIC)  # What matters comes as exceptions.
+    av.logging.set_level(av.logging.PANIC)  # Errors are raised as exceptions.
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
     def pulse() -> None:
@@ -296,7 +296,7 @@ def serve(
         except (EOFError, ConnectionResetError):
             return
         if task is None:
-            continue  # An answer that the sample before did not live to wait for.
+            continue  # A confirmation for the sample before, which failed without waiting for it.
         try:
             pulse()
             send_sample(connection, task, form, read_back, damaged, pulse)
@@ -306,7 +306,7 @@ def serve(
             connection.send(Refused(*error.args))
         except (BrokenPipeError, ConnectionResetError, EOFError):
             return
-        except Exception as error:  # The boundary: one video must not end a run of days.
+        except Exception as error:  # The boundary: one video must not end a long run.
             if is_media_fault(error):
                 detail = f"{type(error).__name__}: {error}"
                 connection.send(Rejected(FaultKind.CRASH, detail))

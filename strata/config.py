@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -29,6 +29,7 @@ def parse_config(
     *,
     prog: str,
     description: str,
+    positional: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
@@ -41,6 +42,8 @@ def parse_config(
         root: The dataclass to build; field docstrings become `--help`.
         argv: Arguments without the program's name.
         prog: Name shown in help and errors.
+        positional: The setting that gets the words that belong to no option. The command has
+            neither true-or-false settings nor another list.
         description: First line of the help.
         defaults: Values by dotted name that take the place of the fields' own defaults.
 
@@ -57,7 +60,8 @@ def parse_config(
     parser.add_argument("--config", action="config", help="A YAML file; may be given repeatedly.")
     parser.add_class_arguments(root, fail_untyped=True, sub_configs=False)
     parser.set_defaults(dict(defaults or {}))
-    args = _spelled_out([a for a in argv if not a.startswith("--local_rank=")], root)
+    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]
+    args = _spelled_out(_with_name(argv, positional) if positional else argv, root)
     try:
         namespace = parser.parse_args(args)
         built = parser.instantiate(namespace)
@@ -66,8 +70,29 @@ def parse_config(
     except ConfigError as error:
         raise ConfigError(f"{prog}: {error}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{prog}: {reason}. See {prog} --help for the settings.") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        words = [part for a in args for part in (a.split("=", 1) if a[:2] == "--" else [a])]
+        files = [value for name, value in pairwise(words) if name == "--config"]
+        where = f" (with --config {' '.join(files)})" if files else ""
+        raise ConfigError(
+            f"{prog}: {reason}{where}. See {prog} --help for the settings."
+        ) from error
+
+
+def _with_name(argv: Sequence[str], name: str) -> list[str]:
+    """Arguments in which the words that belong to no option are the values of `--name`."""
+    words, named, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if option == f"--{name}":
+            named += [value] if equals else []
+        elif not word.startswith("--"):
+            named.append(word)
+        else:
+            takes_next = rest and not equals and not rest[0].startswith("--")
+            words += [word, rest.pop(0)] if takes_next else [word]
+    return [*words, f"--{name}", *named] if named else words
 
 
 def _types(root: Any, prefix: str = "") -> dict[str, Any]:

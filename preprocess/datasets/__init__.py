@@ -1,1 +1,1 @@
-"""Where videos are found, and which list each belongs to."""
+"""Data sets: they find the videos on disk and match them with the official lists."""

@@ -1,4 +1,4 @@
-"""What a source is; plain folders of videos; the same video twice."""
+"""Sources and sets of them; sets from plain folders of videos; duplicates."""
 
 import hashlib
 import os
@@ -54,7 +54,7 @@ class Source:
     num_bytes: int = 0
     """Size of the file."""
     fault: tuple[FaultKind, str] | None = None
-    """Why it is rejected before anything is decoded: the reason and the detail."""
+    """Reason and detail of a rejection before decoding; None if it is not rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class SourceSet:
     sources: tuple[Source, ...]
     """In the order of their names."""
     notes: tuple[str, ...] = ()
-    """What a person should know: duplicates, skipped files."""
+    """Remarks for the user: duplicates, skipped files."""
 
     @property
     def present(self) -> tuple[Source, ...]:
@@ -80,7 +80,7 @@ class SourceSet:
 def sample_key(name: str) -> str:
     """The key of a source in its shard: stable, unique, without dots or spaces.
 
-    A readable head and a hash of the whole name: the head alone may be cut or ambiguous.
+    A readable head and a hash of the full name: the head alone may be cut or ambiguous.
     """
     head = re.sub(r"[^A-Za-z0-9]+", "_", os.path.splitext(name)[0]).strip("_")
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
@@ -133,7 +133,7 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
         num_bytes = found.path.stat().st_size
         if not os.access(found.path, os.R_OK, effective_ids=True):
             raise PermissionError("no permission to read it")
-    except FileNotFoundError:  # A link to nowhere: as good as not there.
+    except FileNotFoundError:  # A link without a target counts as a missing file.
         return Source(name=name, path=None, label=label)
     except OSError as error:
         raise ConfigError(
@@ -151,7 +151,7 @@ _FILLER_WORDS = frozenset("set data split video videos clip clips".split())
 
 
 def _split_word(folder: str) -> str | None:
-    """Which split a folder is by its name: `train`, `val_256`, `Test set`."""
+    """The split that a folder's name means: `train`, `val_256`, `Test set`."""
     words = [w for w in re.split(r"[\W\d_]+", folder.lower()) if w and w not in _FILLER_WORDS]
     return words[0] if len(words) == 1 and words[0] in _SPLIT_WORDS else None
 
@@ -176,7 +176,7 @@ def _split_level(files: Sequence[FoundFile], places: str) -> int | None:
                 "classes, give them other names"
             )
         divided += len(names) > 1
-        if divided == 2:  # Classes, and something below them that is none of ours.
+        if divided == 2:  # Class folders, with other folders below them.
             return None
     return None
 
@@ -281,7 +281,7 @@ def _classes(
 def _doubts(
     listing: Listing, files: Sequence[FoundFile], classes: Sequence[str], level: int | None
 ) -> list[str]:
-    """What is odd about the class folders."""
+    """Notes on unusual class folders."""
     notes = []
     if level is not None:
         splits = sorted({f.folders[level] for f in files})
@@ -359,12 +359,12 @@ def _same_bytes(sources: Iterable[Source]) -> list[list[Source]]:
             try:
                 groups[sha256_of(source.path)].append(source)
             except OSError:
-                continue  # The worker meets it again and gives it its typed reason.
+                continue  # The worker will reject it with the right reason.
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _note_shared(sources: Sequence[tuple[str, Source]]) -> list[str]:
-    """Tell of videos that are in two splits: figures on the test set would be too good."""
+    """Note videos that are in two splits: results on the test set would be too good."""
     split_of = {s.name: split for split, s in sources}
     shared = [
         " = ".join(s.name for s in group)
@@ -379,12 +379,12 @@ def _note_shared(sources: Sequence[tuple[str, Source]]) -> list[str]:
 def mark_duplicates(source_set: SourceSet, *, reject: bool = True) -> SourceSet:
     """Find files that are equal byte for byte, reading only those of equal size.
 
-    Of equal files with one label the first by name is kept. Where the labels differ nobody can say
+    Of equal files with one label the first by name is kept. Where the labels differ, it is unknown
     which is right, so all are rejected.
 
     Args:
         source_set: The set.
-        reject: Whether duplicates are rejected; else they are only told in the notes, as the
+        reject: Whether duplicates are rejected; else they are only noted, as the
             official lists must be kept.
 
     Returns:

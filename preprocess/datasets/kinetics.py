@@ -1,4 +1,4 @@
-"""The official lists of Kinetics, and where their clips are on the disk."""
+"""Read the official lists of Kinetics and find their clips on disk."""
 
 import csv
 import re
@@ -65,7 +65,7 @@ class _Clip:
 
     @property
     def stems(self) -> tuple[str, str, str]:
-        """What the file may be called, the surest name first."""
+        """Possible names of the file, the most specific first."""
         return self.stem, f"{self.youtube_id}_{self.start_s}_{self.end_s}", self.youtube_id
 
 
@@ -124,14 +124,14 @@ def _kinetics_classes(
         if len(classes) != expected:
             raise ConfigError(
                 f"the lists in {splits} name {len(classes)} classes, {dataset} has {expected}; so "
-                "the labels would not be those of the whole set: give all its lists, or a file "
+                "the labels would not be those of the complete set: give all its lists, or a file "
                 "with one class name a line by --classes"
             )
     spellings: dict[str, str] = {}
     for name in classes:
         other = spellings.setdefault(plain(name), name)
         if other != name:
-            raise ConfigError(f"classes {other!r} and {name!r} cannot be told apart in folders")
+            raise ConfigError(f"classes {other!r} and {name!r} cannot be distinguished in folders")
     return classes
 
 
@@ -221,7 +221,7 @@ def _with_root(file: FoundFile) -> tuple[str, ...]:
 
 
 class _KineticsFinder:
-    """Finds the file of a clip among those on disk, and remembers what was doubtful."""
+    """Finds the file of a clip among those on disk, and collects notes on ambiguous ones."""
 
     def __init__(self, listing: Listing, classes: Sequence[str]) -> None:
         self._labels = {name: label for label, name in enumerate(classes)}
@@ -237,7 +237,7 @@ class _KineticsFinder:
         self._same: list[str] = []
 
     def notes(self) -> Iterator[str]:
-        """What a person should know."""
+        """Notes for the user."""
         for what, names in (
             (
                 "files have no times in their names and are taken as the clips themselves, not the "
@@ -287,14 +287,14 @@ class _KineticsFinder:
             other = next(f for f in fitting if f not in replacements)
             self._replaced.append(f"{replacements[0].name}, not {other.name}")
             fitting = replacements
-        # Fewer is surer: by the name, then by the class's folder, then by the split's.
+        # Narrow the choice by name, then by the class's folder, then by the split's.
         best = min(clip.stems.index(stem_of(f.name)) for f in fitting)
-        for surer in (
+        for preferred in (
             [f for f in fitting if stem_of(f.name) == clip.stems[best]],
             [f for f in fitting if self._folder_label(f) == label],
             [f for f in fitting if self._folder_split(f) == split],
         ):
-            both = [f for f in fitting if f in surer]
+            both = [f for f in fitting if f in preferred]
             fitting = both or fitting
         source = source_at(name, fitting[0], label)
         if len(fitting) > 1:

@@ -1,4 +1,4 @@
-"""The files below the folders that a user gives: what is data, and what cannot be read.
+"""List the files below the user's folders; report what is ignored or cannot be read.
 
 A name is text from here on: its bytes as UTF-8, and every byte that is not UTF-8 as a lone
 surrogate (`surrogateescape`), in every locale.
@@ -36,7 +36,7 @@ VIDEO_SUFFIXES = frozenset(
         "3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts vob webm wmv".split()
     )
 )
-"""What counts as a video by its name, in any case."""
+"""Extensions of videos, in any case."""
 
 _SYSTEM_NAMES = frozenset(
     {
@@ -50,7 +50,7 @@ _SYSTEM_NAMES = frozenset(
         "@eadir",
     }
 )
-"""What Windows, macOS, Linux and Synology leave in folders, in lower case."""
+"""Files and folders that Windows, macOS, Linux and Synology create, in lower case."""
 
 _NOT_SHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -75,7 +75,7 @@ class FoundFile:
 
 @dataclass
 class Listing:
-    """What is below the folders."""
+    """The files and folders below the given folders."""
 
     roots: tuple[Path, ...]
     files: list[FoundFile] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Listing:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of it."""
+        """Notes for the user."""
         notes = []
         if self.ignored:
             notes.append(
@@ -266,7 +266,7 @@ def _walk(root: Path, listing: Listing, seen: dict[tuple[int, int], str]) -> Non
             if is_ignored(name_of(entry.name)):
                 listing.ignored.append(_relative(path, root))
                 continue
-            # Only links are looked at one by one: each look is a round trip on a network disk.
+            # Only links are checked one by one: each check is a round trip on a network disk.
             mode = _link_mode(path) if entry.is_symlink() else None
             if mode is not None and stat.S_ISDIR(mode):
                 links.append(path)
@@ -296,7 +296,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _link_mode(path: Path) -> int:
-    """What a link leads to. A video's link that leads nowhere is a file: the video is absent."""
+    """File type of a link's target. A video's broken link counts as a file: it is absent."""
     try:
         return path.stat().st_mode
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Which file on the disk is the video that an official list names.
+"""Find the files of the videos that an official list names.
 
-People re-encode, rename and rearrange. So a listed `<class>/<name>.avi` is found under any
+Users re-encode, rename and move files. So a listed `<class>/<name>.avi` is found under any
 extension of a video, in any case, with other characters for what is neither letter nor digit, and
 at any depth below a folder of its class or below no class's folder. The file that fits best is
-taken, and what is not spelled as listed is counted and told.
+taken; names that differ from the list are counted and reported.
 """
 
 import re
@@ -58,7 +58,7 @@ class _Match:
 
 
 class Finder:
-    """Finds the files of listed videos, `<class>/<file>`, and remembers what was not as listed.
+    """Finds the files of listed videos, `<class>/<file>`, and notes which differ from the list.
 
     Args:
         listing: What is on the disk.
@@ -120,7 +120,7 @@ class Finder:
                 self._found[name] = (match, fault)
 
     def _several(self, name: str) -> tuple[FaultKind, str] | None:
-        """See to the other files that may be a listed video."""
+        """Reject a listed video with several equally good files that differ; note the others."""
         first, *others = self._fits[name]
         equal = [m for m in others if m.fit == first.fit]
         if equal:
@@ -139,7 +139,7 @@ class Finder:
         return replace(source_at(name, match and match.file, label), fault=fault)
 
     def told(self, source_set: SourceSet) -> SourceSet:
-        """The set, with notes on what was found otherwise than listed."""
+        """The set, with notes on the files that differ from the list."""
         counts: Counter[str] = Counter()
         example: dict[str, str] = {}
         for source in source_set.present:
@@ -186,7 +186,7 @@ class Finder:
 
 
 def check_any_present(sets: Sequence[SourceSet], listing: Listing, looked_for: str) -> None:
-    """See that at least one listed video was found.
+    """Check that at least one listed video was found.
 
     Args:
         sets: What was made of the lists.
@@ -194,7 +194,7 @@ def check_any_present(sets: Sequence[SourceSet], listing: Listing, looked_for: s
         looked_for: The rule by which files are found, for the message.
 
     Raises:
-        ConfigError: None was.
+        ConfigError: None was found.
     """
     if any(s.present for s in sets):
         return

@@ -32,7 +32,7 @@ def _numbers(split: str) -> tuple[str, ...]:
 
 
 def _refuse_parent(splits: Path, pattern: str) -> None:
-    """See that lists are in a folder itself, not one below, as where an archive was unpacked."""
+    """Refuse a folder whose lists are one level below, as after unpacking an archive."""
     below = sorted({str(p.parent) for p in splits.glob(f"*/{pattern}")})
     if below and not any(splits.glob(pattern)):
         raise ConfigError(
@@ -180,7 +180,7 @@ def _sets(
 
 
 def _check_disjoint(sets: Sequence[SourceSet]) -> None:
-    """No video may be in the training set and the test set of one split."""
+    """Check that no video is in both the training set and the test set of a split."""
     for train, test in zip(sets[::2], sets[1::2], strict=True):
         both = sorted({s.name for s in train.sources} & {s.name for s in test.sources})
         if both:

@@ -21,8 +21,10 @@ from strata.errors import ConfigError, ShardError
 from strata.format.manifest import read_manifest
 from strata.format.schema import FrameTable, NormalForm
 from strata.format.strip_jpeg import assemble_strip
-from strata.preprocess.command import closing_table, main, parse_command, run_command
+from strata.preprocess.command import main, run_command
 from strata.preprocess.driver import WorkerError
+from strata.preprocess.options import parse_command
+from strata.preprocess.summary import closing_table
 from tests.support.source_videos import moving_scene, write_video
 
 REPOSITORY = Path(__file__).parents[2]
@@ -315,7 +317,7 @@ def test_a_fault_of_the_program_ends_the_run(videos: Path, tmp_path: Path) -> No
         ["folder", "--videos", str(videos / "run"), "--out", str(tmp_path), "--log", "none"]
     )
     broken = dataclasses.replace(command.settings, form=NormalForm(payload="foreign", min_frames=1))
-    with pytest.raises(WorkerError, match=r"\d.mp4: a fault of the program(.|\n)*AssertionError"):
+    with pytest.raises(WorkerError, match=r"\d.mp4: a bug of the program(.|\n)*AssertionError"):
         run_command(dataclasses.replace(command, settings=broken))
     assert not list((tmp_path / "train").glob("*.t*"))
 
@@ -348,7 +350,7 @@ def test_too_many_rejects_fail_after_the_work(videos: Path, tmp_path: Path) -> N
         ),
         (["folder", "--videos", ".", "--out", "o", "--blur", "1"], "unrecognized arguments"),
         (["folder", "--videos", ".", "--out", "o", "--workers", "-1"], "workers is -1"),
-        (["vimeo"], "invalid choice: 'vimeo'"),
+        (["vimeo"], "got vimeo; usage"),
     ],
 )
 def test_bad_arguments_are_named(argv: list[str], message: str) -> None:

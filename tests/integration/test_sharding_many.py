@@ -20,8 +20,9 @@ import pytest
 from strata.errors import ConfigError, ShardError
 from strata.format.manifest import read_manifest
 from strata.preprocess import driver, run
-from strata.preprocess.command import main, parse_command, run_command, slice_of
+from strata.preprocess.command import main, run_command
 from strata.preprocess.datasets.folder import find_folder
+from strata.preprocess.options import parse_command, slice_of
 from strata.preprocess.progress import JsonLog
 from strata.preprocess.settings import ShardSettings
 from tests.integration.test_sharding import (
@@ -93,7 +94,7 @@ def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path)
         (None, {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "9"}, (3, 4)),
         (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1)),  # a batch script, no srun
-        ("5/5", {}, "--slice 5/5 is no part of a whole"),
+        ("5/5", {}, "--slice 5/5 is not a part"),
         ("half", {}, "use i/n"),
         (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2: not numbers"),
     ],

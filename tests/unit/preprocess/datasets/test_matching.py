@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError, FaultKind
-from strata.preprocess.command import find_sets, parse_command
+from strata.preprocess.command import find_sets
 from strata.preprocess.datasets.official import find_hmdb51, find_ucf101
+from strata.preprocess.options import parse_command
 from tests.unit.preprocess.datasets.test_folder import put
 
 CLASSES = b"1 HandstandPushups\r\n2 YoYo\r\n"
