@@ -1,4 +1,4 @@
-"""Stored videos to look at: film strips, contact sheets and small videos."""
+"""Pictures of stored videos: film strips, contact sheets and small videos."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from strata.dataload.decode_windows import read_windows
 from strata.dataload.reader import ShardReader
 from strata.dataload.reference import decode_strip, decode_video
 
-__all__ = ["contact_sheet", "film_strip", "jpeg", "stored_frames", "write_video"]
+__all__ = ["contact_sheet", "encode_jpeg", "film_strip", "stored_frames", "write_video"]
 
 _CAPTION_ROWS = 14
 _GAP = 4
@@ -45,7 +45,7 @@ def stored_frames(reader: ShardReader, sample: int, frames: np.ndarray) -> np.nd
     return decode_strip(coded, form.height)
 
 
-def jpeg(picture: Image.Image, quality: int) -> bytes:
+def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
     """A picture as JPEG of a quality from 1 to 95."""
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality)
@@ -75,7 +75,7 @@ def film_strip(
     frames = stored_frames(reader, sample, chosen)
     wide = Image.fromarray(np.concatenate(list(frames), axis=1))
     width = max(round(wide.width * height / wide.height), 1)
-    return jpeg(wide.resize((width, height), Image.Resampling.LANCZOS), quality)
+    return encode_jpeg(wide.resize((width, height), Image.Resampling.LANCZOS), quality)
 
 
 def contact_sheet(views: Sequence[tuple[str, np.ndarray]], title: str, columns: int) -> Image.Image:

@@ -1,406 +1,324 @@
-"""A result's page: from `report.json` and what lies beside it to what a person can look at."""
+"""The page of a result: one HTML file from report.html.j2 that needs nothing but itself.
 
-import json
+All pictures are part of the file. The film strips are read through the result's open sets, the
+curves of the pretraining from the log.jsonl beside the checkpoint.
+"""
+
+import base64
+import io
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import matplotlib
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 import strata
-from strata.config import plain
-from strata.dataload.reader import ShardReader
 from strata.eval.pictures import film_strip
 from strata.eval.published import PUBLISHED
-from strata.eval.report_page import (
-    ClassResult,
-    Curve,
-    FigureRow,
-    Neighbour,
-    Page,
-    Query,
+from strata.eval.results import (
+    Classified,
+    Cues,
+    EvaluationResult,
+    Figures,
+    Measurement,
+    PairResult,
     Retrieved,
-    Table,
-    write_page,
+    commit,
+    mean_of,
 )
-from strata.eval.results import commit, set_sizes
+from strata.eval.summary import KIND_TITLES, figure_lines, pairs_title, share_range
+from strata.files import write_atomic
 from strata.logs import read_json_lines
 
-__all__ = ["DemoResult", "build_page", "write_report"]
-
-_KINDS = {
-    "retrieval": ("Retrieval", "retrieval"),
-    "linear": ("Linear probe", "linear probe"),
-    "finetune": ("Finetune", "finetune"),
-    "temporal_cam": ("Original or reversed", ""),
-}
-"""By protocol: what its figures are called here, and among the published ones."""
+__all__ = [
+    "Curve",
+    "Film",
+    "Query",
+    "curve_svg",
+    "probe_curves",
+    "render",
+    "run_curves",
+    "shown_queries",
+    "write_page",
+]
 
 _QUERIES = 6
+"""How many queries the page shows of each data set."""
 _MAX_POINTS = 400
-"""Of a curve, evenly spaced: more cannot be seen."""
-
-Record = Mapping[str, Any]
-
-
-def _kind(name: str) -> str:
-    """The protocol of an evaluation's name, like `linear-cached-untrained-0`."""
-    return name.split("-")[0]
-
-
-def _protocols(record: Record) -> dict[str, str]:
-    """The protocol in words, by protocol; two for `compare`."""
-    return record.get("protocols") or {_kind(record["evaluation"]): record["protocol"]}
-
-
-def _kind_of(figure: str, record: Record) -> str:
-    kinds = list(_protocols(record))
-    if len(kinds) == 1:
-        return kinds[0]
-    return "retrieval" if figure.startswith("R@") else "linear"
-
-
-def _groups(record: Record) -> Iterator[tuple[str, list[Record]]]:
-    """The results of each data set."""
-    for data in record["by_data"]:
-        yield data, [r for r in record["results"] if r["data"] == data]
-
-
-def _where(data: str, results: Sequence[Record]) -> str:
-    splits = [r["split"] for r in results]
-    if len(splits) == 1:
-        return f"{data}, split {splits[0]}" if splits[0].isdigit() else f"{data}, {splits[0]}"
-    return f"{data}, mean of splits {', '.join(splits)}"
-
-
-def _main_row(figures: Mapping[str, Any]) -> str:
-    return "pretrained" if "pretrained" in figures else "measured"
-
-
-def _figure_rows(record: Record) -> tuple[FigureRow, ...]:
-    rows = []
-    for data, results in _groups(record):
-        figures = [r["figures"] for r in results]
-        main = _main_row(figures[0])
-        for name in figures[0][main]:
-            kind = _kind_of(name, record)
-            chance = [f["chance"][name] for f in figures]
-            rows.append(
-                FigureRow(
-                    name=f"{_KINDS[kind][0]} {name}",
-                    protocol=_protocols(record)[kind],
-                    data=f"{_where(data, results)}; {set_sizes([r['sets'] for r in results])}",
-                    measured=tuple(f[main][name] for f in figures),
-                    untrained=tuple(
-                        f[row][name] for f in figures for row in f if row.startswith("untrained")
-                    ),
-                    chance=statistics.fmean(chance),
-                )
-            )
-    return tuple(rows)
-
-
-def _table(title: str, remark: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
-    columns = tuple(dict.fromkeys(name for values in rows.values() for name in values))
-    return Table(
-        title=title,
-        remark=remark,
-        columns=columns,
-        rows={row: tuple(values.get(c) for c in columns) for row, values in rows.items()},
-    )
-
-
-def _tables(record: Record) -> Iterator[Table]:
-    for data, results in _groups(record):
-        if len(results) > 1:
-            splits = {f"split {r['split']}": r["figures"][_main_row(r["figures"])] for r in results}
-            deviation = record["by_data"][data]["deviation"]
-            rows = splits | {"standard deviation": deviation[_main_row(deviation)]}
-            yield _table(f"Each split of {data}", "By the protocol above.", rows)
-        if results[0]["variants"]:
-            names = list(results[0]["variants"])
-            means = {
-                name: {
-                    figure: statistics.fmean(r["variants"][name][figure] for r in results)
-                    for figure in results[0]["variants"][name]
-                }
-                for name in names
-            }
-            remark = "The same protocol but for the level and the centring that each row names."
-            yield _table(f"Variants: {_where(data, results)}", remark, means)
-
-
-def _details(record: Record, result: Record) -> Iterator[tuple[str, str, Record]]:
-    """Protocol, its words and what it found, of one result."""
-    for kind, text in _protocols(record).items():
-        yield kind, text, result["details"][kind] if "protocols" in record else result["details"]
-
-
-def _class_result(where: str, kind: str, protocol: str, found: Record) -> ClassResult:
-    share = "R@1" if kind == "retrieval" else "top1"
-    return ClassResult(
-        title=f"{_KINDS[kind][0]}, {where}",
-        protocol=protocol,
-        per_class={row["class"]: (row["num_test"], row[share]) for row in found["per_class"]},
-        confusion=tuple(tuple(row) for row in found["confusion"]["counts"]),
-    )
-
-
-def _retrieved(where: str, protocol: str, found: Record, sets: Record) -> Retrieved:
-    gallery, tested = (ShardReader(sets[name]["folder"]) for name in ("train", "test"))
-    places = [{key: k for k, key in enumerate(reader.keys)} for reader in (gallery, tested)]
-    neighbours = found["neighbours"]
-    chosen = np.unique(np.linspace(0, len(neighbours) - 1, _QUERIES).round().astype(int))
-    queries = tuple(
-        Query(
-            key=row["query"],
-            label=row["class"],
-            film=film_strip(tested, places[1][row["query"]]),
-            neighbours=tuple(
-                Neighbour(
-                    key=near["key"],
-                    label=near["class"],
-                    similarity=near["similarity"],
-                    film=film_strip(gallery, places[0][near["key"]], num_frames=4),
-                )
-                for near in row["nearest"]
-            ),
-        )
-        for row in (neighbours[k] for k in chosen.tolist())
-    )
-    for reader in (gallery, tested):
-        reader.close()
-    return Retrieved(title=where, protocol=protocol, queries=queries)
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    if len(points) <= _MAX_POINTS:
-        return tuple(points)
-    chosen = np.linspace(0, len(points) - 1, _MAX_POINTS).round().astype(int)
-    return tuple(points[k] for k in chosen.tolist())
-
-
-def _run_curves(records: Sequence[Record], part: str, unit: str) -> tuple[Curve, ...]:
-    """Curves of `losses` or `health` of a pretraining; what a resume repeated counts once."""
-    by_step = {r["step"]: r for r in records if r["kind"] == "step"}
-    starts = [r for r in records if r["kind"] == "start"]
-    chance = starts[-1]["chance"] if starts and part == "losses" else {}
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for step in sorted(by_step):
-        for name, value in by_step[step].get(part, {}).items():
-            lines.setdefault(name, []).append((step, math.nan if value is None else value))
-    return tuple(
-        Curve(
-            name=name.replace("_", " "),
-            unit=unit,
-            points=_thinned(points),
-            chance=chance.get(name),
-        )
-        for name, points in lines.items()
-    )
-
-
-def _probe_curves(records: Sequence[Record]) -> tuple[Curve, ...]:
-    """What the probe of a pretraining found; what a resume repeated counts once."""
-    by_step = {r["step"]: r for r in records if r["kind"] == "probe"}
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for step in sorted(by_step):
-        found = by_step[step]
-        # A log of before the classifiers has none.
-        named = {f"Top-1, {k}": v for k, v in found.get("accuracy", {}).items()}
-        for name, value in ({"R@1": found["recall"]["R@1"]} | named).items():
-            lines.setdefault(name, []).append((step, value))
-    chance = next((r["chance"]["R@1"] for r in by_step.values()), None)
-    return tuple(
-        Curve(
-            name=name,
-            unit="share of the queries",
-            points=_thinned(points),
-            chance=chance if name == "R@1" else None,
-        )
-        for name, points in lines.items()
-    )
-
-
-def _training(where: str, details: Record) -> Iterator[Curve]:
-    found = details.get("curves") or {}
-    for name, unit in (("loss", "nats"), ("top1", "share of the batch")):
-        if name in found:
-            points = list(zip(found["step"], found[name], strict=True))
-            yield Curve(name=f"{name}, {where}", unit=unit, points=_thinned(points))
-
-
-def _provenance(record: Record, lost: int | None) -> dict[str, str]:
-    facts = {
-        "Strata": record["strata"],
-        "commit": record["commit"],
-        "checkpoint": f"{record['checkpoint']} (step {record['step']})",
-        "checkpoint digest": record["checkpoint_digest"],
-        "pretraining data, manifest digest": record["pretraining_manifest_digest"],
-        "ranks, device": f"{record['num_ranks']}, {record['device']}",
-    }
-    for data, results in _groups(record):
-        for result in results:
-            for name, facts_of in result["sets"].items():
-                facts[f"{_where(data, [result])}, {name} set"] = (
-                    f"{facts_of['num_videos']} videos of {facts_of['num_listed']} listed, manifest "
-                    f"digest {facts_of['manifest_digest']}"
-                )
-    if lost is None:
-        facts["pretraining log"] = "not found beside the checkpoint; no curves"
-    elif lost:
-        facts["pretraining log"] = f"{lost} lines cannot be read"
-    return facts
-
-
-def _first(record: Record, note: str) -> str:
-    """A page's note, headed by what is missing from the sets."""
-    return f"{record['incomplete']}. {note}" if record["incomplete"] else note
-
-
-def build_page(record: Record) -> Page:
-    """The page of an evaluation.
-
-    Args:
-        record: The content of `report.json`. Its data sets are opened for the film strips, and the
-            pretraining's log.jsonl, beside the checkpoint, for the curves.
-
-    Returns:
-        Everything but pictures that only the evaluation itself has (`Page.cues`).
-
-    Raises:
-        ShardError: A data set is no longer where it was.
-    """
-    run = Path(record["checkpoint"]).resolve().parent.parent
-    log = run / "log.jsonl"
-    log_records, lost = read_json_lines(log) if log.is_file() else ([], None)
-    classes, retrieved, training = [], [], []
-    for data, results in _groups(record):
-        where = _where(data, results[:1])
-        for kind, text, found in _details(record, results[0]):
-            if "per_class" in found:
-                classes.append(_class_result(where, kind, text, found))
-            if "neighbours" in found:
-                retrieved.append(_retrieved(where, text, found, results[0]["sets"]))
-            training += _training(where, found)
-    kinds = list(_protocols(record))
-    names = [_KINDS[kind][1] for kind in kinds if _KINDS[kind][1]]
-    untrained = "-untrained-" in record["evaluation"]
-    settings = {"evaluation": record["settings"], "pretraining": record["pretraining"]}
-    return Page(
-        title=f"{' and '.join(_KINDS[k][0] for k in kinds)}: {run.name}",
-        note=_first(
-            record,
-            "Shares of the test set. Where there are several splits or networks: mean (lowest to "
-            "highest). What is shown by class and by query is of the first split."
-            + (" The network that is called pretrained here is UNTRAINED." if untrained else ""),
-        ),
-        figures=_figure_rows(record),
-        published=tuple(p for p in PUBLISHED if any(p.protocol.startswith(n) for n in names)),
-        tables=tuple(_tables(record)),
-        classes=tuple(classes),
-        retrieved=tuple(retrieved),
-        training=tuple(training),
-        probe=_probe_curves(log_records),
-        curves=_run_curves(log_records, "losses", "nats"),
-        health=_run_curves(log_records, "health", ""),
-        provenance=_provenance(record, lost),
-        config=yaml.safe_dump(settings, sort_keys=False),
-    )
-
-
-_ROWS = (("R@1", "Retrieval R@1"), ("R@5", "Retrieval R@5"), ("Top-1", "Linear probe Top-1"))
+"""Points of a curve, evenly spaced: a picture of this size cannot show more."""
+_BLUE, _GREY = "#3584d6", "#7d8998"
+"""Colours of the plots; readable on the light and on the dark background."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """What a demo measured: shares in [0, 1] by the figure's name, for each network."""
+class Curve:
+    """A value over the steps of a run."""
 
-    generated: bool
-    """Whether the videos are drawn by a program."""
-    trained: tuple[dict[str, float], ...]
-    untrained: tuple[dict[str, float], ...]
-    chance: dict[str, float]
-    logs: tuple[Path, ...]
-    """JSON lines of the pretraining runs."""
-    wall_s: float
-    manifest_digest: str
+    name: str
+    unit: str
+    points: Sequence[tuple[float, float]]
+    """(step, value), in order."""
+    chance: float | None = None
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Name, pretrained, untrained, chance, as text."""
-        return [
-            (
-                name,
-                _spread([r[figure] for r in self.trained]),
-                _spread([r[figure] for r in self.untrained]),
-                f"{self.chance[figure]:.1%}",
-            )
-            for figure, name in _ROWS
-        ]
+    @property
+    def num_lost(self) -> int:
+        """Values that are not finite, which the plot cannot show."""
+        return sum(not math.isfinite(value) for _, value in self.points)
 
-    def note(self) -> str:
-        """What a reader must know before believing the figures."""
-        data = (
-            "The videos are generated by a program: the figures show that the system works, not "
-            "how good the method is on real videos."
-            if self.generated
-            else "The videos are the user's own."
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """A video as some of its frames side by side."""
+
+    key: str
+    label: str
+    picture: bytes
+    """JPEG."""
+    similarity: float = 1.0
+    """Cosine to the query."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A test video and the training videos nearest to it, nearest first."""
+
+    video: Film
+    neighbours: tuple[Film, ...]
+
+
+def shown_queries(pair: PairResult, found: Retrieved) -> list[Query]:
+    """Queries evenly spaced in the test set, with their neighbours.
+
+    Raises:
+        ShardError: A video cannot be read.
+    """
+    gallery, tested = pair.sets.train, pair.sets.test
+    names, gallery_keys, tested_keys = tested.manifest.classes, gallery.keys, tested.keys
+    last = len(found.nearest) - 1
+    return [
+        Query(
+            video=Film(
+                key=tested_keys[q],
+                label=names[tested.labels[q]],
+                picture=film_strip(tested, q),
+            ),
+            neighbours=tuple(
+                Film(
+                    key=gallery_keys[g],
+                    label=names[gallery.labels[g]],
+                    picture=film_strip(gallery, g, num_frames=4),
+                    similarity=similarity,
+                )
+                for g, similarity in zip(
+                    found.nearest[q].tolist(), found.similarity[q].tolist(), strict=True
+                )
+            ),
         )
-        seeds = f"{len(self.trained)} pretrained and {len(self.untrained)} untrained networks"
-        return f"{data} {seeds}; where there are several, mean and range (lowest to highest)."
-
-    def table(self) -> str:
-        """For the terminal."""
-        lines = [("", "pretrained", "untrained", "chance"), *self.rows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:], "", self.note()])
+        for q in np.unique(np.linspace(0, last, _QUERIES).round().astype(int)).tolist()
+    ]
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "not measured"
-    mean = f"{statistics.mean(values):.1%}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
+def _lines(records: Sequence[Mapping[str, float | None]], steps: Sequence[int]) -> dict[str, Any]:
+    """Points of each named value over the steps; a missing value is NaN."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step, record in zip(steps, records, strict=True):
+        for name, value in record.items():
+            lines.setdefault(name, []).append((step, math.nan if value is None else value))
+    return lines
 
 
-def write_report(result: DemoResult, record: Record, out: Path) -> Path:
-    """Write a demo's `report.json` and `report.html` into `out`.
+def run_curves(records: Sequence[Mapping[str, Any]], part: str, unit: str) -> list[Curve]:
+    """Curves of `losses` or `health` of a pretraining; a step that a resume repeated counts once.
 
     Args:
-        result: The figures of all networks.
-        record: What `compare` wrote of the first pretrained network.
-        out: The folder.
-
-    Returns:
-        The page's path.
+        records: Of the run's log.jsonl.
+        part: `losses` or `health`.
+        unit: Of the values.
     """
-    facts = {"strata": strata.__version__, "commit": commit(), **plain(result)}
-    (out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    page = build_page(record)
-    figures = tuple(
-        replace(
-            row,
-            measured=tuple(trained[name] for trained in result.trained),
-            untrained=tuple(untrained[name] for untrained in result.untrained),
+    by_step = {r["step"]: r.get(part, {}) for r in records if r["kind"] == "step"}
+    starts = [r for r in records if r["kind"] == "start"]
+    chance = starts[-1]["chance"] if starts and part == "losses" else {}
+    steps = sorted(by_step)
+    return [
+        Curve(name=name.replace("_", " "), unit=unit, points=points, chance=chance.get(name))
+        for name, points in _lines([by_step[s] for s in steps], steps).items()
+    ]
+
+
+def probe_curves(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """What the online probe of a pretraining measured; a repeated step counts once."""
+    by_step = {r["step"]: r for r in records if r["kind"] == "probe"}
+    steps = sorted(by_step)
+    # Logs of earlier versions have no accuracy.
+    values = [
+        {"R@1": by_step[s]["recall"]["R@1"]}
+        | {f"Top-1, {k}": v for k, v in by_step[s].get("accuracy", {}).items()}
+        for s in steps
+    ]
+    chance = {"R@1": by_step[steps[0]]["chance"]["R@1"]} if steps else {}
+    unit = "share of the queries"
+    return [
+        Curve(name=name, unit=unit, points=points, chance=chance.get(name))
+        for name, points in _lines(values, steps).items()
+    ]
+
+
+def _training_curves(where: str, found: Classified) -> Iterator[Curve]:
+    for name, unit in (("loss", "nats"), ("top1", "share of the batch")):
+        if name in found.curves:
+            points = list(zip(found.curves["step"], found.curves[name], strict=True))
+            yield Curve(name=f"{name}, {where}", unit=unit, points=points)
+
+
+def curve_svg(curve: Curve) -> str:
+    """A small plot as SVG; values that are not finite are left out. The same curve, same bytes."""
+    points = np.array(curve.points, float)
+    points = points[np.isfinite(points[:, 1])]
+    if len(points) > _MAX_POINTS:
+        points = points[np.linspace(0, len(points) - 1, _MAX_POINTS).round().astype(int)]
+    # Text as text, which keeps the file small; no random names and no date.
+    with matplotlib.rc_context({"svg.hashsalt": "strata", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(3.2, 1.7), layout="constrained")
+        axes = figure.subplots()
+        if curve.chance is not None:
+            axes.axhline(curve.chance, color=_GREY, linestyle="--", linewidth=1)
+        marker = "o" if len(points) == 1 else None
+        axes.plot(points[:, 0], points[:, 1], color=_BLUE, linewidth=1.4, marker=marker)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.tick_params(colors=_GREY)
+        axes.locator_params(nbins=5)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return out.getvalue()
+
+
+def _tables(result: EvaluationResult) -> Iterator[tuple[str, str, Figures]]:
+    """Title, remark and rows of the tables below the main figures."""
+    for data, pairs in result.by_data.items():
+        if len(pairs) > 1:
+            name = next(iter(pairs[0].measured.values())).measured.name
+            _, deviation = mean_of([pair.figures for pair in pairs])
+            rows = {f"split {pair.sets.split}": pair.figures[name] for pair in pairs}
+            rows["standard deviation"] = deviation[name]
+            yield f"Each split of {data}", "By the protocol above.", rows
+        variants = [pair.variants for pair in pairs]
+        if variants[0]:
+            remark = "The same protocol but for the level and the centring that each row names."
+            yield f"Variants: {pairs_title(pairs)}", remark, mean_of(variants)[0]
+
+
+def _first_details(result: EvaluationResult) -> Iterator[tuple[str, str, PairResult, Measurement]]:
+    """Title, protocol, pair and measurement of each first split, which the details are of."""
+    for pairs in result.by_data.values():
+        for kind, measurement in pairs[0].measured.items():
+            title = f"{KIND_TITLES[kind]}, {pairs[0].sets.title}"
+            yield title, result.protocols[kind], pairs[0], measurement
+
+
+def _facts(result: EvaluationResult, log: str) -> dict[str, str]:
+    """What was run, by name."""
+    facts = {
+        "Strata": strata.__version__,
+        "commit": commit(),
+        "checkpoint": f"{result.checkpoint} (step {result.step})",
+        "checkpoint digest": result.checkpoint_digest,
+        "pretraining data, manifest digest": result.pretraining_manifest_digest,
+        "ranks, device": f"{result.num_ranks}, {result.device}",
+    }
+    for pair in result.pairs:
+        for name, facts_of in pair.sets.facts().items():
+            facts[f"{pair.sets.title}, {name} set"] = (
+                f"{facts_of['num_videos']} videos of {facts_of['num_listed']} listed, manifest "
+                f"digest {facts_of['manifest_digest']}"
+            )
+    return facts | ({"pretraining log": log} if log else {})
+
+
+def _data_uri(content: bytes | str, kind: str) -> str:
+    data = content.encode() if isinstance(content, str) else content
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["range"] = share_range
+    environment.filters["share"] = lambda v: "" if v is None else f"{v:.1%}"
+    environment.filters["jpeg"] = lambda content: _data_uri(content, "jpeg")
+    environment.filters["plot"] = lambda curve: _data_uri(curve_svg(curve), "svg+xml")
+    return environment
+
+
+def render(result: EvaluationResult) -> str:
+    """The page as HTML.
+
+    Raises:
+        ShardError: A video of the sets cannot be read.
+    """
+    run = result.checkpoint.resolve().parent.parent
+    log = run / "log.jsonl"
+    if log.is_file():
+        records, num_lost = read_json_lines(log)
+        log_text = f"{num_lost} lines cannot be read" if num_lost else ""
+    else:
+        records, log_text = [], "not found beside the checkpoint; no curves"
+    details = list(_first_details(result))
+    template = files("strata.eval").joinpath("report.html.j2").read_text(encoding="utf-8")
+    settings = {"evaluation": result.settings, "pretraining": result.pretraining}
+    return (
+        _environment()
+        .from_string(template)
+        .render(
+            result=result,
+            title=f"{' and '.join(KIND_TITLES[kind] for kind in result.protocols)}: {run.name}",
+            figures=[(text, figure_lines(result, kind)) for kind, text in result.protocols.items()],
+            published=[row for row in PUBLISHED if row.kind in result.protocols],
+            tables=[
+                (title, remark, list(dict.fromkeys(c for row in rows.values() for c in row)), rows)
+                for title, remark, rows in _tables(result)
+            ],
+            cues=[
+                cue for *_, m in details if isinstance(m.details, Cues) for cue in m.details.shown
+            ],
+            classes=[
+                (title, text, m.details.by_class)
+                for title, text, _, m in details
+                if isinstance(m.details, Classified | Retrieved)
+            ],
+            retrieved=[
+                (pair.sets.title, text, shown_queries(pair, m.details))
+                for _, text, pair, m in details
+                if isinstance(m.details, Retrieved)
+            ],
+            training=[
+                curve
+                for _, _, pair, m in details
+                if isinstance(m.details, Classified)
+                for curve in _training_curves(pair.sets.title, m.details)
+            ],
+            probe=probe_curves(records),
+            losses=run_curves(records, "losses", "nats"),
+            health=run_curves(records, "health", ""),
+            facts=_facts(result, log_text),
+            settings=yaml.safe_dump(settings, sort_keys=False),
         )
-        for row in page.figures
-        for name in [row.name.rpartition(" ")[2]]
     )
-    path = out / "report.html"
-    took = {"the whole took": f"{result.wall_s:.0f} s"}
-    write_page(
-        replace(
-            page,
-            title="Strata: a pretrained video encoder",
-            note=_first(record, result.note()),
-            figures=figures,
-            provenance=dict(page.provenance) | took,
-        ),
-        path,
-    )
-    return path
+
+
+def write_page(result: EvaluationResult, path: Path) -> None:
+    """Write the page, atomically.
+
+    Raises:
+        OSError: The file cannot be written.
+        ShardError: A video of the sets cannot be read.
+    """
+    write_atomic(path, render(result))

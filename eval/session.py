@@ -1,9 +1,9 @@
-"""Where an evaluation stands: a formed world, a checkpoint, its network, the sets to measure on."""
+"""An evaluation in progress: settings, the world of ranks, the checkpoint and its networks."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from strata.config import plain
-from strata.dataload.classification import check_pair
 from strata.dataload.reader import ShardReader
 from strata.distributed import (
     World,
@@ -22,12 +21,13 @@ from strata.distributed import (
     leave_world,
     only_writer,
 )
-from strata.errors import CheckpointError, ConfigError
+from strata.errors import CheckpointError
 from strata.eval.protocols.features import FeatureConfig, Features, extract_features
-from strata.eval.protocols.pixels import PIXEL_MAPS, PixelMaps, PixelMapsChoice
-from strata.eval.report import build_page
-from strata.eval.report_page import Page, write_page
-from strata.eval.results import PairResult, set_sizes, table, write_record
+from strata.eval.protocols.pixels import PixelMaps, PixelMapsChoice
+from strata.eval.report import write_page
+from strata.eval.results import EvaluationResult, Kind, PairResult, Role, write_json
+from strata.eval.sets import SetPair
+from strata.eval.summary import full_text
 from strata.files import FolderLock
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
@@ -45,25 +45,40 @@ from strata.train.run.checkpoint import (
 )
 
 __all__ = [
-    "Bench",
     "Evaluation",
+    "NamedNetwork",
     "Network",
     "OneNetwork",
-    "SetPair",
+    "Session",
     "network_name",
-    "open_bench",
-    "set_pairs",
+    "open_session",
+    "untrained_network",
 ]
 
-Network = int | PixelMapsChoice | None
-"""The seed of an untrained network, maps of pixels, or None for the checkpoint's weights."""
+Network = int | PixelMapsChoice | Path | None
+"""The seed of an untrained network, maps of pixels, another checkpoint of the same architecture, or
+None for the checkpoint's weights."""
 
 
 def network_name(which: Network) -> str:
     """As a part of a file's name."""
     if which is None:
         return "pretrained"
-    return which if isinstance(which, str) else f"untrained-{which}"
+    return f"untrained-{which}" if isinstance(which, int) else str(which)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedNetwork:
+    """A network to measure, and the row of figures that it gets."""
+
+    row: str
+    role: Role
+    which: Network
+
+
+def untrained_network(seed: int) -> NamedNetwork:
+    """The same architecture with weights drawn from a seed: a baseline."""
+    return NamedNetwork(row=f"untrained, seed {seed}", role="untrained", which=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +92,7 @@ class Evaluation:
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """How a video becomes features."""
     monitor: ExporterConfig = field(default_factory=lambda: ExporterConfig(port=0))
-    """Where to answer Prometheus while it works; by default nowhere."""
+    """Where to serve metrics to Prometheus while it runs; by default nowhere."""
     out: Path | None = None
     """File for the result, beside which its page gets the ending .html; by default report.json in
     a folder of its own under the checkpoint's run, in eval/."""
@@ -88,8 +103,8 @@ class OneNetwork(Evaluation):
     """An evaluation of one network."""
 
     weights: Literal["pretrained", "untrained", "thumbnails", "motion"] = "pretrained"
-    """untrained draws the same network anew from the seed: the baseline. thumbnails and motion
-    take no network but 8x8 maps of the clips' pixels, or of what changes between frames."""
+    """untrained draws the weights of the same network from the seed: the baseline. thumbnails and
+    motion take no network but 8x8 maps of the clips' pixels, or of what changes between frames."""
     seed: int = 0
     """Of the untrained weights."""
     untrained_seeds: tuple[int, ...] = (0,)
@@ -104,82 +119,22 @@ class OneNetwork(Evaluation):
     """Splits of each folder of `data`."""
 
     @property
-    def networks(self) -> dict[str, "Network"]:
-        """Which networks are measured, by row."""
+    def measured(self) -> "Network":
+        """The network that is evaluated."""
         if self.weights == "untrained":
-            return {"measured": self.seed}
-        if self.weights in PIXEL_MAPS:
-            return {"measured": self.weights}
-        found: dict[str, Network] = {"measured": None}
-        return found | {f"untrained, seed {s}": s for s in self.untrained_seeds}
+            return self.seed
+        return None if self.weights == "pretrained" else self.weights
+
+    @property
+    def networks(self) -> list[NamedNetwork]:
+        """The evaluated network first, then the baselines."""
+        seeds = self.untrained_seeds if self.weights == "pretrained" else ()
+        first = NamedNetwork(row="measured", role="measured", which=self.measured)
+        return [first, *(untrained_network(seed) for seed in seeds)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SetPair:
-    """A training set and a test set of the same classes."""
-
-    data: str
-    split: str
-    train: ShardReader
-    test: ShardReader
-
-    def facts(self) -> dict[str, Any]:
-        """What identifies the sets."""
-        return {
-            name: {
-                "folder": str(reader.location),
-                "manifest_digest": reader.manifest.digest,
-                "num_listed": reader.num_listed,
-                "num_videos": reader.num_samples,
-            }
-            for name, reader in (("train", self.train), ("test", self.test))
-        }
-
-
-def set_pairs(
-    config: OneNetwork, train: Path | None, test: Path | None, names: tuple[str, str]
-) -> list[SetPair]:
-    """The sets of an evaluation, opened and compared.
-
-    Args:
-        config: With `data` and `splits`.
-        train: One training set, instead of `data`.
-        test: Its test set.
-        names: What the two are called on the command line.
-
-    Raises:
-        ConfigError: Neither or both are given, or the classes of a pair differ.
-        ShardError: A folder is missing or incomplete.
-    """
-    both = f"--{names[0]} and --{names[1]}"
-    if config.data:
-        if train is not None or test is not None:
-            raise ConfigError(f"give either --data or {both}, not all")
-        if not config.splits:
-            raise ConfigError("--splits is empty; use for instance [1,2,3]")
-        return [
-            _pair(root.name, str(n), root / f"train{n:02d}", root / f"test{n:02d}")
-            for root in config.data
-            for n in config.splits
-        ]
-    if train is None or test is None:
-        raise ConfigError(f"give {both}, or --data with folders of train01 and test01")
-    return [_pair("", "", train, test)]
-
-
-def _pair(data: str, split: str, first: Path, second: Path) -> SetPair:
-    train, test = ShardReader(first), ShardReader(second)
-    check_pair(train, test)
-    return SetPair(
-        data=data or train.manifest.dataset,
-        split=split or f"{train.manifest.split}/{test.manifest.split}",
-        train=train,
-        test=test,
-    )
-
-
-class Bench:
-    """A formed world, a checkpoint, and a way to its network or an untrained one.
+class Session:
+    """An evaluation in progress: the world of ranks, the checkpoint, and the networks to measure.
 
     Args:
         config: The evaluation's settings.
@@ -225,12 +180,29 @@ class Bench:
         """An encoder on the device, and what identifies its weights."""
         if which is None:
             return load_backbone(self.found).to(self.device), self.identity
+        if isinstance(which, Path):
+            return self._other_network(which)
         if isinstance(which, str):
             return PixelMaps(which), f"pixels: {which}"
         torch.manual_seed(which)
         backbone = build_backbone(backbone_config(self.state.config))
         identity = json.dumps([self.state.config["model"], "untrained", which])
         return backbone.to(self.device), identity
+
+    def _other_network(self, folder: Path) -> tuple[Backbone, str]:
+        """The encoder of another checkpoint. All ranks call it.
+
+        Raises:
+            CheckpointError: There is none, or its architecture is another.
+        """
+        found = _checkpoint_of(folder)
+        if backbone_config(read_state(found).config) != backbone_config(self.state.config):
+            raise CheckpointError(
+                f"{found} holds another encoder than {self.found}; compare runs of one architecture"
+            )
+        identity = (found / "complete.json").read_text(encoding="utf-8")
+        all_equal("checkpoint", identity)
+        return load_backbone(found).to(self.device), identity
 
     def encode(self, reader: ShardReader, which: Network, *, backwards: bool = False) -> Features:
         """Features of a data set, from the cache where they are; see `extract_features`."""
@@ -265,80 +237,79 @@ class Bench:
         text = json.dumps([self.identity, plain(parts)], sort_keys=True)
         return self.results / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-    def report_path(self, name: str, results: list[PairResult]) -> Path:
-        """Where the result goes."""
-        sets = [r.sets for r in results]
-        return self.config.out or self.folder(name, [self.settings(), sets]) / "report.json"
+    def report_path(self, name: str, sets: Sequence[SetPair]) -> Path:
+        """The path of report.json: `out`, or in a folder of its own."""
+        facts = [pair.facts() for pair in sets]
+        return self.config.out or self.folder(name, [self.settings(), facts]) / "report.json"
 
-    def write(
+    def report(
         self,
         name: str,
-        protocol: str,
-        results: list[PairResult],
-        more: dict[str, Any],
+        protocols: Mapping[Kind, str],
+        pairs: Sequence[PairResult],
         *,
         path: Path | None = None,
-        decorate: Callable[[Page], Page] = lambda page: page,
+        remark: str = "",
     ) -> None:
-        """Leave `report.json` with all that decided it and its page, and print the figures.
+        """Print the figures, and write report.json and its page. Rank 0 does.
 
         Args:
             name: Of the evaluation.
-            protocol: In words.
-            results: One for each pair of sets.
-            more: Further fields of the report.
+            protocols: Each protocol in words.
+            pairs: One result for each pair of sets.
             path: The file; by default `report_path`.
-            decorate: Adds to the page what the report does not hold.
+            remark: What the page says above the figures.
         """
         if not self.world.is_first:
             return
-        settings = self.settings()
-        path = path or self.report_path(name, results)
-        head = {
-            "evaluation": name,
-            "protocol": protocol,
-            "checkpoint": str(self.found),
-            "checkpoint_digest": hashlib.sha256(self.identity.encode()).hexdigest(),
-            "step": self.state.step,
-            "settings": settings,
-            "num_ranks": self.world.size,
-            "device": self.device.type,
-            "pretraining": self.state.config,
-            "pretraining_manifest_digest": self.state.manifest_digest,
-            **more,
-        }
-        record = write_record(path, head, results)
-        if record["incomplete"]:
-            print(record["incomplete"])
-        print(f"{name} of {self.found}\n  protocol: {protocol}")
-        for result in results:
-            print(f"  {result.data} {result.split}: {set_sizes([result.sets])}")
-            print(table(result.figures, indent="    "))
-            if result.variants:
-                print(table(result.variants, indent="    "))
-        for data, mean in record["by_data"].items():
-            if mean["num_splits"] > 1:
-                print(f"  {data}, mean of {mean['num_splits']} splits")
-                print(table(mean["mean"], mean["deviation"], indent="    "))
-        # After all else: a data set that has gone costs the page, not the figures.
+        config = self.config
+        result = EvaluationResult(
+            name=name,
+            protocols=protocols,
+            is_untrained=isinstance(config, OneNetwork) and config.weights == "untrained",
+            checkpoint=self.found,
+            checkpoint_digest=hashlib.sha256(self.identity.encode()).hexdigest(),
+            step=self.state.step,
+            settings=self.settings(),
+            num_ranks=self.world.size,
+            device=self.device.type,
+            pretraining=plain(self.state.config),
+            pretraining_manifest_digest=self.state.manifest_digest,
+            pairs=tuple(pairs),
+            remark=remark,
+        )
+        path = path or self.report_path(name, [pair.sets for pair in pairs])
+        write_json(result, path)
+        print(full_text(result))
+        # Last: a video that cannot be read any more costs the page and not the figures.
         page = path.with_suffix(".html")
-        write_page(decorate(build_page(plain(record))), page)
+        write_page(result, page)
         print(f"  written to {path} and {page}", flush=True)
 
 
+def _checkpoint_of(path: Path) -> Path:
+    """The newest checkpoint of a run, or the checkpoint itself.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no complete checkpoint; pretrain with train/main.py first, or correct "
+            "the path"
+        )
+    return found
+
+
 @contextmanager
-def open_bench(config: Evaluation) -> Iterator[Bench]:
+def open_session(config: Evaluation) -> Iterator[Session]:
     """Form the world and open the checkpoint; dissolve the world at the end.
 
     Raises:
         CheckpointError: There is none, or it is of another encoder.
     """
-    found = find_checkpoint(config.checkpoint)
-    if found is None:
-        raise CheckpointError(
-            f"{config.checkpoint} holds no complete checkpoint; pretrain with train/main.py first, "
-            "or mend --checkpoint"
-        )
+    found = _checkpoint_of(config.checkpoint)
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     run = found.parent.parent
@@ -355,7 +326,7 @@ def open_bench(config: Evaluation) -> Iterator[Bench]:
             if device.type == "cuda":
                 properties = torch.cuda.get_device_properties(device)
                 metrics.add_collector(GpuCollector(str(properties.uuid)))
-            yield Bench(config, found, world, device, metrics)
+            yield Session(config, found, world, device, metrics)
     finally:
         leave_world()
 

@@ -10,7 +10,8 @@ from typing import Any
 import strata
 from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PIXEL_MAPS
-from strata.eval.results import commit, set_sizes
+from strata.eval.results import commit
+from strata.eval.summary import set_sizes
 from strata.files import write_atomic
 from strata.logs import read_json_lines
 from strata.untrusted import decode_json

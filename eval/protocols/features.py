@@ -137,7 +137,7 @@ def extract_features(
         world: This rank and its peers.
         device: Where to compute.
         network: What identifies the weights.
-        cache: Folder for features by (network, manifest, protocol); None to compute anew.
+        cache: Folder for features by (network, manifest, protocol); None for no cache.
         metrics: Where to count what was read and decoded.
         backwards: Whether the network sees the clips reversed in time.
 

@@ -13,7 +13,7 @@ from strata.distributed import all_equal, only_writer
 from strata.errors import ConfigError
 from strata.eval.accuracy import ClassSpace
 from strata.eval.classifier import ClassifierConfig, ClassifierRun
-from strata.eval.pictures import jpeg, write_video
+from strata.eval.pictures import encode_jpeg, write_video
 from strata.eval.protocols.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
 from strata.eval.protocols.linear import LinearConfig, linear_probe
 from strata.eval.protocols.named import PROTOCOLS, ProtocolName, protocol_words
@@ -34,18 +34,29 @@ from strata.eval.protocols.temporal_cam import (
     shown_samples,
     video_cam,
 )
-from strata.eval.report_page import Cue
-from strata.eval.results import Figures, PairResult, accuracy_result, retrieval_result
-from strata.eval.session import (
-    Bench,
-    Evaluation,
-    Network,
-    OneNetwork,
-    SetPair,
-    network_name,
-    open_bench,
-    set_pairs,
+from strata.eval.results import (
+    Classified,
+    Cue,
+    Cues,
+    Figures,
+    Kind,
+    Measurement,
+    PairResult,
+    Retrieved,
+    Row,
+    classified,
+    retrieved,
 )
+from strata.eval.session import (
+    Evaluation,
+    NamedNetwork,
+    OneNetwork,
+    Session,
+    network_name,
+    open_session,
+    untrained_network,
+)
+from strata.eval.sets import SetPair, open_pair, open_pairs
 from strata.logs import read_json_lines
 from strata.untrusted import file_stem
 
@@ -101,7 +112,7 @@ class FinetuneEvaluation(OneNetwork):
     training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].finetune)
     """How the network is trained."""
     run: Path | None = None
-    """Folder of the training; by default one by its settings, so that the same command goes on
+    """Folder of the training; by default one by its settings, so that the same command resumes
     where it was stopped."""
 
 
@@ -116,7 +127,7 @@ class LinearEvaluation(OneNetwork):
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     variant: Literal["augmented", "cached"] = "augmented"
-    """augmented trains on augmented clips, encoded anew each epoch (CoCLR). cached trains on the
+    """augmented trains on augmented clips, encoded again each epoch (CoCLR). cached trains on the
     features of the training videos' test clips, encoded once: minutes instead of hours."""
     training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].linear)
     """Of the augmented variant."""
@@ -136,6 +147,11 @@ class CompareEvaluation(Evaluation):
     """Shards of the test set."""
     untrained_seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the untrained networks."""
+    others: tuple[Path, ...] = ()
+    """Further runs or checkpoints of the same architecture, for instance of other seeds. The page
+    then shows mean, lowest and highest."""
+    remark: str = ""
+    """A sentence that the page shows above the figures."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md; the cached probe is ours."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -159,7 +175,7 @@ class FeaturesExport(Evaluation):
     shards: Path
     """The data set."""
     weights: Literal["pretrained", "untrained"] = "pretrained"
-    """untrained draws the same network anew from the seed."""
+    """untrained draws the weights of the same network from the seed."""
     seed: int = 0
     """Of the untrained weights."""
 
@@ -192,11 +208,11 @@ class TemporalCamEvaluation(OneNetwork):
             raise ConfigError("features.level all has no map of its own; use low, mid or high")
 
 
-def _level_text(bench: Bench) -> str:
-    weights = getattr(bench.config, "weights", "pretrained")
+def _level_text(session: Session) -> str:
+    weights = getattr(session.config, "weights", "pretrained")
     if weights in PIXEL_MAPS:
         return PIXEL_MAPS[weights]
-    config = bench.features
+    config = session.features
     if config.level == "all":
         return "the three levels' averages over time and space, of unit length each, joined"
     return f"the {config.level} level's average over time and space"
@@ -215,27 +231,27 @@ def _refuse_cached(protocol: ProtocolName) -> None:
         )
 
 
-def retrieval_text(bench: Bench, centre: Centring) -> str:
+def retrieval_text(session: Session, centre: Centring) -> str:
     """The protocol of a retrieval in words."""
-    named = protocol_words(bench.settings(), "retrieval")
+    named = protocol_words(session.settings(), "retrieval")
     return (
         f"retrieval, {named}: test videos query the training set, cosine similarity, "
-        f"{bench.clips_text()}; "
-        f"{_level_text(bench)}, mean over clips, {_CENTRE_TEXT[centre]}"
+        f"{session.clips_text()}; "
+        f"{_level_text(session)}, mean over clips, {_CENTRE_TEXT[centre]}"
     )
 
 
-def cached_text(bench: Bench) -> str:
+def cached_text(session: Session) -> str:
     """The protocol of the cached linear probe in words."""
-    named = protocol_words(bench.settings(), "cached")
+    named = protocol_words(session.settings(), "cached")
     return (
         f"linear, cached, {named} with a probe of ours: a linear layer on frozen features of the "
-        f"centre crops, {bench.clips_text()}; {_level_text(bench)}, unit length and batch "
+        f"centre crops, {session.clips_text()}; {_level_text(session)}, unit length and batch "
         "norm; softmax probabilities averaged over a video's clips"
     )
 
 
-def training_text(name: str, bench: Bench, config: ClassifierConfig) -> str:
+def training_text(name: str, session: Session, config: ClassifierConfig) -> str:
     """The protocol of a trained classifier in words."""
     learns = "the encoder frozen" if config.train == "head" else "all weights learn"
     norm = "unit length and batch norm" if config.normalised else "no normalisation"
@@ -245,21 +261,22 @@ def training_text(name: str, bench: Bench, config: ClassifierConfig) -> str:
     encoder = f" (encoder x{config.backbone_lr_factor:g})" if config.train == "all" else ""
     crops = "" if config.test_crops == 1 else f", {config.test_crops} crops of each"
     return (
-        f"{name}, {protocol_words(bench.settings(), name)}: {learns}, {config.epochs} epochs of one"
-        f" augmented clip a video at stride {config.stride} (crop from {low:g} of the area, jitter "
-        f"with probability {config.views.jitter:g}, flip), {optimizer} {config.learning_rate:g}"
-        f"{encoder}, x{config.lr_drop_factor:g} at {drops}, batch {config.batch_size}, L2 "
-        f"{config.weight_decay:g}, {norm}, dropout {config.dropout:g}; test of the last epoch's "
-        f"weights: {bench.clips_text()}{crops}, softmax probabilities averaged"
+        f"{name}, {protocol_words(session.settings(), name)}: {learns}, {config.epochs} epochs of "
+        f"one augmented clip a video at stride {config.stride} (crop from {low:g} of the area, "
+        f"jitter with probability {config.views.jitter:g}, flip), {optimizer} "
+        f"{config.learning_rate:g}{encoder}, x{config.lr_drop_factor:g} at {drops}, "
+        f"batch {config.batch_size}, L2 {config.weight_decay:g}, {norm}, "
+        f"dropout {config.dropout:g}; test of the last epoch's weights: "
+        f"{session.clips_text()}{crops}, softmax probabilities averaged"
     )
 
 
-def cam_text(bench: Bench, config: CamConfig) -> str:
+def cam_text(session: Session, config: CamConfig) -> str:
     """The protocol of the temporal cues in words."""
     return (
         "temporal_cam: a linear head without bias on frozen features tells clips from the same "
-        f"clips reversed in time (one logit, right above and below 0); {bench.clips_text()}, each "
-        f"once as it is and once reversed; {_level_text(bench)}, logistic regression with "
+        f"clips reversed in time (one logit, right above and below 0); {session.clips_text()}, "
+        f"each once as it is and once reversed; {_level_text(session)}, logistic regression with "
         f"L2 {config.weight_decay:g}; videos: the mean of their clips' logits"
     )
 
@@ -283,26 +300,47 @@ def chance_accuracy(num_classes: int) -> dict[str, float]:
 
 def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
-    pairs = set_pairs(config, config.gallery, config.query, ("gallery", "query"))
-    with open_bench(config) as bench:
-        results = [_retrieval_of_pair(bench, config, pair) for pair in pairs]
-        text = retrieval_text(bench, config.retrieval.centre)
-        bench.write(_name("retrieval", config), text, results, {})
+    names = ("gallery", "query")
+    pairs = open_pairs(config.data, config.splits, config.gallery, config.query, names)
+    with open_session(config) as session:
+        measured = [_measure_retrieval(session, config, pair) for pair in pairs]
+        text = retrieval_text(session, config.retrieval.centre)
+        _report_one(session, _name("retrieval", config), "retrieval", text, pairs, measured)
 
 
-def _retrieval_of_pair(bench: Bench, config: RetrievalEvaluation, pair: SetPair) -> PairResult:
-    level, centre = bench.features.level, config.retrieval.centre
-    figures: Figures = {}
+def _report_one(
+    session: Session,
+    name: str,
+    kind: Kind,
+    text: str,
+    pairs: Sequence[SetPair],
+    measured: Sequence[Measurement],
+    *,
+    path: Path | None = None,
+) -> None:
+    """Report an evaluation by a single protocol."""
+    results = [
+        PairResult(sets=pair, measured={kind: found})
+        for pair, found in zip(pairs, measured, strict=True)
+    ]
+    session.report(name, {kind: text}, results, path=path)
+
+
+def _measure_retrieval(session: Session, config: RetrievalEvaluation, pair: SetPair) -> Measurement:
+    level, centre = session.features.level, config.retrieval.centre
+    rows: list[Row] = []
     variants: Figures = {}
-    details: dict[str, Any] = {}
-    for row, seed in config.networks.items():
-        gallery, queries = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
-        figures[row] = retrieval_figures(gallery, queries, level, centre)
-        if row != "measured":
+    details: Retrieved | None = None
+    chance: dict[str, float] = {}
+    for network in config.networks:
+        gallery = session.encode(pair.train, network.which)
+        queries = session.encode(pair.test, network.which)
+        shares = retrieval_figures(gallery, queries, level, centre)
+        rows.append(Row(name=network.row, role=network.role, shares=shares))
+        if network.role != "measured":
             continue
-        figures["chance"] = _chance_recall(gallery, queries)
-        found = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
-        details = retrieval_result(queries, gallery, *found, config.retrieval.shown)
+        chance = _chance_recall(gallery, queries)
+        details = _retrieval_details(gallery, queries, level, config.retrieval)
         if config.retrieval.variants:
             variants = {
                 f"{other} level, {_CENTRE_TEXT[way]}": retrieval_figures(
@@ -311,25 +349,37 @@ def _retrieval_of_pair(bench: Bench, config: RetrievalEvaluation, pair: SetPair)
                 for other in LEVEL_CHOICES
                 for way in CENTRINGS
             }
-    return PairResult(
-        data=pair.data,
-        split=pair.split,
-        sets=pair.facts(),
-        figures=figures,
-        variants=variants,
-        details=details,
+    rows.append(Row(name="chance", role="chance", shares=chance))
+    return Measurement(rows=tuple(rows), variants=variants, details=details)
+
+
+def _retrieval_details(
+    gallery: Features, queries: Features, level: Any, config: RetrievalConfig
+) -> Retrieved:
+    nearest, similarity = retrieve(
+        queries.videos(level), gallery.videos(level), config.centre, max(RECALL_AT)
     )
+    return retrieved(queries, gallery, nearest, similarity, config.shown)
 
 
 def _name(protocol: str, config: OneNetwork) -> str:
-    which = config.networks["measured"]
+    which = config.measured
     return protocol if which is None else f"{protocol}-{network_name(which)}"
 
 
-def _probe(
-    train: Features, test: Features, level: Any, config: LinearConfig
-) -> tuple[Figures, dict[str, Any]]:
-    """The cached linear probe: figures, and details for the page."""
+@dataclass(frozen=True, kw_only=True)
+class _Tested:
+    """A classifier of one network on one pair of sets."""
+
+    shares: dict[str, float]
+    training: dict[str, float]
+    """On the training set; empty where it was not tested."""
+    chance: dict[str, float]
+    details: Classified
+
+
+def _cached_probe(train: Features, test: Features, level: Any, config: LinearConfig) -> _Tested:
+    """The cached linear probe of one network."""
     space = ClassSpace.of(train.labels, test.labels, train.classes, learned=True)
     result = linear_probe(
         train.clips(level),
@@ -339,12 +389,22 @@ def _probe(
         len(space),
         config,
     )
-    figures = {
-        "measured": {"Top-1": result.accuracy.top1, "Top-5": result.accuracy.top5},
-        "training": {"Top-1": result.train_top1},
-        "chance": chance_accuracy(len(space)),
-    }
-    return figures, accuracy_result(result.accuracy, space, test.keys)
+    return _Tested(
+        shares={"Top-1": result.accuracy.top1, "Top-5": result.accuracy.top5},
+        training={"Top-1": result.train_top1},
+        chance=chance_accuracy(len(space)),
+        details=classified(result.accuracy, space),
+    )
+
+
+def _joined(tested: Sequence[tuple[NamedNetwork, _Tested]]) -> Measurement:
+    """The classifiers of all networks on a pair; the first network is the evaluated one."""
+    rows = [Row(name=n.row, role=n.role, shares=found.shares) for n, found in tested]
+    first = tested[0][1]
+    if first.training:
+        rows.append(Row(name="training", role="training", shares=first.training))
+    rows.append(Row(name="chance", role="chance", shares=first.chance))
+    return Measurement(rows=tuple(rows), details=first.details)
 
 
 def run_linear(config: LinearEvaluation) -> None:
@@ -356,29 +416,23 @@ def run_linear(config: LinearEvaluation) -> None:
     else:
         _run_classifier("linear", config, config.training, config.train, config.test)
         return
-    pairs = set_pairs(config, config.train, config.test, ("train", "test"))
-    with open_bench(config) as bench:
-        results = []
+    pairs = _labelled_pairs(config, config.train, config.test)
+    with open_session(config) as session:
+        measured = []
         for pair in pairs:
-            figures: Figures = {}
-            details: dict[str, Any] = {}
-            for row, seed in config.networks.items():
-                train, test = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
-                found, more = _probe(train, test, bench.features.level, config.probe)
-                if row == "measured":
-                    figures |= found
-                    details = more
-                figures[row] = found["measured"]
-            results.append(
-                PairResult(
-                    data=pair.data,
-                    split=pair.split,
-                    sets=pair.facts(),
-                    figures=figures,
-                    details=details,
-                )
-            )
-        bench.write(_name("linear-cached", config), cached_text(bench), results, {})
+            tested = []
+            for network in config.networks:
+                train = session.encode(pair.train, network.which)
+                test = session.encode(pair.test, network.which)
+                found = _cached_probe(train, test, session.features.level, config.probe)
+                tested.append((network, found))
+            measured.append(_joined(tested))
+        name, text = _name("linear-cached", config), cached_text(session)
+        _report_one(session, name, "linear", text, pairs, measured)
+
+
+def _labelled_pairs(config: OneNetwork, train: Path | None, test: Path | None) -> list[SetPair]:
+    return open_pairs(config.data, config.splits, train, test, ("train", "test"))
 
 
 def run_finetune(config: FinetuneEvaluation) -> None:
@@ -391,71 +445,48 @@ def run_finetune(config: FinetuneEvaluation) -> None:
 
 
 def _run_classifier(
-    name: str,
+    kind: Literal["linear", "finetune"],
     config: FinetuneEvaluation | LinearEvaluation,
     training: ClassifierConfig,
     train: Path | None,
     test: Path | None,
 ) -> None:
-    pairs = set_pairs(config, train, test, ("train", "test"))
+    pairs = _labelled_pairs(config, train, test)
     if config.features.level != "high":
         raise ConfigError(
-            f"features.level is {config.features.level}; {name} trains on the high level, other "
+            f"features.level is {config.features.level}; {kind} trains on the high level, other "
             "levels are for retrieval and the cached probe"
         )
-    with open_bench(config) as bench:
-        results = []
+    with open_session(config) as session:
+        measured = []
         for pair in pairs:
-            # Every network is trained before it is asked whether one was told to stop.
-            tested = {
-                row: _train_and_test(name, bench, config, training, pair, row, seed)
-                for row, seed in config.networks.items()
-            }
-            results.append(_joined(pair, tested))
-        if all(r is not None for r in results):
-            text = training_text(name, bench, training)
-            bench.write(_name(name, config), text, [r for r in results if r is not None], {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tested:
-    """A classifier of one network on one pair of sets."""
-
-    figures: dict[str, float]
-    chance: dict[str, float]
-    details: dict[str, Any]
-
-
-def _joined(pair: SetPair, tested: dict[str, _Tested | None]) -> PairResult | None:
-    """All networks of a pair; None where one was told to stop before its end."""
-    whole = {row: one for row, one in tested.items() if one is not None}
-    if len(whole) < len(tested):
-        return None
-    main = whole["measured"]
-    figures = {row: one.figures for row, one in whole.items()} | {"chance": main.chance}
-    return PairResult(
-        data=pair.data,
-        split=pair.split,
-        sets=pair.facts(),
-        figures=figures,
-        details=main.details,
-    )
+            # All networks are trained, also after one that --training.max_steps stopped.
+            tested = [
+                (network, _train_and_test(kind, session, config, training, pair, network))
+                for network in config.networks
+            ]
+            complete = [(network, found) for network, found in tested if found is not None]
+            if len(complete) == len(tested):
+                measured.append(_joined(complete))
+        if len(measured) == len(pairs):
+            text = training_text(kind, session, training)
+            _report_one(session, _name(kind, config), kind, text, pairs, measured)
 
 
 def _train_and_test(
     name: str,
-    bench: Bench,
+    session: Session,
     config: FinetuneEvaluation | LinearEvaluation,
     training: ClassifierConfig,
     pair: SetPair,
-    row: str,
-    seed: Network,
+    network: NamedNetwork,
 ) -> _Tested | None:
-    """One training; None where it was told to stop before its end."""
-    name = name if seed is None else f"{name}-{network_name(seed)}"
-    backbone, identity = bench.network(seed)
+    """Train one network and test it; None where --training.max_steps stopped it before its end."""
+    if network.which is not None:
+        name = f"{name}-{network_name(network.which)}"
+    backbone, identity = session.network(network.which)
     sets = pair.facts()
-    clips = bench.features.clips()
+    clips = session.features.clips()
     described = {
         "evaluation": name,
         "network": identity,
@@ -463,16 +494,17 @@ def _train_and_test(
         "training": plain(replace(training, max_steps=0)),
         "size": clips.size,
         "clip_frames": clips.clip_frames,
-        "model": bench.state.config["model"],
+        "model": session.state.config["model"],
     }
     if config.run is None:
-        folder = bench.folder(name, described)
+        folder = session.folder(name, described)
     else:
         folder = config.run / f"{pair.data}-{pair.split}" if config.data else config.run
-        folder = folder if row == "measured" else folder / f"untrained-{seed}"
+        if network.role != "measured":
+            folder = folder / network_name(network.which)
     all_equal("folder of the training", str(folder))
     advice = "wait for it, or use another --run"
-    with only_writer(folder, "training a classifier", bench.world, advice=advice):
+    with only_writer(folder, "training a classifier", session.world, advice=advice):
         run = ClassifierRun(
             backbone,
             pair.train,
@@ -481,32 +513,30 @@ def _train_and_test(
             clips,
             folder=folder,
             described=described,
-            world=bench.world,
-            device=bench.device,
+            world=session.world,
+            device=session.device,
         )
         run.fit()
     if run.state.epoch < training.epochs:
-        if bench.world.is_first:
+        if session.world.is_first:
             print(
                 f"{name} stopped at step {run.state.step}; the same command without "
-                f"--training.max_steps goes on ({folder})",
+                f"--training.max_steps resumes it ({folder})",
                 flush=True,
             )
         return None
     accuracy = run.test()
+    curves = _curves(folder / "log.jsonl") if session.world.is_first else {}
     return _Tested(
-        figures={"Top-1": accuracy.top1, "Top-5": accuracy.top5},
+        shares={"Top-1": accuracy.top1, "Top-5": accuracy.top5},
+        training={},
         chance=chance_accuracy(len(run.space)),
-        details={
-            **accuracy_result(accuracy, run.space, pair.test.keys),
-            "run": str(folder),
-            "curves": _curves(folder / "log.jsonl") if bench.world.is_first else {},
-        },
+        details=classified(accuracy, run.space, run=folder, curves=curves),
     )
 
 
 def _curves(log: Path) -> dict[str, list[float]]:
-    """The training's curves from its log; where a resume repeated steps, the later counts."""
+    """The training's curves from its log; of a step that a resume repeated, the later record."""
     records, _ = read_json_lines(log)
     by_step = {r["step"]: r for r in records if r["kind"] == "step"}
     ordered: Sequence[dict[str, Any]] = [by_step[s] for s in sorted(by_step)]
@@ -514,153 +544,132 @@ def _curves(log: Path) -> dict[str, list[float]]:
 
 
 def run_compare(config: CompareEvaluation) -> None:
-    """Both cached protocols on the checkpoint and on untrained networks of its architecture."""
-    shared = OneNetwork(checkpoint=config.checkpoint)
-    (pair,) = set_pairs(shared, config.train, config.test, ("train", "test"))
-    with open_bench(config) as bench:
-        figures: Figures = {}
-        details: dict[str, Any] = {}
+    """Both cached protocols on one or more checkpoints and on untrained networks."""
+    pair = open_pair(config.train, config.test)
+    networks = [
+        NamedNetwork(row="pretrained", role="measured", which=None),
+        *(
+            NamedNetwork(row=f"pretrained, {other}", role="measured", which=other)
+            for other in config.others
+        ),
+        *(untrained_network(seed) for seed in config.untrained_seeds),
+    ]
+    with open_session(config) as session:
+        level, centre = session.features.level, config.retrieval.centre
+        recalls: list[Row] = []
+        probes: list[tuple[NamedNetwork, _Tested]] = []
+        details: Retrieved | None = None
         chance: dict[str, float] = {}
-        level, centre = bench.features.level, config.retrieval.centre
-        for seed in (None, *config.untrained_seeds):
-            name = "pretrained" if seed is None else f"untrained, seed {seed}"
-            train, test = bench.encode(pair.train, seed), bench.encode(pair.test, seed)
-            recalls = retrieval_figures(train, test, level, centre)
-            accuracy, linear = _probe(train, test, level, config.probe)
-            figures[name] = recalls | accuracy["measured"]
-            if seed is None:
-                nearest = retrieve(test.videos(level), train.videos(level), centre, max(RECALL_AT))
-                details["retrieval"] = retrieval_result(
-                    test, train, *nearest, config.retrieval.shown
-                )
-                details["linear"] = linear
-                chance = _chance_recall(train, test) | accuracy["chance"]
-        figures["chance"] = chance
-        result = PairResult(
-            data=pair.data,
-            split=pair.split,
-            sets=pair.facts(),
-            figures=figures,
-            details=details,
-        )
-        protocols = {"retrieval": retrieval_text(bench, centre), "linear": cached_text(bench)}
-        bench.write("compare", "; ".join(protocols.values()), [result], {"protocols": protocols})
+        for network in networks:
+            train = session.encode(pair.train, network.which)
+            test = session.encode(pair.test, network.which)
+            shares = retrieval_figures(train, test, level, centre)
+            recalls.append(Row(name=network.row, role=network.role, shares=shares))
+            found = _cached_probe(train, test, level, config.probe)
+            probes.append((network, replace(found, training={})))
+            if details is None:
+                details = _retrieval_details(train, test, level, config.retrieval)
+                chance = _chance_recall(train, test)
+        recalls.append(Row(name="chance", role="chance", shares=chance))
+        measured: dict[Kind, Measurement] = {
+            "retrieval": Measurement(rows=tuple(recalls), details=details),
+            "linear": _joined(probes),
+        }
+        protocols: dict[Kind, str] = {
+            "retrieval": retrieval_text(session, centre),
+            "linear": cached_text(session),
+        }
+        result = PairResult(sets=pair, measured=measured)
+        session.report("compare", protocols, [result], remark=config.remark)
 
 
 def run_temporal_cam(config: TemporalCamEvaluation) -> None:
     """Train the head, report how often it is right, and draw its maps. Rank 0 draws."""
-    pairs = set_pairs(config, config.train, config.test, ("train", "test"))
-    with open_bench(config) as bench:
-        heads: list[np.ndarray] = []
-        results = []
-        for pair in pairs:
-            figures, head = _direction_figures(bench, config, pair)
-            heads.append(head)
-            results.append(
-                PairResult(data=pair.data, split=pair.split, sets=pair.facts(), figures=figures)
-            )
-        if not bench.world.is_first:
+    pairs = _labelled_pairs(config, config.train, config.test)
+    with open_session(config) as session:
+        found = [_measure_direction(session, config, pair) for pair in pairs]
+        if not session.world.is_first:
             return
         name = _name("temporal_cam", config)
-        path = bench.report_path(name, results)
+        path = session.report_path(name, pairs)
         path = path if config.out is None else config.out / "report.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cues: list[Cue] = []
-        for k, (pair, head) in enumerate(zip(pairs, heads, strict=True)):
+        measured = []
+        for pair, (measurement, head) in zip(pairs, found, strict=True):
             folder = path.parent / f"{pair.data}-{pair.split}" if config.data else path.parent
-            drawn, found = _draw_cues(bench, config, pair, head, folder)
-            cues += drawn
-            results[k] = replace(results[k], details={"cues": found})
-        remark = (
-            "Class activation maps of the head over test videos, evenly spaced in the set, not "
-            "chosen. Red speaks for the original order, blue for the reversed one; the mean of a "
-            "map is the logit. Maps are coarser than the picture and are interpolated. Beside the "
-            "report lies a video (mp4) of each: the frames, the map, the map of the reversed clips."
-        )
-        bench.write(
-            name,
-            cam_text(bench, config.cam),
-            results,
-            {},
-            path=path,
-            decorate=lambda page: replace(page, cues=tuple(cues), cues_remark=remark),
-        )
+            cues = _draw_cues(session, config, pair, head, folder)
+            measured.append(replace(measurement, details=cues))
+        text = cam_text(session, config.cam)
+        _report_one(session, name, "temporal_cam", text, pairs, measured, path=path)
 
 
-def _direction_figures(
-    bench: Bench, config: TemporalCamEvaluation, pair: SetPair
-) -> tuple[Figures, np.ndarray]:
-    """How often each network's head is right, and the head of the first."""
-    level = bench.features.level
-    figures: Figures = {}
+def _measure_direction(
+    session: Session, config: TemporalCamEvaluation, pair: SetPair
+) -> tuple[Measurement, np.ndarray]:
+    """How often each network's head is right, and the head of the evaluated network."""
+    level = session.features.level
+    rows: list[Row] = []
     heads: list[np.ndarray] = []
-    for row, seed in config.networks.items():
+    for network in config.networks:
         train, test = (
-            [bench.encode(s, seed, backwards=b).clips(level) for b in (False, True)]
+            [session.encode(s, network.which, backwards=b).clips(level) for b in (False, True)]
             for s in (pair.train, pair.test)
         )
         flat = [part.reshape(-1, part.shape[2]) for part in train]
         head = fit_direction_head(flat[0], flat[1], config.cam.weight_decay)
-        figures[row] = direction_accuracy(head, test[0], test[1])
-        if row == "measured":
-            figures["training"] = direction_accuracy(head, train[0], train[1])
+        shares = direction_accuracy(head, test[0], test[1])
+        rows.append(Row(name=network.row, role=network.role, shares=shares))
+        if network.role == "measured":
+            shares = direction_accuracy(head, train[0], train[1])
+            rows.append(Row(name="training", role="training", shares=shares))
         heads.append(head)
-    figures["chance"] = {"clips": 0.5, "videos": 0.5}
-    return figures, heads[0]
+    rows.append(Row(name="chance", role="chance", shares={"clips": 0.5, "videos": 0.5}))
+    return Measurement(rows=tuple(rows)), heads[0]
 
 
 def _draw_cues(
-    bench: Bench,
+    session: Session,
     config: TemporalCamEvaluation,
     pair: SetPair,
     head: np.ndarray,
     folder: Path,
-) -> tuple[list[Cue], list[dict[str, Any]]]:
-    """Write a picture and a video of each shown test video; what the page and the report hold."""
+) -> Cues:
+    """Write a picture and a video of each shown test video."""
     folder.mkdir(parents=True, exist_ok=True)
-    backbone, _ = bench.network(config.networks["measured"])
+    backbone, _ = session.network(config.measured)
     backbone.eval()
     reader = pair.test
-    cues, found = [], []
+    cues = []
     for number, sample in enumerate(shown_samples(reader.num_samples, config.cam.videos)):
         made = video_cam(
             backbone,
             reader,
             sample,
-            bench.features.clips(),
+            session.features.clips(),
             head,
-            bench.features.level,
+            session.features.level,
             max_clips=config.cam.max_clips,
-            device=bench.device,
+            device=session.device,
         )
         key, label = reader.keys[sample], reader.manifest.classes[reader.labels[sample]]
         stem = f"{number:03d}-{file_stem(key)}"
-        sheet = made.sheet(f"{key}   {label}   {bench.features.level} level")
+        sheet = made.sheet(f"{key}   {label}   {session.features.level} level")
         sheet.save(folder / f"{stem}.png")
         write_video(folder / f"{stem}.mp4", made.video(), _CUE_RATE)
         forth, back = made.logits.mean(axis=1).tolist()
-        caption = (
-            f"mean logit of {made.logits.shape[1]} clips {forth:+.2f} as they are "
-            f"({_verdict(forth > 0)}), {back:+.2f} reversed ({_verdict(back <= 0)}); {stem}.mp4"
+        cues.append(
+            Cue(
+                key=key,
+                label=label,
+                num_clips=made.logits.shape[1],
+                num_frames=len(made.frames),
+                logit=forth,
+                logit_reversed=back,
+                picture=folder / f"{stem}.png",
+                video=folder / f"{stem}.mp4",
+                sheet=encode_jpeg(sheet, 80),
+            )
         )
-        cues.append(Cue(key=key, label=label, caption=caption, sheet=jpeg(sheet, 80)))
-        found.append(
-            {
-                "key": key,
-                "class": label,
-                "num_clips": made.logits.shape[1],
-                "num_frames": len(made.frames),
-                "logit": forth,
-                "logit_reversed": back,
-                "picture": str(folder / f"{stem}.png"),
-                "video": str(folder / f"{stem}.mp4"),
-            }
-        )
-    return cues, found
-
-
-def _verdict(right: bool) -> str:
-    return "right" if right else "wrong"
+    return Cues(shown=tuple(cues))
 
 
 def run_features(config: FeaturesExport) -> None:
@@ -668,10 +677,10 @@ def run_features(config: FeaturesExport) -> None:
     if config.out is None:
         raise ConfigError("features: give --out FILE.npz")
     reader = ShardReader(config.shards)
-    with open_bench(config) as bench:
+    with open_session(config) as session:
         seed = config.seed if config.weights == "untrained" else None
-        features = bench.encode(reader, seed)
-        if bench.world.is_first:
+        features = session.encode(reader, seed)
+        if session.world.is_first:
             write_features(features, config.out)
             print(
                 f"features of {len(features.keys)} videos (listed {reader.num_listed}) written to "

@@ -173,6 +173,7 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
     assert "strata/py.typed" in inside
     assert "strata/telemetry/catalogue.toml" in inside
+    assert "strata/eval/report.html.j2" in inside
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside
     assert not [name for name in inside if "benchmarks" in name]

@@ -1,8 +1,9 @@
-"""The page that a report becomes: figures with protocol, baseline and chance; the curves."""
+"""report.json and the page's content from one result: baselines, chance, missing videos, curves."""
 
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy as np
 import pytest
 
 from strata.dataload.reader import ShardReader
-from strata.eval.accuracy import ClassSpace, measure_accuracy
-from strata.eval.protocols.features import Features
-from strata.eval.protocols.retrieval import RECALL_AT, retrieve
-from strata.eval.report import DemoResult, build_page, write_report
-from strata.eval.results import PairResult, accuracy_result, retrieval_result, write_record
+from strata.eval.protocols.retrieval import RECALL_AT
+from strata.eval.report import probe_curves, render, run_curves, shown_queries
+from strata.eval.results import EvaluationResult, Retrieved, Row, write_json
+from strata.eval.summary import figure_lines, full_text, summary
+from strata.logs import read_json_lines
+from tests.support.evaluation_results import (
+    classifier_measurement,
+    evaluation_result,
+    recalls,
+    retrieval_measurement,
+)
 
 ROOT = Path(__file__).parents[3]
 STEPS = range(1, 1001)
@@ -41,183 +48,150 @@ def checkpoint(tmp_path: Path) -> Path:
     return run / "checkpoints" / "step-000001000"
 
 
-def features(reader: ShardReader, seed: int) -> Features:
-    values = np.random.default_rng(seed).normal(size=(reader.num_samples, 2, 6))
-    levels = {level: values.astype(np.float32) for level in ("low", "mid", "high")}
-    return Features(levels, reader.labels, reader.keys, reader.manifest.classes)
-
-
-def pair(shards: Path, split: str, details: dict[str, Any], **more: Any) -> PairResult:
-    sets = {}
-    for name in ("train", "test"):
-        reader = ShardReader(shards / name)
-        sets[name] = {
-            "folder": str(shards / name),
-            "manifest_digest": reader.manifest.digest,
-            "num_listed": reader.num_listed,
-            "num_videos": reader.num_samples,
-        }
-    return PairResult(data="made", split=split, sets=sets, details=details, **more)
-
-
-def found(shards: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Details of a retrieval and of a classifier."""
-    gallery, queries = (
-        features(ShardReader(shards / n), 1 + k) for k, n in enumerate(("train", "test"))
-    )
-    nearest = retrieve(queries.videos("high"), gallery.videos("high"), "none", max(RECALL_AT))
-    space = ClassSpace.of(gallery.labels, queries.labels, queries.classes, learned=True)
-    probabilities = np.random.default_rng(3).dirichlet(np.ones(len(space)), len(queries.keys))
-    accuracy = measure_accuracy(probabilities, space.index(queries.labels))
-    return retrieval_result(queries, gallery, *nearest, 5), accuracy_result(
-        accuracy, space, queries.keys
-    )
-
-
-def record(checkpoint: Path, out: Path, results: list[PairResult], **head: Any) -> dict[str, Any]:
-    said = {
-        "checkpoint": str(checkpoint),
-        "checkpoint_digest": "c0ffee",
-        "step": 1000,
-        "settings": {"features": {"num_clips": 10}},
-        "num_ranks": 2,
-        "device": "cpu",
-        "pretraining": {"model": {"name": "r3d18"}},
-        "pretraining_manifest_digest": "abad1dea",
-    }
-    write_record(out, said | head, results)
-    return json.loads(out.read_text())
-
-
-def recalls(share: float) -> dict[str, float]:
-    return {f"R@{k}": share for k in RECALL_AT}
-
-
 @pytest.fixture
-def retrieval(shards: Path, checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
-    details, _ = found(shards)
-    results = [
-        pair(
-            *(shards, split, details),
-            figures={
-                "measured": recalls(share),
-                "untrained, seed 0": recalls(0.2),
-                "chance": recalls(0.1),
-            },
-            variants={"low level, no centring": recalls(share / 2)},
-        )
-        for split, share in (("1", 0.4), ("2", 0.6))
-    ]
-    head = {"evaluation": "retrieval", "protocol": "retrieval: 10 clips, not centred"}
-    return record(checkpoint, tmp_path / "report.json", results, **head)
+def retrieval(shards: Path, checkpoint: Path) -> EvaluationResult:
+    measured = [retrieval_measurement(shards, share) for share in (0.4, 0.6)]
+    return evaluation_result(shards, checkpoint, retrieval=measured)
 
 
-def test_a_retrieval_over_two_splits(retrieval: dict[str, Any]):
-    page = build_page(retrieval)
-    assert [row.name for row in page.figures] == [f"Retrieval R@{k}" for k in RECALL_AT]
-    for row in page.figures:
-        assert row.measured == (0.4, 0.6)
-        assert row.untrained == (0.2, 0.2)
-        assert row.chance == pytest.approx(0.1)
-        assert row.protocol == "retrieval: 10 clips, not centred"
-        assert row.data == (
+def written(result: EvaluationResult, folder: Path) -> dict[str, Any]:
+    write_json(result, folder / "new" / "report.json")
+    return json.loads((folder / "new" / "report.json").read_text())
+
+
+def test_figures_of_two_splits_have_their_baselines(retrieval: EvaluationResult):
+    lines = figure_lines(retrieval, "retrieval")
+    assert [line.name for line in lines] == [f"Retrieval R@{k}" for k in RECALL_AT]
+    for line in lines:
+        assert line.measured == (0.4, 0.6)
+        assert line.untrained == (0.2, 0.2)
+        assert line.chance == pytest.approx(0.1)
+        assert line.data == (
             "made, mean of splits 1, 2; train listed 24, used 24; test listed 12, evaluated 12"
         )
-    each, variants = page.tables
-    assert list(each.rows) == ["split 1", "split 2", "standard deviation"]
-    assert each.rows["standard deviation"][0] == pytest.approx(math.sqrt(0.02))
-    assert variants.rows["low level, no centring"][0] == pytest.approx(0.25)
-    assert {p.protocol.split()[0] for p in page.published} == {"retrieval"}
-    (classes,) = page.classes
-    assert sum(count for count, _ in classes.per_class.values()) == 12
-    (shown,) = page.retrieved
-    assert shown.title == "made, split 1"
-    assert len(shown.queries) == 6
-    assert [q.key for q in shown.queries][::5] == ["video-0000", "video-0011"]
-    assert all(len(q.neighbours) == 5 for q in shown.queries)
-    assert page.provenance["made, split 2, test set"].startswith(
-        "12 videos of 12 listed, manifest digest "
-    )
-    assert "num_clips: 10" in page.config
-    assert "name: r3d18" in page.config
 
 
-def test_missing_videos_head_the_page(shards: Path, checkpoint: Path, tmp_path: Path):
-    details, _ = found(shards)
-    figures = {"measured": recalls(0.4), "chance": recalls(0.1)}
-    result = pair(shards, "1", details, figures=figures)
-    result.sets["test"]["num_listed"] = 1530
-    head = {"evaluation": "retrieval", "protocol": "retrieval: 10 clips, not centred"}
-    content = record(checkpoint, tmp_path / "report.json", [result], **head)
-    assert next(iter(content)) == "incomplete"
-    page = build_page(content)
-    assert page.note.startswith("INCOMPLETE: listed videos are missing")
-    assert "made 1 test: 1,518 of 1,530. Shares of the test set" in page.note
-    assert all("test listed 1,530, evaluated 12" in row.data for row in page.figures)
+def test_the_page_has_each_split_variants_and_provenance(retrieval: EvaluationResult):
+    text = " ".join(render(retrieval).split())
+    spread = f"{math.sqrt(0.02):.1%}"
+    assert f'<td>standard deviation</td><td class="number">{spread}</td>' in text
+    assert '<td>split 2</td><td class="number">60.0%</td>' in text
+    assert '<td>low level, no centring</td><td class="number">25.0%</td>' in text
+    assert "<dt>made, split 2, test set</dt><dd>12 videos of 12 listed, manifest digest " in text
+    assert "num_clips: 10" in text
+    assert "name: r3d18" in text
+    published = text.partition("Published results")[2].partition("</table>")[0]
+    assert "retrieval R@1" in published
+    assert "linear probe" not in published
 
 
-def test_curves_are_those_of_the_log(retrieval: dict[str, Any]):
-    page = build_page(retrieval)
-    instance, total = page.curves
+def test_queries_are_evenly_spaced_and_name_the_sets_videos(retrieval: EvaluationResult):
+    pair = retrieval.pairs[0]
+    details = pair.measured["retrieval"].details
+    assert isinstance(details, Retrieved)
+    assert sum(details.by_class.num_test) == 12
+    queries = shown_queries(pair, details)
+    assert len(queries) == 6
+    assert [q.video.key for q in queries][::5] == ["video-0000", "video-0011"]
+    nearest = queries[0].neighbours
+    assert [n.key for n in nearest] == [pair.sets.train.keys[k] for k in details.nearest[0]]
+    assert [n.similarity for n in nearest] == sorted((n.similarity for n in nearest), reverse=True)
+
+
+def test_json_names_neighbours_as_the_page_does(retrieval: EvaluationResult, tmp_path: Path):
+    record = written(retrieval, tmp_path)
+    details = record["results"][0]["details"]
+    counts = np.array(details["confusion"]["counts"])
+    for k, row in enumerate(details["per_class"]):
+        assert row["num_test"] == counts[k].sum()
+        assert row["R@1"] == pytest.approx(counts[k, k] / counts[k].sum())
+    (test,) = {pair.sets.test for pair in retrieval.pairs[:1]}
+    for q, row in enumerate(details["neighbours"]):
+        assert row["query"] == test.keys[q]
+        assert len(row["nearest"]) == 5
+        assert all(n["right"] == (n["class"] == row["class"]) for n in row["nearest"])
+    assert record["figures"]["measured"]["R@1"] == pytest.approx(0.5)
+    assert record["deviation"]["measured"]["R@1"] == pytest.approx(math.sqrt(0.02))
+    assert "protocols" not in record
+
+
+def test_missing_videos_head_the_report(
+    retrieval: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    test = retrieval.pairs[0].sets.test.location
+    listed = property(lambda r: 1530 if r.location == test else r.num_samples)
+    monkeypatch.setattr(ShardReader, "num_listed", listed)
+    one = replace(retrieval, pairs=retrieval.pairs[:1], remark="Generated videos.")
+    record = written(one, tmp_path)
+    assert next(iter(record)) == "incomplete"
+    sentence = "INCOMPLETE: listed videos are missing"
+    assert record["incomplete"].startswith(sentence)
+    assert full_text(one).startswith(sentence)
+    text = " ".join(render(one).partition("</h1>")[2].split())
+    assert text.startswith(f"<p>{sentence}")
+    assert "made 1 test: 1,518 of 1,530. Generated videos. Shares of the test set" in text
+    lines = figure_lines(one, "retrieval")
+    assert all("test listed 1,530, evaluated 12" in line.data for line in lines)
+
+
+def test_curves_are_those_of_the_log(retrieval: EvaluationResult, checkpoint: Path):
+    records, num_lost = read_json_lines(checkpoint.parent.parent / "log.jsonl")
+    assert num_lost == 1
+    instance, total = run_curves(records, "losses", "nats")
     assert (instance.name, instance.chance, total.chance) == ("instance", 5.5, None)
-    assert len(instance.points) == 400
-    # What was repeated after a resume counts once, as it was the second time.
-    assert instance.points[0] == (1, 6.0)
-    assert instance.points[-1] == (1000, 6 / 1000)
-    assert [c.name for c in page.health] == ["effective rank"]
-    recall, linear = page.probe
-    assert (recall.name, recall.chance, recall.points) == ("R@1", 0.1, ((0, 0.2), (500, 0.4)))
-    assert (linear.name, linear.points) == ("Top-1, linear", ((0, 0.1), (500, 0.2)))
-    assert page.provenance["pretraining log"] == "1 lines cannot be read"
+    # A step that was repeated after a resume counts once, with the later values.
+    assert instance.points == [(n, 6 / n) for n in STEPS]
+    assert total.num_lost == 1
+    assert [c.name for c in run_curves(records, "health", "")] == ["effective rank"]
+    recall, linear = probe_curves(records)
+    assert (recall.name, recall.chance, recall.points) == ("R@1", 0.1, [(0, 0.2), (500, 0.4)])
+    assert (linear.name, linear.points) == ("Top-1, linear", [(0, 0.1), (500, 0.2)])
+    assert "1 lines cannot be read" in render(retrieval)
 
 
-def test_a_checkpoint_without_its_log_says_so(retrieval: dict[str, Any], checkpoint: Path):
+def test_a_checkpoint_without_its_log_has_no_curves(retrieval: EvaluationResult, checkpoint: Path):
     (checkpoint.parent.parent / "log.jsonl").unlink()
-    page = build_page(retrieval)
-    assert page.curves == page.health == ()
-    assert "not found beside the checkpoint" in page.provenance["pretraining log"]
+    text = render(retrieval)
+    assert "Loss terms" not in text
+    assert "not found beside the checkpoint" in text
 
 
-def test_an_untrained_network_is_not_called_pretrained(retrieval: dict[str, Any]):
-    assert "UNTRAINED" not in build_page(retrieval).note
-    assert "UNTRAINED" in build_page(retrieval | {"evaluation": "retrieval-untrained-3"}).note
+def test_an_untrained_network_is_not_called_pretrained(retrieval: EvaluationResult):
+    assert "UNTRAINED" not in render(retrieval)
+    assert "UNTRAINED" in render(replace(retrieval, is_untrained=True))
 
 
-def test_a_demo_has_both_protocols_and_all_networks(shards: Path, checkpoint: Path, tmp_path: Path):
-    retrieved, classified = found(shards)
-    details = {"retrieval": retrieved, "linear": classified}
-    figures = {row: {"R@1": 0.5, "Top-1": 0.7} for row in ("pretrained", "chance")}
-    results = [pair(shards, "train/test", details, figures=figures)]
-    protocols = {"retrieval": "retrieval: by cosine", "linear": "linear, cached: a layer"}
-    head = {"evaluation": "compare", "protocol": "both", "protocols": protocols}
-    found_out = record(checkpoint, tmp_path / "compare.json", results, **head)
-    result = DemoResult(
-        generated=True,
-        trained=({"R@1": 0.5, "R@5": 0.6, "Top-1": 0.7}, {"R@1": 0.6, "R@5": 0.6, "Top-1": 0.8}),
-        untrained=({"R@1": 0.2, "R@5": 0.3, "Top-1": 0.4},),
-        chance={"R@1": 0.125, "R@5": 0.5, "Top-1": 0.125},
-        logs=(),
-        wall_s=61.0,
-        manifest_digest="d",
-    )
-    text = write_report(result, found_out, tmp_path).read_text()
+def test_two_protocols_and_several_networks(shards: Path, checkpoint: Path, tmp_path: Path):
+    retrieval = retrieval_measurement(shards, 0.5)
+    second = Row(name="pretrained, run-1", role="measured", shares=recalls(0.6))
+    retrieval = replace(retrieval, rows=(*retrieval.rows, second))
+    linear = classifier_measurement(shards)
+    result = evaluation_result(shards, checkpoint, retrieval=[retrieval], linear=[linear])
+    text = render(result)
     for shown in (
         "55.0% (50.0% to 60.0%)",
-        "75.0% (70.0% to 80.0%)",
-        "retrieval: by cosine",
-        "linear, cached: a layer",
-        "how good the method is on real videos",
-        "Confusion: Linear probe, made, train/test",
-        "Confusion: Retrieval, made, train/test",
-        "61 s",
+        "a protocol of retrieval",
+        "a protocol of linear",
+        "Confusion: Linear probe, made, split 1",
+        "Confusion: Retrieval, made, split 1",
     ):
         assert shown in text
-    assert "75.0% (70.0% to 80.0%)" in result.table()
+    recall, *_, top1 = summary(result).splitlines()[2:]
+    assert recall.split() == "Retrieval R@1 55.0% (50.0% to 60.0%) 20.0% 10.0%".split()
+    assert top1.split() == ["Linear", "probe", "Top-1", "70.0%", "not", "measured", "12.5%"]
+    record = written(result, tmp_path)
+    assert list(record["protocols"]) == ["retrieval", "linear"]
+    (found,) = record["results"]
+    assert set(found["figures"]["measured"]) == {*recalls(0), "Top-1"}
+    assert "neighbours" in found["details"]["retrieval"]
+    assert len(found["details"]["linear"]["predictions"]) == 12
 
 
-def test_the_schema_is_documented(retrieval: dict[str, Any]):
+def test_the_schema_is_documented(retrieval: EvaluationResult):
+    record = retrieval.to_json()
     text = (ROOT / "docs" / "evaluation.md").read_text().partition("## report.json")[2]
     rows = re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-    assert set(retrieval) <= named
-    assert set(retrieval["results"][0]) <= set(re.findall(r"`([^`]+)`", text))
+    assert set(record) <= named
+    assert set(record["results"][0]) <= set(re.findall(r"`([^`]+)`", text))
+    assert set(record["results"][0]["details"]) <= set(re.findall(r"`([^`]+)`", text))

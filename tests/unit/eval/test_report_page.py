@@ -1,10 +1,11 @@
-"""The page holds what it was given, needs nothing from elsewhere, and a browser can show it."""
+"""The page shows its result, needs nothing from elsewhere, and a browser can show it."""
 
-import dataclasses
+import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,81 +14,60 @@ import pytest
 from PIL import Image
 
 from strata.dataload.reader import ShardReader
-from strata.eval.pictures import film_strip
+from strata.eval.pictures import encode_jpeg, film_strip
 from strata.eval.published import PUBLISHED
-from strata.eval.report_page import (
-    ClassResult,
-    Cue,
-    Curve,
-    FigureRow,
-    Neighbour,
-    Page,
-    Query,
-    Retrieved,
-    Table,
-    render,
-    write_page,
+from strata.eval.report import Curve, curve_svg, render, write_page
+from strata.eval.results import ClassCounts, Classified, Cue, Cues, EvaluationResult, Measurement
+from tests.support.evaluation_results import (
+    classifier_measurement,
+    evaluation_result,
+    retrieval_measurement,
 )
 from tests.support.headless_browser import Browser
 
-_VOID = {"meta", "img", "br", "line", "polyline", "circle"}
+_VOID = {"meta", "img", "br"}
+NUM_CURVES = 5
 
 
 @pytest.fixture
-def page(shards: Path) -> Page:
-    reader = ShardReader(shards / "train")
-    films = [film_strip(reader, sample) for sample in range(4)]
-    near = tuple(
-        Neighbour(key=f"video-{k}", label="ab"[k % 2], similarity=0.9 - 0.1 * k, film=films[k])
-        for k in range(3)
+def result(shards: Path, tmp_path: Path) -> EvaluationResult:
+    """All that a page can show, with names that are markup."""
+    run = tmp_path / ("a_folder_with_a_long_name_<of>_two_&_more" + "_more" * 20)
+    run.mkdir()
+    step = {"kind": "step", "health": {"effective_rank": 3.0}}
+    rows = [{"kind": "start", "chance": {"instance": 5.5}}]
+    rows += [
+        {**step, "step": n, "losses": {"instance": 6 / n, "broken": None if n == 3 else 1.0}}
+        for n in range(1, 30)
+    ]
+    (run / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    linear = classifier_measurement(shards)
+    assert isinstance(linear.details, Classified)
+    names = ("b<script>", *linear.details.by_class.names[1:])
+    counts = replace(linear.details.by_class, names=names)
+    curves = {"step": [1, 2, 3], "epoch": [0, 0, 0], "loss": [3.0, 2.0, 1.0], "top1": [0, 0, 1]}
+    details = replace(linear.details, by_class=counts, run=run, curves=curves)
+    cue = Cue(
+        key="video-9",
+        label="a",
+        num_clips=3,
+        num_frames=40,
+        logit=1.25,
+        logit_reversed=0.5,
+        picture=tmp_path / "0.png",
+        video=tmp_path / "0.mp4",
+        sheet=encode_jpeg(Image.new("RGB", (300, 90), "red"), 80),
     )
-    steps = tuple((float(step), 6.0 * math.exp(-step / 40)) for step in range(0, 200, 10))
-    return Page(
-        title="A report <of> two classes & more, of " + "a_folder_with_a_long_name/" * 3,
-        note="Generated videos.",
-        figures=(
-            FigureRow(
-                name="Retrieval R@1",
-                protocol="10 clips, centre crop, cosine, not centred",
-                measured=(0.5, 0.7),
-                untrained=(0.2,),
-                chance=0.125,
-            ),
-            FigureRow(name="Finetune Top-1", protocol="as CoCLR", measured=()),
+    direction = replace(linear, details=Cues(shown=(cue,)))
+    return replace(
+        evaluation_result(
+            shards,
+            run / "checkpoints" / "step-000000029",
+            retrieval=[retrieval_measurement(shards, 0.4), retrieval_measurement(shards, 0.6)],
+            linear=[replace(linear, details=details)] * 2,
+            temporal_cam=[direction] * 2,
         ),
-        published=PUBLISHED,
-        tables=(
-            Table(
-                title="Variants",
-                remark="of the level",
-                columns=("R@1",),
-                rows={"mid level": (0.437,), "none": (None,)},
-            ),
-        ),
-        classes=(
-            ClassResult(
-                title="made, split 1",
-                protocol="linear probe on frozen features",
-                per_class={"a": (4, 0.75), "b<script>": (4, 0.5), "nobody": (0, None)},
-                confusion=((3, 1, 0), (2, 2, 0), (0, 0, 0)),
-            ),
-        ),
-        retrieved=(
-            Retrieved(
-                title="made, split 1",
-                protocol="cosine",
-                queries=(Query(key="query-0", label="a", film=films[3], neighbours=near),),
-            ),
-        ),
-        cues=(Cue(key="video-9", label="a", caption="logit +1.25", sheet=films[2]),),
-        cues_remark="Red speaks for the original.",
-        curves=(
-            Curve(name="instance", unit="nats", points=steps, chance=5.5),
-            Curve(name="broken", unit="nats", points=((0.0, 1.0), (1.0, math.nan))),
-        ),
-        health=(Curve(name="effective rank", unit="", points=((0.0, 2.0),)),),
-        provenance={"commit": "abc1234", "a name of many words, split 1, train set": "0123" * 20},
-        config="model: {name: r3d18}",
+        remark="Generated videos.",
     )
 
 
@@ -106,53 +86,70 @@ class _Balance(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_asks_for_nothing(page: Page):
-    text = render(page)
+def test_the_page_is_complete_and_requests_nothing(result: EvaluationResult):
+    text = render(result)
     balance = _Balance()
-    balance.feed(text.replace("/>", ">"))
+    balance.feed(text)
     assert balance.open == []
-    assert balance.links
-    assert all(link.startswith("data:image/jpeg;base64,") for link in balance.links)
+    pictures = [link.partition(";base64,")[0] for link in balance.links]
+    assert pictures.count("data:image/svg+xml") == NUM_CURVES
+    assert set(pictures) == {"data:image/svg+xml", "data:image/jpeg"}
     assert "url(" not in text
     assert "<script" not in text
+    assert text == render(result)
 
 
-def test_it_shows_what_it_was_given(page: Page):
-    text = render(page)
+def test_it_shows_its_result(result: EvaluationResult):
+    text = " ".join(render(result).split())
     for shown in (
-        "60.0% (50.0% to 70.0%)",
+        "Generated videos. Shares of the test set.",
+        "50.0% (40.0% to 60.0%)",
         "not measured",
         "12.5%",
-        "as CoCLR",
-        "A report &lt;of&gt; two classes &amp; more",
+        "a protocol of linear",
+        "_&lt;of&gt;_two_&amp;_more",
         "b&lt;script&gt;",
-        "cosine 0.900",
         "1 readings are not finite",
         "63.2 / 33.4",
-        "abc1234",
-        "r3d18",
-        "43.7%",
-        "logit +1.25",
-        "Red speaks for the original.",
-        "<circle",
+        "c0ffee",
+        "name: r3d18",
+        "video-9: mean logit of 3 clips +1.25 as they are (right), +0.50 reversed (wrong); 0.mp4",
+        "Red speaks for the original order",
+        "By class: Linear probe, made, split 1",
+        "Confusion: Retrieval, made, split 1",
+        "Nearest neighbours: made, split 1",
+        "Training of the classifier",
+        "Health of the representation",
     ):
         assert shown in text
-    assert text.count("<figure class='right'>") == 2
-    assert text.count("<figure class='wrong'>") == 1
+    assert "<b>✓ same class</b>" in text
+    assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 6 * 5
 
 
-def test_what_is_empty_is_left_out():
-    text = render(Page(title="t", note="n", figures=()))
-    for heading in ("By class", "Confusion", "neighbours", "Loss", "Training", "Health"):
+def test_what_is_empty_is_left_out(shards: Path, tmp_path: Path):
+    measurement = Measurement(rows=classifier_measurement(shards).rows)
+    text = render(evaluation_result(shards, tmp_path / "a" / "b", finetune=[measurement]))
+    for heading in ("By class", "Confusion", "Nearest", "Loss terms", "Training of", "Health"):
         assert heading not in text
-    for heading in ("Published", "What was", "cues", "Variants"):
+    for heading in ("Temporal cues", "Variants", "Each split", "Learning curve"):
         assert heading not in text
 
 
-def test_a_matrix_that_does_not_fit_is_refused(page: Page):
-    wrong = dataclasses.replace(page.classes[0], confusion=((1, 2),))
+def test_a_matrix_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="confusion matrix"):
-        render(dataclasses.replace(page, classes=(wrong,)))
+        ClassCounts(names=("a",), shares={"top1": [None]}, confusion=np.zeros((1, 2), int))
+
+
+def test_a_plot_shows_what_is_finite_and_the_level_of_chance():
+    points = [(float(n), math.nan if n == 2 else 1.0 + n) for n in range(5)]
+    curve = Curve(name="loss", unit="nats", points=points)
+    assert curve.num_lost == 1
+    text = curve_svg(curve)
+    assert "nan" not in text.lower()
+    assert "stroke-dasharray" not in text
+    assert "stroke-dasharray" in curve_svg(replace(curve, chance=3.0))
+    single = curve_svg(replace(curve, points=points[:1]))
+    assert single.count("#3584d6") > text.count("#3584d6")
 
 
 def test_a_film_strip_has_its_frames_side_by_side(shards: Path, tmp_path: Path):
@@ -181,12 +178,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_a_browser_shows_it(browser: Browser, page: Page, tmp_path: Path, width: int, dark: bool):
-    write_page(page, tmp_path / "report.html")
+def test_a_browser_shows_it(
+    browser: Browser, result: EvaluationResult, tmp_path: Path, width: int, dark: bool
+):
+    write_page(result, tmp_path / "report.html")
     asked = browser.open(tmp_path / "report.html", width=width, height=900, dark=dark)
     assert asked == []
     assert browser.evaluate("document.documentElement.scrollWidth") == width
-    assert browser.evaluate("document.images.length") == 5
+    # Queries with their neighbours, one cue, the curves.
+    assert browser.evaluate("document.images.length") == 6 * (1 + 5) + 1 + NUM_CURVES
     assert browser.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
     ink, paper = ("228, 233, 240", "18, 23, 30") if dark else ("28, 36, 48", "255, 255, 255")
     style = "getComputedStyle(document.body)"
@@ -200,7 +200,7 @@ def test_a_browser_shows_it(browser: Browser, page: Page, tmp_path: Path, width:
     assert (np.abs(pixels - background).max(axis=2) > 60).mean() > 0.01
 
 
-def test_the_browser_would_tell_of_a_request(browser: Browser, tmp_path: Path):
+def test_the_browser_reports_a_request(browser: Browser, tmp_path: Path):
     (tmp_path / "other.html").write_text("<img src='http://127.0.0.1:9/a.png'><p>x</p>")
     asked = browser.open(tmp_path / "other.html", width=390, height=400, dark=False)
     assert asked == ["http://127.0.0.1:9/a.png"]
@@ -208,6 +208,6 @@ def test_the_browser_would_tell_of_a_request(browser: Browser, tmp_path: Path):
 
 def test_published_figures_have_a_protocol_and_a_source():
     for row in PUBLISHED:
-        assert row.protocol
+        assert row.protocol.startswith(row.kind)
         assert row.source
         assert re.fullmatch(r"\d+\.\d( / \d+\.\d)?", row.figure)
