@@ -287,6 +287,11 @@ def _report(
     lines += [f"    {fault}" for fault in faults[:10]]
     if len(faults) > 10:
         lines.append("    ...")
+    noted = [f"{row.source}: {'; '.join(row.notes)}" for row in written if row.notes]
+    if noted:
+        lines.append(f"  written with a note: {len(noted):,}")
+        lines += [f"    {some_of([note])}" for note in noted[:10]]
+        lines += ["    ..."] if len(noted) > 10 else []
     plain = [row.source for row in written if row.label == NO_LABEL and manifest.classes]
     for what, names in (
         ("samples have no label", plain),

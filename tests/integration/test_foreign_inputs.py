@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -54,6 +55,27 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, clip: bytes) -> None:
     assert [row.key for row in rows] == ["vid.0", "Mr.%20Bean%203.5", "caf%E9.1"]
     assert len(frames_of(folder)) == 3
     assert check_folder(folder, decode=-1) == []
+
+
+def test_notes_and_samples_without_a_label_are_told(
+    tmp_path: Path, clip: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.flv"
+    write_video(path, moving_scene(30, 96, 64), codec="libx264", options={"bf": "0"})
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in [p for p in source.demux(video=0) if p.size][:25]:
+            if packet.pts != 800:
+                packet.stream = stream
+                target.mux(packet)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    lossy = (tmp_path / "b.mkv").read_bytes()
+    write_tar(folder / "0.tar", {"a.cls": b"0", "a.mkv": lossy, "b.mp4": clip})
+    index(folder)
+    told = capsys.readouterr().out
+    assert "written with a note: 1\n    0.tar/a: frames missing by the timestamps: 1, first" in told
+    assert "note: 1 samples have no label: 0.tar/b" in told
 
 
 def test_hidden_tars_and_members_are_not_read(
