@@ -71,3 +71,13 @@ def test_relative_links_lead_to_files_and_headings(page: Path):
         assert linked.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors_of(linked), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_the_documentation_exist(page: Path):
+    if page.name == "log.md":
+        pytest.skip("the log names files as they were called then")
+    text = page.read_text(encoding="utf-8")
+    folders = "strata|preprocess|dataload|train|eval|tools|tests|configs|monitoring|docs"
+    for name in set(re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.[a-z]+\b", text)):
+        assert (ROOT / name).exists() or (page.parent / name).exists(), f"{page.name}: {name}"
