@@ -177,3 +177,46 @@ def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
     assert "strata/train/losses/graph.py" in inside
     assert "strata/dataload/pipeline.py" in inside
     assert not [name for name in inside if "benchmarks" in name]
+
+
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_in_the_design_names_every_file():
+    tree = DESIGN.partition("## The tree\n\n```\n")[2].partition("\n```")[0]
+    named, folders = set(), []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders = [*folders[:depth], name]
+        if not name.endswith("/"):
+            named.add("".join(folders))
+    packaged = {*(ROOT / "strata").rglob("*.toml"), *(ROOT / "eval").rglob("*.j2"), *sources()}
+    files = {str(p.relative_to(ROOT)) for p in packaged if p.name != "__init__.py"}
+    assert named == files
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of a file's functions and classes, and `Class.method`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}" for method in methods}
+    return found
+
+
+def test_the_journeys_in_the_design_pass_functions_that_exist():
+    journeys = DESIGN.partition("## Three journeys\n")[2].partition("\n## ")[0]
+    stops = [line.split("`") for line in journeys.replace("\n   ", " ").splitlines()]
+    stops = [parts[1::2] for parts in stops if parts[0][:1].isdigit()]
+    assert len(stops) > 30
+    for names in stops:
+        path = None
+        for name in names:
+            if name.endswith(".py"):
+                path = ROOT / name
+            elif Path(name).suffix not in (".json", ".html"):
+                assert path is not None, f"{name} stands before its file"
+                assert name in definitions(path), f"{path} has no {name}"
