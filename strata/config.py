@@ -32,16 +32,17 @@ def parse_config(
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
 
-    Later arguments win. `--dry-run` is read as `--dry_run`, a true-or-false setting without a value
-    as true, and a list may be written as words (`--seeds 0 1`) or as YAML (`--seeds "[0, 1]"`). The
-    launcher's `--local_rank` is accepted and ignored: ranks come from the environment.
+    Later arguments take precedence. `--dry-run` is read as `--dry_run`, a boolean setting without
+    a value as true, and a list may be written as words (`--seeds 0 1`) or as YAML
+    (`--seeds "[0, 1]"`). The launcher's `--local_rank` is accepted and ignored: ranks come from the
+    environment.
 
     Args:
         root: The dataclass to build; field docstrings become `--help`.
         argv: Arguments without the program's name.
         prog: Name shown in help and errors.
         description: First line of the help.
-        defaults: Values by dotted name that take the place of the fields' own defaults.
+        defaults: Values by dotted name that replace the fields' own defaults.
 
     Returns:
         A validated instance of `root`.
@@ -49,7 +50,7 @@ def parse_config(
     Raises:
         ConfigError: A key is unknown, a value does not fit its type or range, or a file is missing.
     """
-    # No abbreviations: a key that is almost right is a mistake, not a wish.
+    # No abbreviations: a key that is almost right is a mistake.
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False
     )
@@ -79,7 +80,7 @@ def _types(root: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
-    """Arguments as jsonargparse reads them, from the shorter spellings of `parse_config`."""
+    """Translate the shorter spellings that `parse_config` accepts to those of jsonargparse."""
     types, words, rest = _types(root), [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -93,7 +94,7 @@ def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
         if kind is bool and not values:
             words.append(f"{name}=true")
         elif get_origin(kind) is tuple and values and not values[0].startswith("["):
-            # Items of a list of strings are quoted: they may hold a comma or look like a number.
+            # Items of a list of strings are quoted: they may contain a comma or look like a number.
             quoted = get_args(kind)[0] not in (int, float)
             items = ", ".join(json.dumps(v) if quoted else v for v in values)
             words.append(f"{name}=[{items}]")
@@ -104,7 +105,7 @@ def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` (a dataclass tree, paths, tuples) as what YAML and JSON can hold."""
+    """Convert `value` (a dataclass tree, paths, tuples) to types that YAML and JSON have."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, os.PathLike):
@@ -117,7 +118,7 @@ def plain(value: Any) -> Any:
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a plain tree by their dotted names, as the command line has them."""
+    """Flatten a plain tree to its leaves by dotted name, as on the command line."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -126,7 +127,7 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_config(config: Any, path: Path) -> None:
-    """Write the resolved tree as YAML; the file is itself accepted by `--config`."""
+    """Write the resolved configuration as YAML that `--config` accepts."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
     temporary.replace(path)

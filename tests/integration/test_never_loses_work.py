@@ -312,7 +312,7 @@ def test_a_stall_ends_with_stacks(server: ForkServer, arguments: list[str | Path
         hook="tests.support.faults:stall_in_step_4_on_rank_1",
     )
     assert [rank.wait(60) for rank in group] == [5, 5]
-    assert "error (rank 1): nothing moved for 4 s while computing step 4" in group[1].text()
+    assert "error (rank 1): no progress for 4 s while computing step 4" in group[1].text()
     assert "in fit" in group[1].text()
     assert "faulty.py" in group[1].text()
 

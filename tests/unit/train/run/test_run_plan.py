@@ -99,7 +99,7 @@ def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     told = dict(page(shards, *sizes).lines)["graph"]
     assert told.startswith(
-        "4 videos and 1000 prototypes: 0.003 other videos on a video's prototype"
+        "4 videos and 1000 prototypes: 0.003 other videos for each prototype"
     )
     assert "so few that the graph may be the identity" in told
     told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
