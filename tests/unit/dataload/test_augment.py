@@ -1,4 +1,4 @@
-"""The distribution and the identity of augmentation parameters."""
+"""Distribution and reproducibility of augmentation parameters."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def test_gray_and_jitter_are_drawn_for_each_frame_where_the_release_does():
         values = getattr(view, name)
         assert 0.5 <= values.min() < 0.51
         assert 1.49 < values.max() <= 1.5
-        # As different between the frames of a clip as between clips.
+        # The frames of a clip differ as much as clips do.
         assert abs(values.var(axis=1, ddof=1).mean() - 1 / 12) < 0.003
     assert abs((view.gray >= 0).mean() - 0.5) < 0.01
     counts = np.bincount(view.gray[view.gray >= 0], minlength=3) / (view.gray >= 0).sum()

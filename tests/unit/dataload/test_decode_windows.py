@@ -1,4 +1,4 @@
-"""The mp4 payload trains and evaluates as the jpeg one does, and refuses what it cannot decode."""
+"""Loading of the mp4 payload, and errors for codecs that cannot be decoded."""
 
 import itertools
 import shutil
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_for(folder: Path) -> DataConfig:
-    # Strides up to 33 / 32, and an odd window, so that frames repeat and segments are crossed.
+    # Strides up to 33 / 32 and an odd window, so that frames repeat and cross segments.
     return DataConfig(
         shards=folder, batch_size=2, size=32, threads=1, clips=ClipSpec(clip_frames=16)
     )
@@ -61,7 +61,7 @@ def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Ba
 
 
 def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
-    """All frames by PyAV, segment after segment, without cutting."""
+    """Decode all frames of all segments by PyAV."""
     frames = []
     for k in range(-(-int(reader.num_frames[sample]) // 18)):
         content = reader.member(sample, f"{k:03d}.mp4")
@@ -96,7 +96,7 @@ def test_batches_are_those_of_the_reference(folders: dict[str, Path], codec: str
             want = reference_view(frames, cut, parameters, row, 32, photometric=True)
             got = batch.short[row, view] if view < 2 else batch.long[row]
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
-            # One level more than a strip: the decoder's conversion to RGB rounds by itself.
+            # One level more than a strip: the decoder's conversion to RGB rounds differently.
             assert gap.max() <= 5
             assert gap.mean() <= 0.6
 
@@ -153,7 +153,7 @@ def test_mixed_payloads_are_refused(folders: dict[str, Path], shards: Path):
 def test_a_gpu_without_video_decoder_is_said_once_or_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """The question to the GPU is answered here; tests/gpu asks a real one."""
+    """The GPU's answer is simulated here; tests/gpu uses a real one."""
     monkeypatch.setattr(
         "strata.dataload.decode_windows.video_decoder_fault", lambda *_: "no libnvcuvid"
     )

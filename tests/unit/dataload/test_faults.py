@@ -1,4 +1,4 @@
-"""Samples that do not decode: named, bounded, replaced the same way on every rank and resume."""
+"""Faulty samples are reported, limited, and replaced independently of ranks and resume."""
 
 import itertools
 import shutil
@@ -20,7 +20,7 @@ SEED = 5
 
 
 def change(folder: Path, sample: int, at: bytes, offset: int, new: bytes) -> None:
-    """Overwrite bytes behind the first occurrence of `at` in a sample's strip."""
+    """Overwrite bytes after the first occurrence of `at` in a sample's strip."""
     shard, members = ShardReader(folder).members(sample)
     start, size = members["000.jpg"]
     path = folder / f"shard-{shard:06d}.tar"
@@ -37,7 +37,7 @@ def damage(folder: Path, samples: Sequence[int]) -> None:
 
 
 def break_code(folder: Path, sample: int) -> None:
-    """Number a Huffman table as none may be: only the decoder sees it."""
+    """Give a Huffman table an invalid number, which only the decoder detects."""
     change(folder, sample, b"\xff\xc4", 4, b"\x2f")
 
 
@@ -98,7 +98,7 @@ def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, sha
                 place = (before.step + 1) * 4 + row
                 expected = order[before.epoch][place % 24]
                 assert new == expected
-                # The same video as one batch later, but not the same views of it.
+                # The same video as one batch later, but with different views.
                 assert float(after.short[row].float().std()) > 5
     found = [f for b in got for f in b.faults]
     assert sorted(f.sample for f in found) == [3, 17]

@@ -1,4 +1,4 @@
-"""A flipped byte is found where it is used, by the sample's name, or changes nothing."""
+"""A flipped byte is reported with its sample when it is used, or has no effect."""
 
 import contextlib
 import dataclasses
@@ -58,7 +58,7 @@ def windows(folder: Path) -> list[bytes]:
 
 
 def test_no_flip_is_trained_on(folder: Path):
-    """Of 150 places anywhere in the shards."""
+    """At 150 random positions in the shards."""
     good = windows(folder)
     random = np.random.default_rng(5)
     num_found = 0

@@ -1,4 +1,4 @@
-"""Videos in shards of others train and evaluate as their frames do, whatever encoded them."""
+"""Loading of foreign shards gives the frames of their videos, for any codec."""
 
 import dataclasses
 import itertools
@@ -130,7 +130,7 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
     )
     batch = next(iter(loader))
     loader.close()
-    # Decoded once for both clips, and none after the last frame.
+    # Decoded once for both clips, and not beyond the last frame.
     assert batch.frames_decoded <= sum(reader.num_frames[:3])
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
     frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=2)
@@ -163,7 +163,7 @@ def test_streams_are_equal_after_a_stop_and_on_two_ranks(folder: Path):
 def test_decoding_them_on_a_gpu_is_refused(folder: Path):
     reader, gpu = ShardReader(folder), torch.device("cuda", 0)
     assert choose_decoder(reader, "auto", gpu, "gpu") == "cpu"
-    with pytest.raises(ConfigError, match=r"videos that others encoded: the CPU decodes them"):
+    with pytest.raises(ConfigError, match=r"has foreign videos, which only the CPU decodes"):
         choose_decoder(reader, "gpu", gpu, "gpu")
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_sample_is_named(folder: Path, tmp_path: Path):
     path.write_bytes(content)
     with pytest.raises(ShardError, match=r"v0 in x-000\.tar: the video is damaged, its checksum"):
         read_windows(ShardReader(copy), [1, 0], [np.arange(3)] * 2, 2)
-    # A set that was indexed before there were checksums.
+    # A set that was indexed without checksums, by an older version.
     manifest = read_manifest(copy)
     rows = tuple(dataclasses.replace(row, checksum=None) for row in manifest.rows)
     entries = tuple(dataclasses.replace(e, index_sha256=None) for e in manifest.shards)

@@ -1,4 +1,4 @@
-"""Frames from the cache: the same batches to the bit, filled once, shared by ranks, refused."""
+"""The frame cache: bit-identical batches, filled once, shared by ranks, clear errors."""
 
 import dataclasses
 import shutil
@@ -65,7 +65,7 @@ def decode_by_dali(strip: np.ndarray) -> np.ndarray:
 def test_planes_become_what_the_decoder_makes_of_the_same_frames(
     shards: Path, frames: list[int], rows: int
 ):
-    """Frames decoded in company of all others, put together anew; borders between them too."""
+    """Frames decoded with all others and assembled in another order, including borders."""
     reader = ShardReader(shards / "train")
     whole = decode_planes(reader.strip(3, np.arange(36)), FORM)
     assert whole.shape == (36, HEIGHT * WIDTH * 3 // 2)
@@ -82,7 +82,7 @@ def test_planes_become_what_the_decoder_makes_of_the_same_frames(
 
 
 def test_extreme_colours_are_clipped_as_the_decoder_does():
-    """Noise at the ends of the range: every rounding, and the clipping of all three channels."""
+    """Noise with extreme values tests rounding and clipping of all three channels."""
     rng = np.random.default_rng(0)
     blocks = rng.choice(np.array([0, 255], np.uint8), (4, HEIGHT // 4, WIDTH // 4, 3))
     strip = np.frombuffer(encode_strip(blocks.repeat(4, 1).repeat(4, 2)), np.uint8)
@@ -154,7 +154,7 @@ def test_ranks_of_a_node_share_what_is_decoded(shards: Path):
     for step, batch in enumerate(plain):
         assert torch.equal(batch.short, torch.cat([views[step] for views, *_ in ranks]))
     total = int(ShardReader(folder).num_frames.sum())
-    # A rank that is ahead may decode what the other has not reached yet, never more than that.
+    # Each rank decodes at most the samples that the other has not decoded yet.
     assert sum(first for _, first, _ in ranks) <= total
     assert sum(first + later for _, first, later in ranks) < 1.5 * total
 
@@ -185,7 +185,7 @@ def test_a_set_that_does_not_fit_is_refused_with_the_sum(
     with pytest.raises(
         ConfigError,
         match=r"cache host does not fit: 838 frames of 4,608 bytes are 0\.00 GB, of the 0\.00 GB "
-        r"that the machine has free it may take 90%.*use data\.cache none",
+        r"that the machine has free it may use 90%.*use data\.cache none",
     ):
         batches(config_for(shards / "train"))
     monkeypatch.setattr(cache_module, "available_memory", lambda: (2 * needed, "the machine"))

@@ -1,4 +1,4 @@
-"""Streams of batches: equal whatever the rank, the resume and the run; faults are named."""
+"""Streams of batches do not depend on ranks, resume or run; errors are clear."""
 
 import dataclasses
 import threading

@@ -1,4 +1,4 @@
-"""The order of samples, over a grid, without input or output."""
+"""The order of samples, over a grid of parameters, without files."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def test_what_is_left_out_is_in_no_batch_and_all_else_in_each_epoch():
         assert sorted(plan.epoch_order(epoch).tolist()) == expected
     everything = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4)
     assert plan.digest != everything.digest
-    # The identity of a set's order from before anything could be left out; runs go on from it.
+    # The digest of older versions without skipped samples, so that their runs can resume.
     assert everything.digest == "74e2e1edbdba8d22"
     with pytest.raises(ConfigError, match="hold 8 samples and 4 too short ones, fewer than one"):
         Plan(shard_sizes=(12,), batch_size=9, seed=3, left_out=left_out)
@@ -58,7 +58,7 @@ def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):
 
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
 def test_a_run_that_changes_its_ranks_takes_the_same_samples(plan: Plan):
-    """Three epochs; after each step the run may go on with another number of ranks."""
+    """Three epochs; after each step the run may resume with another number of ranks."""
     rng = np.random.default_rng(len(plan.shard_sizes))
     divisors = [r for r in (1, 2, 4, 8) if plan.batch_size % r == 0]
     whole = plan.steps_per_epoch * plan.batch_size

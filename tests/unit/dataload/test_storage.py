@@ -1,4 +1,4 @@
-"""Shards at a URL: the samples of the folder, through a cache that is bounded and exact."""
+"""Shards at a URL give the samples of the folder, through a bounded and verified cache."""
 
 import functools
 import http.server
@@ -24,7 +24,7 @@ FRAMES = np.array([0, 32, 5, 17])
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; counts what was asked for; cuts answers off when told to."""
+    """HTTP server of a folder that counts requests and can truncate responses."""
 
     asked: ClassVar[Counter[str]] = Counter()
     cut: ClassVar[Counter[str]] = Counter()
@@ -164,7 +164,7 @@ def test_the_cache_is_bounded_and_what_is_open_stays_readable(
     reader = ShardReader(memory, download=DownloadConfig(folder=tmp_path, gigabytes=limit))
     same_samples(reader, folder)
     assert len(kept(tmp_path)) == 1
-    # Shards that are gone from the cache are still open here, then opened anew.
+    # Shards removed from the cache are still open here, and later downloaded again.
     same_samples(reader, folder)
     reader._files.close()
     same_samples(reader, folder)
