@@ -1,4 +1,4 @@
-"""What an encoder sees of a clip: RGB, or the differences of its frames."""
+"""Inputs of an encoder: RGB or frame differences."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def test_an_encoder_of_differences_takes_rgb_clips(name: Any):
 
 
 class _Recorder(nn.Module):
-    """Keeps what the first convolution would see."""
+    """Records the input of the first convolution."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The verdict and the clock by given times; real runs are in tests/distributed/test_verdict.py."""
+"""Bottleneck and clock for given times; real runs: tests/distributed/test_verdict.py."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_largest_part_is_the_verdict(part: str):
 
 
 def test_the_slowest_rank_is_judged_and_named():
-    # Rank 1 waits in collectives for rank 2: that is no slow network.
+    # Rank 1 waits in collectives for rank 2, so the network is not slow.
     ranks = [
         times(compute_s=4, communication_s=6),
         times(compute_s=5, communication_s=5),
@@ -49,7 +49,7 @@ def test_launches_that_came_late_are_the_hosts():
     assert late.shares == pytest.approx(
         {"data": 0, "compute": 0.1, "communication": 0.1, "host": 0.8, "checkpoint": 0}
     )
-    # More kernels than steps of ours account for, as of another process: nothing below zero.
+    # If another process uses the GPU too, no share becomes negative.
     assert judge([busy], Utilisation(gpu=1.0)).shares == judge([busy]).shares
 
 
@@ -65,7 +65,7 @@ def test_launches_that_came_late_are_the_hosts():
 def test_a_saturated_engine_tells_decoding_from_augmentation(utilisation: Utilisation, part: str):
     waits = times(data_s=8, compute_s=2, read_s=1, graph_s=9)
     assert judge([waits], utilisation).data_by == part
-    # Storage is never blamed on an engine.
+    # A saturated engine does not change a storage bottleneck.
     reads = times(data_s=8, compute_s=2, read_s=9, graph_s=1)
     assert judge([reads], utilisation).data_by == "read"
 

@@ -1,4 +1,4 @@
-"""The simple classifiers against scikit-learn, and against what is known."""
+"""The simple classifiers compared with scikit-learn and with known results."""
 
 from typing import Any
 

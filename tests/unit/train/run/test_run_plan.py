@@ -1,4 +1,4 @@
-"""What the start-up page says, and that it can be had without starting."""
+"""Content of the run plan, and printing it without starting a run."""
 
 import logging
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_the_page_says_what_will_be_done(shards: Path):
     assert record["plan_digest"] in lines["steps"]
     one = page(shards, *sizes, ranks=1).record["stages"]
     for stage, cost in record["stages"].items():
-        # Of the global batch, whoever computes it.
+        # For the global batch, on any number of ranks.
         assert cost["flops_per_step"] == one[stage]["flops_per_step"]
         assert cost["memory_bytes_per_rank"]["activations"] * 2 == pytest.approx(
             one[stage]["memory_bytes_per_rank"]["activations"], rel=0.01
@@ -98,9 +98,7 @@ def test_videos_that_are_left_out_are_told_by_name(shards: Path):
 def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     told = dict(page(shards, *sizes).lines)["graph"]
-    assert told.startswith(
-        "4 videos and 1000 prototypes: 0.003 other videos for each prototype"
-    )
+    assert told.startswith("4 videos and 1000 prototypes: 0.003 other videos for each prototype")
     assert "so few that the graph may be the identity" in told
     told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
     assert "1.5 other videos" in told
@@ -123,7 +121,7 @@ def test_plan_only_prints_the_page_and_leaves_nothing(
 ):
     logger = logging.getLogger("strata")
     for name in ("propagate", "level", "handlers"):
-        # Taken back at the end: the command sets logging up for the whole process.
+        # Restored at the end: the command configures logging for the complete process.
         value = getattr(logger, name)
         monkeypatch.setattr(logger, name, list(value) if name == "handlers" else value)
     config = tmp_path / "tiny.yaml"
