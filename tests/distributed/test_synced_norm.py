@@ -1,4 +1,4 @@
-"""Synchronised batch norm on several processes equals batch norm on one with the global batch."""
+"""Synchronised batch norm on several processes equals that of one with the global batch."""
 
 from typing import Any
 

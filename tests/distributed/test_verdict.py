@@ -1,4 +1,4 @@
-"""The verdict names what holds a run back, on real runs of two ranks that were made to be bound."""
+"""The reported bottleneck is right, on real runs of two ranks that are slowed on purpose."""
 
 import time
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from tests.support.rank_processes import run_ranks
 
 _STEPS = 4
 _SCENES: dict[str, dict[str, Any]] = {
-    # What is slowed, by how many plain steps a call (or repeated for so long), on which rank. In
-    # steps and not in seconds, since the loader works beside a step, whose time is the machine's.
+    # What is slowed, by how many normal steps per call (or repeated for so long), on which rank. In
+    # steps and not seconds, because the loader runs in parallel to steps, whose time varies.
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
-    # It competes with the step for the core, so it must last longer.
+    # It competes with the step for the core, so it must take longer.
     "decode": {"owner": ClipPipeline, "name": "run", "steps": 12, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Trainer, "name": "step", "steps": 6, "rank": 1},
@@ -45,7 +45,7 @@ def _slowed(scene: dict[str, Any], step_s: float) -> Callable[..., Any]:
 
     def slowed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if scene["name"] == "watch_averaging":
-            # Inside what is timed: a slow network, not a slow rank.
+            # Inside the timed part, as with a slow network and not a slow rank.
             average = self.engine.allreduce_gradients
 
             def slow_average(*a: Any, **k: Any) -> None:
@@ -77,7 +77,7 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
             ),
             engine=EngineConfig(device="cpu"),
             checkpoint=CheckpointConfig(every_steps=scene.get("every_steps", 0)),
-            # The first steps warm up and are judged apart from the others.
+            # The first steps are a warm-up with a separate report.
             monitor=MonitorConfig(port=0, log_every=2, verdict_s=0, progress=False),
             stop_after_steps=_STEPS,
         )
@@ -105,7 +105,7 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
 
 def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: Path):
     both = run_ranks(_run_scenes, 2, shards / "train", tmp_path, timeout_s=240)
-    assert both[0] == both[1]  # all ranks judge alike
+    assert both[0] == both[1]  # the result is the same on all ranks
     found: dict[str, Verdict] = both[0]
     del found["plain"]
     said = "\n".join(f"{name}: {verdict.text()}" for name, verdict in found.items())
