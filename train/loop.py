@@ -36,7 +36,7 @@ from strata.train.representation.online_retrieval import OnlineProbe
 from strata.train.run import checkpoint
 from strata.train.run.checkpoint import RunState, Saver
 from strata.train.run.gc_schedule import StepGarbage
-from strata.train.run.non_finite import Finding, Report, mean_terms
+from strata.train.run.non_finite import NonFiniteFlags, Report, mean_terms
 from strata.train.run.run_plan import describe_run
 from strata.train.run.stop_signals import StopSignals
 from strata.train.run.watchdog import Watchdog
@@ -58,7 +58,7 @@ class _Interval:
     """Results of an interval of steps that stay on the device until they are read."""
 
     latest: LossTerms | None = None
-    findings: list[Finding] = field(default_factory=list)
+    non_finite: list[NonFiniteFlags] = field(default_factory=list)
 
 
 class Trainer:
@@ -252,8 +252,8 @@ class Trainer:
             watchdog.beat(f"computing step {self.state.step + 1}")
             self._record_faults(batch.faults)
             self.model.train()
-            interval.latest, finding = self.step(batch)
-            interval.findings.append(finding)
+            interval.latest, flags = self.step(batch)
+            interval.non_finite.append(flags)
             clock.step_done()
             self._advance()
             self.monitor.count(batch, loader.queue_depth)
@@ -277,7 +277,7 @@ class Trainer:
         if last_saved != self.state.step:
             self.save()
 
-    def step(self, batch: Batch) -> tuple[LossTerms, Finding]:
+    def step(self, batch: Batch) -> tuple[LossTerms, NonFiniteFlags]:
         """One training step: forward, losses and backward for each micro-batch, then update."""
         phase = phase_at(self.config.schedule, batch.epoch)
         size = len(batch.samples) // self.config.engine.accumulation
@@ -291,14 +291,14 @@ class Trainer:
             bad_samples.append(bad)
         if was_filling:
             self.model.queue.recount()
-        finding = Finding.of(
+        flags = NonFiniteFlags.of(
             parts,
             bad_samples,
             skipped=self.engine.skipped,
             step=self.state.step,
             batch=batch,
         )
-        return mean_terms(parts), finding
+        return mean_terms(parts), flags
 
     def _part(self, batch: Batch, part: slice, phase: Phase) -> tuple[LossTerms, Tensor]:
         config, samples = self.config, batch.samples[part]
@@ -321,7 +321,7 @@ class Trainer:
         bad = ~torch.isfinite(out.instance.detach()).flatten(1).all(1)
         return terms, bad
 
-    def _judge(self, findings: Sequence[Finding]) -> None:
+    def _judge(self, non_finite: Sequence[NonFiniteFlags]) -> None:
         """Count and report the skipped steps; end the run if there are too many.
 
         Raises:
@@ -334,9 +334,9 @@ class Trainer:
         self.metrics.add("strata_skipped_steps_total", new)
         self.state = dataclasses.replace(self.state, num_skipped=self.state.num_skipped + new)
         reports = [
-            Report.gathered(finding, self.world.rank, self.reader.keys)
-            for finding in findings
-            if bool(finding.skipped)
+            Report.gathered(flags, self.world.rank, self.reader.keys)
+            for flags in non_finite
+            if bool(flags.skipped)
         ]
         for report in reports:
             self.metrics.record("skipped_step", **dataclasses.asdict(report))
@@ -534,7 +534,7 @@ class Trainer:
         """Read the interval's metrics from the device; besides saving, the only wait for it."""
         terms = interval.latest
         assert terms is not None
-        self._judge(interval.findings)
+        self._judge(interval.non_finite)
         losses = self.method.averaged({**terms.terms, "total": terms.total.detach()})
         health = self.method.averaged(terms.health)
         times = clock.interval()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
-__all__ = ["DATA_PARTS", "PARTS", "RankTimes", "Utilisation", "Verdict", "judge"]
+__all__ = ["DATA_PARTS", "PARTS", "Bottleneck", "RankTimes", "Utilisation", "find_bottleneck"]
 
 PARTS = ("data", "compute", "communication", "host", "checkpoint")
 DATA_PARTS = ("read", "decode", "graph")
@@ -77,7 +77,7 @@ class Utilisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Bottleneck:
     """The bottleneck of an interval, with the times that it was derived from."""
 
     bound_by: str
@@ -123,7 +123,9 @@ class Verdict:
         return line
 
 
-def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) -> Verdict:
+def find_bottleneck(
+    ranks: Sequence[RankTimes], utilisation: Utilisation | None = None
+) -> Bottleneck:
     """Find the bottleneck of an interval.
 
     Args:
@@ -146,7 +148,7 @@ def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) ->
         engines = max(utilisation.decoder or 0.0, utilisation.jpeg or 0.0)
         data_by = "decode" if engines >= _SATURATED else "graph"
     others = [r.own_s for n, r in enumerate(ranks) if n != slowest]
-    return Verdict(
+    return Bottleneck(
         bound_by=max(shares, key=lambda part: shares[part]),
         data_by=data_by,
         shares=shares,

@@ -20,10 +20,10 @@ from strata.train.config import TrainConfig
 from strata.train.monitor.bottleneck import (
     DATA_PARTS,
     PARTS,
+    Bottleneck,
     RankTimes,
     Utilisation,
-    Verdict,
-    judge,
+    find_bottleneck,
 )
 from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
 from strata.train.monitor.cost_model import step_cost
@@ -112,7 +112,7 @@ class RunMonitor:
         self._gpu: GpuCollector | None = None
         self._loader_s = {"read": 0.0, "graph": 0.0}
         self._sums: list[RankTimes] = []
-        self.verdict: Verdict | None = None
+        self.bottleneck: Bottleneck | None = None
         metrics.add_collector(ProcessCollector())
         if world.local_rank == 0:
             places = {"run": config.run}
@@ -183,26 +183,26 @@ class RunMonitor:
             self._judge()
 
     def _judge(self) -> None:
-        verdict = judge(self._sums, self._utilisation())
-        self._sums, self.verdict = [], verdict
+        bottleneck = find_bottleneck(self._sums, self._utilisation())
+        self._sums, self.bottleneck = [], bottleneck
         metrics = self._metrics
-        metrics.set_one("strata_bound", verdict.bound_by, PARTS, "by")
-        metrics.set_one("strata_data_bound_by", verdict.data_by, DATA_PARTS, "part")
-        for part, share in verdict.shares.items():
+        metrics.set_one("strata_bound", bottleneck.bound_by, PARTS, "by")
+        metrics.set_one("strata_data_bound_by", bottleneck.data_by, DATA_PARTS, "part")
+        for part, share in bottleneck.shares.items():
             metrics.set("strata_time_share_ratio", share, part=part)
-        if verdict.straggler_ratio is not None:
-            metrics.set("strata_straggler_ratio", verdict.straggler_ratio)
-            metrics.set("strata_straggler_rank", verdict.slowest_rank)
+        if bottleneck.straggler_ratio is not None:
+            metrics.set("strata_straggler_ratio", bottleneck.straggler_ratio)
+            metrics.set("strata_straggler_rank", bottleneck.slowest_rank)
         record: dict[str, Any] = {
-            "bound_by": verdict.bound_by,
-            "data_by": verdict.data_by,
-            "shares": verdict.shares,
-            "optimizer_share": verdict.optimizer_share,
-            "slowest_rank": verdict.slowest_rank,
-            "straggler_ratio": verdict.straggler_ratio,
+            "bound_by": bottleneck.bound_by,
+            "data_by": bottleneck.data_by,
+            "shares": bottleneck.shares,
+            "optimizer_share": bottleneck.optimizer_share,
+            "slowest_rank": bottleneck.slowest_rank,
+            "straggler_ratio": bottleneck.straggler_ratio,
         }
         metrics.record("verdict", **record)
-        logger.info("%s", verdict.text())
+        logger.info("%s", bottleneck.text())
 
     def _utilisation(self) -> Utilisation:
         if self._gpu is None:

@@ -11,7 +11,7 @@ from strata.dataload.loader import Batch
 from strata.distributed import gather_objects
 from strata.train.method.model import LossTerms
 
-__all__ = ["Finding", "Report", "mean_terms"]
+__all__ = ["NonFiniteFlags", "Report", "mean_terms"]
 
 _SHOWN = 8
 """Number of samples that a message names; the log has all of them."""
@@ -33,7 +33,7 @@ def mean_terms(parts: Sequence[LossTerms]) -> LossTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class NonFiniteFlags:
     """Non-finite flags of one step on one rank; the tensors stay on the device."""
 
     step: int
@@ -57,13 +57,13 @@ class Finding:
         skipped: Tensor,
         step: int,
         batch: Batch,
-    ) -> "Finding":
+    ) -> "NonFiniteFlags":
         """Compute the flags of a step from its micro-batches without waiting for the device."""
         names = (*parts[0].terms, "total")
         values = torch.stack(
             [torch.stack([*part.terms.values(), part.total.detach()]) for part in parts]
         )
-        return Finding(
+        return NonFiniteFlags(
             step=step,
             epoch=batch.epoch,
             epoch_step=batch.step,
@@ -91,20 +91,20 @@ class Report:
     """All samples of each rank's batch."""
 
     @staticmethod
-    def gathered(finding: Finding, rank: int, keys: Sequence[str]) -> "Report":
+    def gathered(flags: NonFiniteFlags, rank: int, keys: Sequence[str]) -> "Report":
         """Join the flags of all ranks. All ranks call it."""
-        bad = finding.bad_samples.cpu().numpy()
+        bad = flags.bad_samples.cpu().numpy()
         mine = (
             rank,
-            [t for t, b in zip(finding.terms, finding.bad_terms.tolist(), strict=True) if b],
-            [keys[s] for s in finding.samples[bad]],
-            [keys[s] for s in finding.samples],
+            [t for t, b in zip(flags.terms, flags.bad_terms.tolist(), strict=True) if b],
+            [keys[s] for s in flags.samples[bad]],
+            [keys[s] for s in flags.samples],
         )
         every = gather_objects(mine)
         return Report(
-            step=finding.step + 1,
-            epoch=finding.epoch,
-            epoch_step=finding.epoch_step,
+            step=flags.step + 1,
+            epoch=flags.epoch,
+            epoch_step=flags.epoch_step,
             terms={r: terms for r, terms, _, _ in every},
             samples={r: samples for r, _, samples, _ in every if samples},
             batches={r: batch for r, _, _, batch in every},

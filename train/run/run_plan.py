@@ -16,14 +16,14 @@ from strata.train.engine import derive_deepspeed
 from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_estimate, step_cost
 
-__all__ = ["StartPage", "describe_run", "stage_epochs"]
+__all__ = ["RunPlan", "describe_run", "stage_epochs"]
 
 _NAMED = 5
 """Number of videos that a line names; the log has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartPage:
+class RunPlan:
     """The summary of a run; rank 0 prints `lines`, and the run's log gets `record`."""
 
     lines: tuple[tuple[str, str], ...]
@@ -52,7 +52,7 @@ def describe_run(
     reader: ShardReader,
     plan: Plan,
     step: int = 0,
-) -> StartPage:
+) -> RunPlan:
     """Make the summary of a run.
 
     Args:
@@ -140,7 +140,7 @@ def describe_run(
             for stage, cost in costs.items()
         },
     }
-    return StartPage(lines=tuple(lines), record=record)
+    return RunPlan(lines=tuple(lines), record=record)
 
 
 def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:

@@ -60,7 +60,7 @@ def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Ba
     return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
-def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
+def full_video(reader: ShardReader, sample: int) -> np.ndarray:
     """Decode all frames of all segments by PyAV."""
     frames = []
     for k in range(-(-int(reader.num_frames[sample]) // 18)):
@@ -92,7 +92,7 @@ def test_batches_are_those_of_the_reference(folders: dict[str, Path], codec: str
             view=view,
         )
         for row, sample in enumerate(samples.tolist()):
-            frames = whole_video(reader, sample)[windows[row]]
+            frames = full_video(reader, sample)[windows[row]]
             want = reference_view(frames, cut, parameters, row, 32, photometric=True)
             got = batch.short[row, view] if view < 2 else batch.long[row]
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
@@ -114,7 +114,7 @@ def test_evaluation_shows_the_frames_it_should(folders: dict[str, Path], codec: 
     # A clip of 46 frames ends beyond these videos: their last frame repeats.
     assert (frames[:, :, -1] == frames[:, :, -2]).all()
     for row, clip in itertools.product(range(3), range(2)):
-        shown = whole_video(reader, row)[frames[row, clip]]
+        shown = full_video(reader, row)[frames[row, clip]]
         want = reference_view(shown, ViewSlice(0, 16), crop, 0, 32, photometric=False)
         gap = np.abs(batch.clips[row, clip].numpy().astype(int) - want.astype(int))
         assert gap.max() <= 2
@@ -150,7 +150,7 @@ def test_mixed_payloads_are_refused(folders: dict[str, Path], shards: Path):
         refuse_mixed_payloads([readers["mjpeg"], readers["vp9"]])
 
 
-def test_a_gpu_without_video_decoder_is_said_once_or_refused(
+def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The GPU's answer is simulated here; tests/gpu uses a real one."""

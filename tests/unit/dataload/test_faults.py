@@ -161,7 +161,7 @@ def test_a_place_without_a_replacement_is_an_error():
         replace_faulty(order[:4], order, 0, 4, {1, 5})
 
 
-def test_faults_are_told_once():
+def test_faults_are_logged_once():
     log = FaultLog(1)
     fault = Fault(sample=1, key="k", shard="s.tar", reason="broken")
     log.add([fault])

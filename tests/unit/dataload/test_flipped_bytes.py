@@ -57,7 +57,7 @@ def windows(folder: Path) -> list[bytes]:
         reader.close()
 
 
-def test_no_flip_is_trained_on(folder: Path):
+def test_no_flipped_byte_is_used_for_training(folder: Path):
     """At 150 random positions in the shards."""
     good = windows(folder)
     random = np.random.default_rng(5)
@@ -217,7 +217,7 @@ def test_a_frame_table_with_any_numbers_is_a_fault_like_any_other(old: Path, edi
     assert any("video-0005: " in fault for fault in check_folder(old, decode=0))
 
 
-def test_what_schema_1_cannot_find_the_auditor_does(old: Path):
+def test_the_audit_finds_damage_that_schema_1_cannot(old: Path):
     path, start, size = place_of(old, 5, "000.jpg")
     content = bytearray(path.read_bytes())
     content[start + size // 2 : start + size // 2 + 60] = bytes(60)

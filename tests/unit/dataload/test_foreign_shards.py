@@ -71,7 +71,7 @@ def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Ba
     return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
-def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
+def full_video(reader: ShardReader, sample: int) -> np.ndarray:
     _, members = reader.members(sample)
     (ext,) = set(members) - {"cls"}
     count = int(reader.num_frames[sample])
@@ -79,7 +79,7 @@ def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
     return decode_frames(reader.member(sample, ext), "", count, np.arange(count), form)[0]
 
 
-def test_what_cannot_be_used_is_not_there(folder: Path):
+def test_unusable_videos_are_not_in_the_set(folder: Path):
     reader = ShardReader(folder)
     assert reader.keys == tuple(f"v{k}" for k in range(6))
     assert reader.num_frames.tolist() == [40, 41, 42, 43, 44, 45]
@@ -115,7 +115,7 @@ def test_batches_are_those_of_the_reference(folder: Path):
                 view=view,
             )
             for row, sample in enumerate(samples.tolist()):
-                frames = whole_video(reader, sample)[windows[row]]
+                frames = full_video(reader, sample)[windows[row]]
                 want = reference_view(frames, cut, parameters, row, 32, photometric=True)
                 got = batch.short[row, view] if view < 2 else batch.long[row]
                 gap = np.abs(got.numpy().astype(int) - want.astype(int))
@@ -136,7 +136,7 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
     frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=2)
     assert (frames[:, 0] != frames[:, 1]).all()
     for row, clip in itertools.product(range(3), range(2)):
-        shown = whole_video(reader, row)[frames[row, clip]]
+        shown = full_video(reader, row)[frames[row, clip]]
         want = reference_view(shown, ViewSlice(0, 16), crop, 0, 32, photometric=False)
         gap = np.abs(batch.clips[row, clip].numpy().astype(int) - want.astype(int))
         assert gap.max() <= 2

@@ -106,7 +106,7 @@ def test_batches_are_the_same_and_nothing_is_decoded_twice(shards: Path):
     assert all(b.frames_decoded == b.bytes_read == 0 for b in kept if b.epoch == 1)
 
 
-def test_a_stopped_stream_goes_on_with_an_empty_cache(shards: Path):
+def test_a_stopped_stream_resumes_with_an_empty_cache(shards: Path):
     config = config_for(shards / "train")
     plain = batches(dataclasses.replace(config, cache="none"))
     assert_same(plain[7:], batches(config, epochs=(1, 2), start_step=1))
@@ -192,7 +192,7 @@ def test_a_set_that_does_not_fit_is_refused_with_the_sum(
     batches(config_for(shards / "train"), count=1)
 
 
-def test_memory_comes_with_use_and_goes_with_the_cache(shards: Path):
+def test_memory_is_allocated_on_use_and_freed_with_the_cache(shards: Path):
     def shared_mib() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(x.split()[1]) for x in lines if x.startswith("RssShmem")) / 1024
@@ -225,7 +225,7 @@ def test_a_cache_on_a_gpu_needs_one(shards: Path):
         batches(config_for(shards / "train", "device"))
 
 
-def test_videos_are_not_kept(tmp_path: Path):
+def test_videos_cannot_be_cached(tmp_path: Path):
     form = NormalForm(width=WIDTH, height=HEIGHT, payload="mp4", codec="mjpeg", quantizer=3)
     make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=3, form=form)
     with pytest.raises(ConfigError, match=r"keeps frames of the jpeg payload.* is mp4"):
@@ -270,7 +270,7 @@ MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 800
     ],
     ids=["no limit", "version 2, the group above", "version 1, in a container"],
 )
-def test_free_memory_heeds_the_control_group(tmp_path: Path, files, expected):
+def test_free_memory_respects_the_control_group(tmp_path: Path, files, expected):
     found, where = available_memory(write(tmp_path, MACHINE | files))
     assert found == expected[0]
     assert where.endswith(expected[1])

@@ -91,7 +91,7 @@ def test_two_runs_are_the_same_and_epochs_differ(shards: Path):
 
 
 @pytest.mark.parametrize("stop", [1, 6, 8])
-def test_a_stopped_stream_goes_on_as_if_it_had_not(shards: Path, stop: int):
+def test_a_resumed_stream_equals_an_uninterrupted_one(shards: Path, stop: int):
     config = config_for(shards / "train")
     whole = batches(config)
     rest = batches(config, epochs=(stop // 6, 2), start_step=stop % 6)
@@ -112,7 +112,7 @@ def test_one_rank_is_the_union_of_several(shards: Path, num_ranks: int):
         assert torch.equal(batch.long, joined)
 
 
-def test_a_stream_goes_on_with_other_ranks(shards: Path):
+def test_a_stream_resumes_on_another_number_of_ranks(shards: Path):
     config = config_for(shards / "train")
     whole = batches(config, epochs=(0, 1))
     two = [
@@ -204,7 +204,7 @@ def test_videos_shorter_than_the_window_are_in_no_batch(shards: Path):
         batches(config)
 
 
-def test_a_gpu_that_is_not_there_is_refused(shards: Path):
+def test_a_missing_gpu_is_rejected(shards: Path):
     config = dataclasses.replace(config_for(shards / "train"), decode="gpu")
     with pytest.raises(ConfigError, match=r"data\.decode is gpu, but this rank has no GPU"):
         batches(config)
@@ -244,7 +244,7 @@ def test_storage_that_hangs_ends_the_run(
     assert "in hang" in capfd.readouterr().err
 
 
-def test_the_makers_error_reaches_the_consumer():
+def test_an_error_of_the_source_reaches_the_consumer():
     def failing() -> Iterator[int]:
         yield 1
         raise ShardError("sample x: broken")

@@ -27,7 +27,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order(plan: Plan):
         assert (orders[1] != orders[2]).any()
 
 
-def test_what_is_left_out_is_in_no_batch_and_all_else_in_each_epoch():
+def test_skipped_samples_are_in_no_batch_and_all_others_in_each_epoch():
     left_out = (0, 4, 5, 9)
     plan = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4, left_out=left_out)
     assert (plan.num_samples, plan.steps_per_epoch) == (8, 4)
@@ -82,13 +82,13 @@ def test_every_rank_has_the_same_full_batches_and_no_more():
             plan.batch(0, 3, rank, 2)
 
 
-def test_what_an_epoch_leaves_over_changes():
+def test_the_remaining_samples_of_epochs_differ():
     plan = Plan(shard_sizes=(50, 50, 3), batch_size=8, seed=0)
     left = [set(plan.epoch_order(e)[96:].tolist()) for e in range(8)]
     assert len(set.union(*left)) > 20
 
 
-def test_reads_stay_within_a_pool_of_whole_shards():
+def test_reads_stay_within_a_pool_of_complete_shards():
     plan = Plan(shard_sizes=(100,) * 20, batch_size=10, seed=0, pool_samples=400)
     for start in range(0, 2000, 400):
         shards = {s // 100 for s in plan.epoch_order(1)[start : start + 400].tolist()}
@@ -102,7 +102,7 @@ def test_neighbours_in_a_pool_are_independent():
     assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.06
 
 
-def test_digest_tells_orders_apart():
+def test_digests_of_different_orders_differ():
     base = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
     same = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
     others = [

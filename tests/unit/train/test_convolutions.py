@@ -52,7 +52,7 @@ def test_bf16_is_right_and_the_same_again_and_again(kernel, stride, steps: int, 
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_every_way_to_a_convolution_has_it():
+def test_all_kinds_of_convolutions_are_fixed():
     """In a module with a bias and in the folded stem; not if autocast is off."""
     torch.manual_seed(0)
     layers = nn.Sequential(FoldedStem(3, 8, 7, bias=False), nn.Conv3d(8, 4, 3, groups=2, padding=1))
@@ -73,7 +73,7 @@ def test_every_way_to_a_convolution_has_it():
         torch.testing.assert_close(mine, right, rtol=0.05, atol=0.05 * float(right.abs().max()))
 
 
-def test_a_compiled_encoder_has_it_too():
+def test_a_compiled_encoder_is_fixed_too():
     """Compiled as one graph by the eager backend, so bit-identical."""
     torch.manual_seed(0)
     encoder = build_backbone(BackboneConfig(width=8))

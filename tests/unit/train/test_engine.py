@@ -63,7 +63,7 @@ def test_batch_accumulation_clipping_and_zero():
     assert derived["zero_optimization"] == {"stage": 2}
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_settings_are_rejected():
     with pytest.raises(ConfigError, match="zero 1 shards Adam's state; use 0 with SGD"):
         derive_deepspeed(EngineConfig(zero=1), batch_size=8, world_size=1, device=CPU, momentum=0.9)
     with pytest.raises(ConfigError, match="loss scale would never fall"):
@@ -208,7 +208,7 @@ def sgd(world: World) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def test_sgd_with_momentum_is_torch_s_and_goes_on_from_its_state():
+def test_sgd_with_momentum_is_torchs_and_resumes_from_its_state():
     ((mine, theirs, after, again),) = run_ranks(sgd, 1)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, msg=name)

@@ -153,7 +153,7 @@ def test_a_program_takes_any_number_of_clips(name: Any, seen: Any, tmp_path: Pat
         torch.testing.assert_close(features, expected(made, clips), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_published_names_no_folder_of_ours(tmp_path: Path):
+def test_an_export_contains_no_local_path(tmp_path: Path):
     made = checkpoint(tmp_path / "step-1", BackboneConfig(width=8))
     out = write_export(ExportCommand(checkpoint=made, out=tmp_path / "out", names="strata"))
     for name in ("config.json", "README.md"):

@@ -55,7 +55,7 @@ def trained() -> dict[str, Trained]:
     return found
 
 
-def test_with_it_the_features_learn_the_order_of_time(trained: dict[str, Trained]):
+def test_with_motion_excitation_features_learn_the_order_of_time(trained: dict[str, Trained]):
     last = trained["with"][0][-8:]
 
     def mean(name: str) -> float:

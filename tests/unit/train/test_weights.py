@@ -227,7 +227,7 @@ def test_files_are_read_without_running_them(tmp_path: Path):
             read_weights(tmp_path / name)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing():
+def test_weights_that_do_not_fit_are_rejected_and_change_nothing():
     target = encoder("r3d18")
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(CheckpointError, match=re.escape("layer1.0.conv1.0.weight is (16, 16, 3")):

@@ -92,7 +92,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: graph_loss(x, target, temperature=0.3), (g,))
 
 
-def test_mean_over_slices_of_anchors_is_the_whole_with_its_gradient():
+def test_mean_over_slices_of_anchors_equals_the_full_loss_and_gradient():
     g = clips(6).requires_grad_()
     target = torch.rand(6, 6, dtype=torch.float64).softmax(1)
     for divide in (False, True):

@@ -57,7 +57,7 @@ def test_gradcheck():
     )
 
 
-def test_mean_over_slices_of_anchors_is_the_whole_with_its_gradient():
+def test_mean_over_slices_of_anchors_equals_the_full_loss_and_gradient():
     z = clips(6).requires_grad_()
     altered = clips(6, seed=1).requires_grad_()
     whole = pair_contrast(z, temperature=0.07, altered_RMC=altered)

@@ -32,7 +32,7 @@ def test_differences_as_loops_over_pixels():
                 torch.testing.assert_close(found[n, channel, t], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_stands_still_is_zero_and_one_frame_has_no_change():
+def test_static_pixels_are_zero_and_one_frame_gives_zeros():
     still = normalise(some_clips(1, 1, 8, 8).expand(2, 4, 8, 8, 3), 3)
     assert not frame_differences(still).any()
     assert not frame_differences(still[:, :, :1]).any()

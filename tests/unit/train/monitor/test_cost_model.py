@@ -58,7 +58,7 @@ def test_counting_draws_no_random_numbers():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_what_the_real_forward_pass_keeps(stage: Any):
+def test_activations_equal_those_of_the_real_forward_pass(stage: Any):
     config = settings(BackboneConfig(width=32), size=64)
     model = VideoModel(config.model, config.method, 16).train()
     phase = Phase(stage=stage, lr_factor=1.0, queue=True, prototypes_frozen=False)

@@ -14,11 +14,11 @@ from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.main import main
 from strata.train.method.schedules import ScheduleConfig
-from strata.train.run.run_plan import StartPage, describe_run, stage_epochs
+from strata.train.run.run_plan import RunPlan, describe_run, stage_epochs
 from tests.support.commands import TINY
 
 
-def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> StartPage:
+def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> RunPlan:
     config = parse_config(
         TrainConfig,
         ["--data.shards", str(shards / "train"), "--run", "runs/a", *more],
@@ -36,7 +36,7 @@ def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> StartPage:
     )
 
 
-def test_the_page_says_what_will_be_done(shards: Path):
+def test_the_plan_describes_the_run(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     told = page(shards, *sizes, "--stop_after_steps", "400", "--checkpoint.every_steps", "50")
     lines = dict(told.lines)
@@ -68,7 +68,7 @@ def test_the_page_says_what_will_be_done(shards: Path):
     assert len(starts) == 1, "the block is not aligned"
 
 
-def test_a_cache_is_told_with_its_size(shards: Path):
+def test_the_cache_is_listed_with_its_size(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     assert page(shards, *sizes).record["cache_bytes"] == 0
     told = page(shards, *sizes, "--data.cache", "host")
@@ -77,7 +77,7 @@ def test_a_cache_is_told_with_its_size(shards: Path):
     assert told.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
 
 
-def test_videos_that_are_left_out_are_told_by_name(shards: Path):
+def test_skipped_videos_are_listed_by_name(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     told = page(shards, *sizes)
     assert "left out" not in dict(told.lines)
@@ -95,7 +95,7 @@ def test_videos_that_are_left_out_are_told_by_name(shards: Path):
     )
 
 
-def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
+def test_a_graph_that_may_be_the_identity_is_described(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     told = dict(page(shards, *sizes).lines)["graph"]
     assert told.startswith("4 videos and 1000 prototypes: 0.003 other videos for each prototype")
@@ -108,12 +108,12 @@ def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
     assert "graph" not in dict(page(shards, *sizes, "--schedule.epochs", "50").lines)
 
 
-def test_stages_that_the_run_does_not_reach_are_not_told():
+def test_stages_that_the_run_does_not_reach_are_not_listed():
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=20)) == {1: (0, 10)}
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=0)) == {2: (0, 10)}
 
 
-def test_plan_only_prints_the_page_and_leaves_nothing(
+def test_plan_only_prints_the_plan_and_writes_nothing(
     shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

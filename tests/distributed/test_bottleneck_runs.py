@@ -19,7 +19,7 @@ from strata.train.loop import Trainer
 from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.models.backbones import BackboneConfig
-from strata.train.monitor.bottleneck import Verdict
+from strata.train.monitor.bottleneck import Bottleneck
 from strata.train.run.checkpoint import CheckpointConfig
 from tests.support.rank_processes import run_ranks
 
@@ -64,8 +64,8 @@ def _slowed(scene: dict[str, Any], step_s: float) -> Callable[..., Any]:
     return slowed
 
 
-def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
-    verdicts, step_s = {}, 0.0
+def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Bottleneck]:
+    bottlenecks, step_s = {}, 0.0
     for name, scene in _SCENES.items():
         config = TrainConfig(
             run=runs / name.replace(" ", "-"),
@@ -96,19 +96,19 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
                 metrics=metrics,
             )
             trainer.fit()
-        assert trainer.monitor.verdict is not None
-        verdicts[name] = trainer.monitor.verdict
+        assert trainer.monitor.bottleneck is not None
+        bottlenecks[name] = trainer.monitor.bottleneck
         if name == "plain":
             step_s = broadcast_object(metrics.registry.get_sample_value("strata_own_step_seconds"))
-    return verdicts
+    return bottlenecks
 
 
-def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: Path):
+def test_the_bottleneck_is_right_on_slowed_runs(shards: Path, tmp_path: Path):
     both = run_ranks(_run_scenes, 2, shards / "train", tmp_path, timeout_s=240)
     assert both[0] == both[1]  # the result is the same on all ranks
-    found: dict[str, Verdict] = both[0]
+    found: dict[str, Bottleneck] = both[0]
     del found["plain"]
-    said = "\n".join(f"{name}: {verdict.text()}" for name, verdict in found.items())
+    said = "\n".join(f"{name}: {bottleneck.text()}" for name, bottleneck in found.items())
     assert {name: v.bound_by for name, v in found.items()} == {
         "storage": "data",
         "decode": "data",
@@ -123,6 +123,6 @@ def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: P
     slow = found["slow rank"]
     assert slow.straggles, said
     assert slow.slowest_rank == 1, said
-    for verdict in found.values():
-        assert 0 < verdict.optimizer_share < verdict.shares["compute"], said
-        assert sum(verdict.shares.values()) == pytest.approx(1)
+    for bottleneck in found.values():
+        assert 0 < bottleneck.optimizer_share < bottleneck.shares["compute"], said
+        assert sum(bottleneck.shares.values()) == pytest.approx(1)
