@@ -163,8 +163,8 @@ class NormalForm:
     @property
     def frames_per_segment(self) -> int:
         """Frames in every segment of a sample but the last."""
-        whole = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 64
-        return self.segment_frames or whole
+        most = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 64
+        return self.segment_frames or most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,8 +305,8 @@ class FrameTable:
             ShardError: They disagree.
         """
         found = (self.num_frames, self.label, self.width, self.height, self.frames_per_segment)
-        told = (row.num_frames, row.label, form.width, form.height, form.frames_per_segment)
-        if found != told:
+        expected = (row.num_frames, row.label, form.width, form.height, form.frames_per_segment)
+        if found != expected:
             raise ShardError("the frame table does not agree with the manifest; shard again")
 
     def to_bytes(self) -> bytes:

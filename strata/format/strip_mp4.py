@@ -240,7 +240,7 @@ def _header(
             _UNITY,
             size,
         )
-        whole = _full(
+        movie_header = _full(
             b"mvhd",
             struct.pack(">4I", 0, 0, _RATE, count),
             struct.pack(">IH", 0x10000, 0x100),
@@ -249,7 +249,7 @@ def _header(
             bytes(24),
             struct.pack(">I", 2),
         )
-        return _box(b"moov", whole, _box(b"trak", track, media))
+        return _box(b"moov", movie_header, _box(b"trak", track, media))
 
     # The header contains the packets' offset; its value does not change the header's length.
     start = len(brand) + len(movie(0)) + _HEAD.size

@@ -191,9 +191,9 @@ def test_without_gradient_from_other_ranks_exactly_that_part_is_missing(alone: S
 
 def test_shuffles_do_not_depend_on_the_rank():
     model = build(recipe())
-    whole = model.orders(np.arange(8), 3, 0, 16)
+    full = model.orders(np.arange(8), 3, 0, 16)
     for order, low, high in zip(
-        whole,
+        full,
         model.orders(np.arange(3), 3, 0, 16),
         model.orders(np.arange(3, 8), 3, 0, 16),
         strict=True,

@@ -73,7 +73,7 @@ def retrieval_loss(short_BVTC: Tensor, long_BLC: Tensor, *, temperature: float =
 
     Args:
         short_BVTC: `[B, 2, T, C]`, embeddings of the short clips' steps, the first view earlier.
-        long_BLC: `[B, L, C]`, L = 2T or a divisor of it that pools whole steps.
+        long_BLC: `[B, L, C]`, L = 2T or a divisor of it that pools complete steps.
         temperature: tau.
 
     Returns:

@@ -76,7 +76,7 @@ class BackboneConfig:
 
     fold_stem: bool = False
     """Whether R3D-18's first convolution is computed with 2x2 pixels folded into channels: the same
-    result. Alone it was 2.4 times as fast on an H200; in a whole step it was not measured."""
+    result. Alone it was 2.4 times as fast on an H200; in a complete step it was not measured."""
     stem_pool: bool = True
     """Whether R3D-18's stem ends with a max-pool, as in TEXT's shapes; torchvision's has none, and
     its levels have four times the positions."""

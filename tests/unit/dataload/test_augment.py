@@ -140,14 +140,14 @@ def test_colour_as_one_map_is_the_steps_one_by_one(gray: int, rng: np.random.Gen
 
 
 def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
-    whole = draw(64)
+    full = draw(64)
     part = draw_view(AugmentSpec(), samples=np.array([40, 3]), **PLACE)
-    for field in dataclasses.fields(whole):
-        got, want = getattr(part, field.name), getattr(whole, field.name)
+    for field in dataclasses.fields(full):
+        got, want = getattr(part, field.name), getattr(full, field.name)
         np.testing.assert_array_equal(got, want[[40, 3]])
     changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"epoch": 1}, {"view": 1})
     for change in changes:
-        assert (draw(64, **change).brightness != whole.brightness).all()
+        assert (draw(64, **change).brightness != full.brightness).all()
 
 
 @pytest.mark.parametrize(

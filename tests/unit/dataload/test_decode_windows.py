@@ -121,12 +121,12 @@ def test_evaluation_shows_the_frames_it_should(folders: dict[str, Path], codec: 
 
 
 def test_streams_are_equal_after_a_stop_and_on_two_ranks(folders: dict[str, Path]):
-    whole = batches(folders["vp9"])
-    assert len(whole) == 3
+    full = batches(folders["vp9"])
+    assert len(full) == 3
     (last,) = batches(folders["vp9"], start_step=2)
-    assert torch.equal(last.short, whole[2].short)
+    assert torch.equal(last.short, full[2].short)
     parts = [batches(folders["vp9"], rank=r, size=2, count=1)[0] for r in range(2)]
-    assert torch.equal(whole[0].short, torch.cat([p.short for p in parts]))
+    assert torch.equal(full[0].short, torch.cat([p.short for p in parts]))
 
 
 def test_only_what_is_needed_is_decoded(folders: dict[str, Path]):

@@ -81,14 +81,14 @@ def test_a_damaged_sample_ends_the_run_by_name(folder: Path, how: str):
 
 
 def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, shards: Path):
-    whole = list(stream(shards / "train", 0))
+    full = list(stream(shards / "train", 0))
     damage(folder, [3])
     break_code(folder, 17)
     got = list(stream(folder, 2))
-    assert [b.samples.tolist() for b in got] != [b.samples.tolist() for b in whole]
-    order = {0: np.concatenate([b.samples for b in whole[:6]])}
-    order[1] = np.concatenate([b.samples for b in whole[6:]])
-    for before, after in zip(whole, got, strict=True):
+    assert [b.samples.tolist() for b in got] != [b.samples.tolist() for b in full]
+    order = {0: np.concatenate([b.samples for b in full[:6]])}
+    order[1] = np.concatenate([b.samples for b in full[6:]])
+    for before, after in zip(full, got, strict=True):
         assert after.short.shape == before.short.shape
         for row, (old, new) in enumerate(zip(before.samples, after.samples, strict=True)):
             if old not in (3, 17):
@@ -111,12 +111,12 @@ def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, sha
 
 def test_replacements_do_not_depend_on_ranks_or_resume(folder: Path):
     damage(folder, [3, 4, 17])
-    whole = list(stream(folder, 3))
+    full = list(stream(folder, 3))
     parts = [list(stream(folder, 3, rank=r, ranks=2)) for r in range(2)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         assert torch.equal(batch.short, torch.cat([p[step].short for p in parts]))
     rest = list(stream(folder, 3, start_step=4))
-    for batch, again in zip(whole[4:], rest, strict=True):
+    for batch, again in zip(full[4:], rest, strict=True):
         assert torch.equal(batch.short, again.short)
         np.testing.assert_array_equal(batch.samples, again.samples)
 

@@ -153,11 +153,11 @@ def test_a_classifier_gets_its_clips(folder: Path):
 
 
 def test_streams_are_equal_after_a_stop_and_on_two_ranks(folder: Path):
-    whole = batches(folder)
+    full = batches(folder)
     (last,) = batches(folder, start_step=2)
-    assert torch.equal(last.short, whole[2].short)
+    assert torch.equal(last.short, full[2].short)
     parts = [batches(folder, rank=r, size=2)[0] for r in range(2)]
-    assert torch.equal(whole[0].short, torch.cat([p.short for p in parts]))
+    assert torch.equal(full[0].short, torch.cat([p.short for p in parts]))
 
 
 def test_decoding_them_on_a_gpu_is_refused(folder: Path):

@@ -67,11 +67,11 @@ def test_planes_become_what_the_decoder_makes_of_the_same_frames(
 ):
     """Frames decoded with all others and assembled in another order, including borders."""
     reader = ShardReader(shards / "train")
-    whole = decode_planes(reader.strip(3, np.arange(36)), FORM)
-    assert whole.shape == (36, HEIGHT * WIDTH * 3 // 2)
+    full = decode_planes(reader.strip(3, np.arange(36)), FORM)
+    assert full.shape == (36, HEIGHT * WIDTH * 3 // 2)
     want = decode_by_dali(reader.strip(3, np.array(frames)))
-    luma = whole[frames, : HEIGHT * WIDTH].reshape(1, -1, WIDTH)
-    chroma = whole[frames, HEIGHT * WIDTH :].reshape(len(frames), 2, HEIGHT // 2, WIDTH // 2)
+    luma = full[frames, : HEIGHT * WIDTH].reshape(1, -1, WIDTH)
+    chroma = full[frames, HEIGHT * WIDTH :].reshape(len(frames), 2, HEIGHT // 2, WIDTH // 2)
     chroma = chroma.swapaxes(0, 1).reshape(1, 2, -1, WIDTH // 2)
     got = np.empty((1, *want.shape), np.uint8)
     to_rgb(luma, chroma, got, rows)

@@ -126,10 +126,10 @@ def test_views_are_the_frames_they_should_be():
     strip = encode(moving_pictures(2))
     cuts = (ViewSlice(0, 4), ViewSlice(4, 4), ViewSlice(0, 4, 2), ViewSlice(0, 8))
     views = run_graph([strip], [IDENTITY] * 4, cuts, photometric=False)
-    whole = views[3][0]
-    np.testing.assert_array_equal(views[0][0], whole[:4])
-    np.testing.assert_array_equal(views[1][0], whole[4:])
-    np.testing.assert_array_equal(views[2][0], whole[::2])
+    full = views[3][0]
+    np.testing.assert_array_equal(views[0][0], full[:4])
+    np.testing.assert_array_equal(views[1][0], full[4:])
+    np.testing.assert_array_equal(views[2][0], full[::2])
 
 
 def test_parameters_hold_for_all_frames_of_a_clip():

@@ -50,10 +50,10 @@ def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):
             plan.batch(0, 0, 0, num_ranks)
         return
     for epoch, step in itertools.product(range(2), range(min(plan.steps_per_epoch, 4))):
-        whole = plan.batch(epoch, step, 0, 1)
+        full = plan.batch(epoch, step, 0, 1)
         parts = [plan.batch(epoch, step, r, num_ranks) for r in range(num_ranks)]
         assert {len(p) for p in parts} == {plan.batch_size // num_ranks}
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        np.testing.assert_array_equal(np.concatenate(parts), full)
 
 
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
@@ -61,16 +61,16 @@ def test_a_run_that_changes_its_ranks_takes_the_same_samples(plan: Plan):
     """Three epochs; after each step the run may resume with another number of ranks."""
     rng = np.random.default_rng(len(plan.shard_sizes))
     divisors = [r for r in (1, 2, 4, 8) if plan.batch_size % r == 0]
-    whole = plan.steps_per_epoch * plan.batch_size
+    full = plan.steps_per_epoch * plan.batch_size
     for epoch in range(3):
         taken = []
         for step in range(plan.steps_per_epoch):
             ranks = int(rng.choice(divisors))
             taken += [plan.batch(epoch, step, rank, ranks) for rank in range(ranks)]
         taken = np.concatenate(taken)
-        np.testing.assert_array_equal(taken, plan.epoch_order(epoch)[:whole])
-        assert len(set(taken.tolist())) == whole
-        assert plan.num_samples - whole < plan.batch_size
+        np.testing.assert_array_equal(taken, plan.epoch_order(epoch)[:full])
+        assert len(set(taken.tolist())) == full
+        assert plan.num_samples - full < plan.batch_size
 
 
 def test_every_rank_has_the_same_full_batches_and_no_more():

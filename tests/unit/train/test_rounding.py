@@ -1,6 +1,6 @@
 """Half-precision autocast after the encoder: terms and gradients compared with float32.
 
-The encoder's own rounding is measured in test_method.py, on the whole model.
+The encoder's own rounding is measured in test_method.py, on the complete model.
 """
 
 import numpy as np

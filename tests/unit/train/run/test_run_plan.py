@@ -38,8 +38,8 @@ def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> RunPlan:
 
 def test_the_plan_describes_the_run(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = page(shards, *sizes, "--stop_after_steps", "400", "--checkpoint.every_steps", "50")
-    lines = dict(told.lines)
+    plan = page(shards, *sizes, "--stop_after_steps", "400", "--checkpoint.every_steps", "50")
+    lines = dict(plan.lines)
     assert lines["world"] == "2 ranks on CPU, float32, ZeRO 0"
     assert lines["batch"].startswith("4 videos, 2 a rank; clips of 16 and 32 frames, 32x32 pixels")
     assert lines["steps"].startswith("6 an epoch, 300 epochs: 5 of 400 done; order ")
@@ -52,7 +52,7 @@ def test_the_plan_describes_the_run(shards: Path):
     assert "in stage 2" in lines["memory"]
     assert lines["checkpoints"] == "every 50 steps, the last 3 kept; resume never"
     assert "http://127.0.0.1:9480/metrics" in lines["figures"]
-    record = told.record
+    record = plan.record
     assert record["plan_digest"] in lines["steps"]
     one = page(shards, *sizes, ranks=1).record["stages"]
     for stage, cost in record["stages"].items():
@@ -63,7 +63,7 @@ def test_the_plan_describes_the_run(shards: Path):
         )
     starts = {
         line.index(text)
-        for line, (_, text) in zip(told.text().splitlines(), told.lines, strict=True)
+        for line, (_, text) in zip(plan.text().splitlines(), plan.lines, strict=True)
     }
     assert len(starts) == 1, "the block is not aligned"
 
@@ -71,25 +71,25 @@ def test_the_plan_describes_the_run(shards: Path):
 def test_the_cache_is_listed_with_its_size(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     assert page(shards, *sizes).record["cache_bytes"] == 0
-    told = page(shards, *sizes, "--data.cache", "host")
+    plan = page(shards, *sizes, "--data.cache", "host")
     # 838 frames at 64x48, 1.5 bytes a pixel.
-    assert dict(told.lines)["cache"] == "4 MiB on the host, once a node: 838 decoded frames"
-    assert told.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
+    assert dict(plan.lines)["cache"] == "4 MiB on the host, once a node: 838 decoded frames"
+    assert plan.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
 
 
 def test_skipped_videos_are_listed_by_name(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = page(shards, *sizes)
-    assert "left out" not in dict(told.lines)
-    assert told.record["left_out"] == []
+    plan = page(shards, *sizes)
+    assert "left out" not in dict(plan.lines)
+    assert plan.record["left_out"] == []
     # Videos have 33, 34, 35, 36, 37, 33, ... frames, and the window 36.
     aligned = ("--method.weights.retrieval_low=0", "--method.weights.retrieval_mid=0")
     aligned = (*aligned, "--method.weights.retrieval_high=0")
-    told = page(shards, *sizes, *aligned, "--data.clips.clip_frames", "18")
-    left_out = told.record["left_out"]
+    plan = page(shards, *sizes, *aligned, "--data.clips.clip_frames", "18")
+    left_out = plan.record["left_out"]
     assert left_out == [f"video-{k:04d}" for k in range(24) if 33 + k % 5 < 36]
     named = "video-0000 (33), video-0001 (34), video-0002 (35), video-0005 (33), video-0006 (34)"
-    assert dict(told.lines)["left out"] == (
+    assert dict(plan.lines)["left out"] == (
         f"15 of 24 videos have fewer than the window's 36 frames: {named} and 10 more, all named "
         "in log.jsonl"
     )
@@ -97,12 +97,12 @@ def test_skipped_videos_are_listed_by_name(shards: Path):
 
 def test_a_graph_that_may_be_the_identity_is_described(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = dict(page(shards, *sizes).lines)["graph"]
-    assert told.startswith("4 videos and 1000 prototypes: 0.003 other videos for each prototype")
-    assert "so few that the graph may be the identity" in told
-    told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
-    assert "1.5 other videos" in told
-    assert "may be the identity" not in told
+    plan = dict(page(shards, *sizes).lines)["graph"]
+    assert plan.startswith("4 videos and 1000 prototypes: 0.003 other videos for each prototype")
+    assert "so few that the graph may be the identity" in plan
+    plan = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
+    assert "1.5 other videos" in plan
+    assert "may be the identity" not in plan
     without = [f"--method.weights.graph_{level}=0" for level in ("low", "mid")]
     assert "graph" not in dict(page(shards, *sizes, *without).lines)
     assert "graph" not in dict(page(shards, *sizes, "--schedule.epochs", "50").lines)
