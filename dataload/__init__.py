@@ -1,1 +1,1 @@
-"""Shards to batches on the device."""
+"""Data loading: from shards to batches on the device."""

@@ -1,7 +1,7 @@
-"""The view recipe as data: every random parameter of a view, of a clip or of each of its frames.
+"""Random augmentation parameters of views, drawn for each clip or each of its frames.
 
-A parameter is a function of (seed, epoch, sample, view) alone. The DALI graph and the reference
-both take the parameters from here, so they can be held against each other value by value.
+A parameter depends only on (seed, epoch, sample, view). The DALI graph and the reference
+implementation both get their parameters from here, so that tests can compare their results.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
-"""Luma and the two chroma axes in whose plane hue rotates and saturation scales; DALI's numbers."""
+"""Rows: luma and the two chroma axes that hue rotates and saturation scales; as in DALI."""
 MID_GRAY = 128.0
-"""The level about which contrast scales."""
+"""The level around which contrast scales."""
 
 _CROP_TRIALS = 10
 _DRAWS_PER_TRIAL = 3
 _DRAWS_AFTER_CROP = 10
 _DRAWS_PER_COLOUR = 6
 _MIN_SIGMA = 0.1
-"""Below this a Gaussian on the pixel grid changes nothing."""
+"""Standard deviation below which a Gaussian on the pixel grid changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +42,18 @@ class AugmentSpec:
     """Augmentation of a training view; the defaults are the `paper` recipe (method.md Part I)."""
 
     crop_area: tuple[float, float] = (0.5, 1.0)
-    """Range of the crop's share of the frame."""
+    """Range of the crop's area as a share of the frame."""
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     """Range of the crop's width over height, in stored pixels; swapped with probability 1/2."""
     flip: float = 0.5
     """Probability of the mirror image."""
     jitter: float = 1.0
-    """Probability that brightness, contrast, saturation and hue of a clip are changed at all. TEXT
-    does not say; release: 1, CoCLR: 0.8."""
+    """Probability that brightness, contrast, saturation and hue of a clip are changed at all. Not
+    given in TEXT; release: 1, CoCLR: 0.8."""
     brightness: float = 0.5
     """Factor uniform in [1 - this, 1 + this]."""
     contrast: float = 0.5
-    """Factor uniform in [1 - this, 1 + this], about mid gray."""
+    """Factor uniform in [1 - this, 1 + this], around mid gray."""
     saturation: float = 0.5
     """Factor uniform in [1 - this, 1 + this]."""
     hue: float = 0.25
@@ -63,11 +63,11 @@ class AugmentSpec:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, in output pixels of a 112-pixel clip."""
     gray: float = 0.0
-    """Probability that one of R, G and B, drawn at random, takes the place of all three, before the
-    jitter. Release: 0.5."""
+    """Probability that one of R, G and B, drawn at random, replaces all three, before the jitter.
+    Release: 0.5."""
     per_frame: bool = False
-    """Whether gray and jitter are drawn anew for every frame, as in the release, and not once a
-    clip. Crop, flip and blur are always those of the clip."""
+    """Whether gray and jitter are drawn for every frame, as in the release, and not once per clip.
+    Crop, flip and blur are always drawn once per clip."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -94,18 +94,18 @@ class AugmentSpec:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What happens to one view of each of N samples.
+    """Augmentation parameters of one view of each of N samples.
 
-    P is 1 where colour is the same in all frames of a view, and the view's frames where it is not.
+    P is 1 if all frames of a view have the same colour parameters, else the number of frames.
 
     Args:
         box: Shape `[N, 4]`, float32: the crop's top, left, bottom, right in stored pixels.
         flip: Shape `[N]`, bool.
         brightness: Shape `[N, P]`, float32: factor.
-        contrast: Shape `[N, P]`, float32: factor about mid gray.
+        contrast: Shape `[N, P]`, float32: factor around mid gray.
         saturation: Shape `[N, P]`, float32: factor.
         hue_degrees: Shape `[N, P]`, float32: rotation.
-        gray: Shape `[N, P]`, int8: the channel that takes the place of all; -1 for none.
+        gray: Shape `[N, P]`, int8: the channel that replaces all three; -1 for none.
         sigma: Shape `[N]`, float32: blur in output pixels; 0 for none.
     """
 
@@ -124,7 +124,7 @@ class ViewParameters:
 
 
 def _draw_boxes(spec: AugmentSpec, height: int, width: int, draws: np.ndarray) -> np.ndarray:
-    """Random resized crops, redrawn while they do not fit (method.md 1.3, step 1).
+    """Draw random resized crops, again while they do not fit (method.md 1.3, step 1).
 
     Args:
         spec: Ranges of area and aspect.
@@ -177,14 +177,14 @@ def draw_view(
         height: Stored rows.
         width: Stored columns.
         size: Rows and columns of the view.
-        frames: Frames of the view.
+        frames: Number of frames of the view.
         seed: The run's seed.
         epoch: The epoch.
         samples: Shape `[N]`: sample indices.
-        view: Which view of the sample.
+        view: Number of the view of the sample.
 
     Returns:
-        Parameters of N views; they depend on nothing but the arguments.
+        Parameters of N views; they depend only on the arguments.
     """
     num_crop = _CROP_TRIALS * _DRAWS_PER_TRIAL + 2
     draws = uniforms(seed, Stream.VIEW, epoch, samples, view, num_crop + _DRAWS_AFTER_CROP)
@@ -194,10 +194,10 @@ def draw_view(
         colour = uniforms(seed, Stream.FRAME, epoch, samples, view, count)
         colour = colour.reshape(len(samples), frames, _DRAWS_PER_COLOUR)
     else:
-        # The draws of a clip keep their old places, so a recipe of before gives the same batches.
+        # The per-clip draws keep their positions, so existing recipes give the same batches.
         colour = rest[:, None, [1, 2, 3, 4, 7, 8]]
 
-    # A clip that is not jittered has the neutral values, in all of its frames.
+    # A clip without jitter has neutral values in all of its frames.
     jittered = rest[:, 9, None] < spec.jitter
 
     def factor(strength: float, column: int) -> np.ndarray:
@@ -222,9 +222,9 @@ def draw_view(
 
 
 def colour_transforms(view: ViewParameters) -> np.ndarray:
-    """Gray, hue, saturation, contrast and brightness as one affine map of colours.
+    """Combine gray, hue, saturation, contrast and brightness into one affine map of colours.
 
-    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales about mid gray;
+    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales around mid gray;
     brightness scales last.
 
     Returns:
@@ -239,7 +239,7 @@ def colour_transforms(view: ViewParameters) -> np.ndarray:
     chroma = np.linalg.inv(RGB_TO_YIQ) @ turn @ RGB_TO_YIQ
     scale = view.brightness.astype(np.float64) * view.contrast
     matrix = scale[..., None, None] * chroma
-    # A channel in the place of all three: its column is the sum of all columns.
+    # If one channel replaces all three, its column is the sum of all columns.
     only = view.gray[..., None] == np.arange(3)
     summed = matrix.sum(axis=-1, keepdims=True) * only[..., None, :]
     matrix = np.where(only.any(axis=-1)[..., None, None], summed, matrix)
@@ -249,10 +249,10 @@ def colour_transforms(view: ViewParameters) -> np.ndarray:
 
 
 def centre_crop(num: int, *, height: int, width: int, share: float = 1.0) -> ViewParameters:
-    """The view of an evaluation: a centred square, nothing else.
+    """Parameters of evaluation views: a centred square crop and no other change.
 
     Args:
-        num: N, views.
+        num: N, the number of views.
         height: Stored rows.
         width: Stored columns.
         share: Side of the square over the shorter side of the frame.
@@ -273,10 +273,10 @@ def centre_crop(num: int, *, height: int, width: int, share: float = 1.0) -> Vie
 
 
 def ten_crops(num: int, *, height: int, width: int, share: float) -> list[ViewParameters]:
-    """Squares in the centre and the corners of a frame, each as it is and mirrored.
+    """Parameters of ten-crop evaluation: square crops at the centre and corners, and mirrored.
 
     Args:
-        num: N, views of each crop.
+        num: N, the number of views of each crop.
         height: Stored rows.
         width: Stored columns.
         share: Side of the square over the shorter side of the frame.

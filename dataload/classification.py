@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 _PLACE_VIEW = 1
-"""View of Stream.WINDOW that pretraining, which has view 0, does not draw."""
+"""View number in Stream.WINDOW for classification; pretraining uses view 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSpec:
-    """How a clip is cut from a video."""
+    """Length and stride of the clip that is cut from a video."""
 
     clip_frames: int
     """Frames of a clip."""
@@ -49,13 +49,13 @@ class LabelledSpec:
 
 
 def check_labels(reader: ShardReader) -> None:
-    """Refuse a data set that cannot be learned from or tested on.
+    """Check that a data set can be used for classification.
 
     Raises:
         ShardError: It is empty, or has samples without labels.
     """
     if not reader.num_samples:
-        raise ShardError(f"{reader.location} holds no samples; choose another set")
+        raise ShardError(f"{reader.location} has no samples; choose another set")
     if (reader.labels < 0).any():
         raise ShardError(
             f"{reader.location} has samples without labels; evaluate on a set with classes"
@@ -63,7 +63,7 @@ def check_labels(reader: ShardReader) -> None:
 
 
 def check_pair(train: ShardReader, test: ShardReader) -> None:
-    """Refuse a training and a test set that do not belong together.
+    """Check that a training and a test set have the same classes and payload.
 
     Raises:
         ConfigError: Their classes or payloads differ.
@@ -79,7 +79,7 @@ def check_pair(train: ShardReader, test: ShardReader) -> None:
 
 
 def labelled_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
-    """The order of a run over `reader`; videos of every length are in it.
+    """Make the order of samples for classification; it has videos of every length.
 
     Raises:
         ConfigError: The set is smaller than a batch.
@@ -93,10 +93,10 @@ def labelled_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
 
 
 def training_clip(num_frames: np.ndarray, spec: LabelledSpec, draws: np.ndarray) -> np.ndarray:
-    """One clip at a random place in each video.
+    """Choose one clip at a random position in each video.
 
-    The start is uniform among those at which the clip ends within the video; a video too short for
-    a clip repeats its last frame, as in `evaluation_clips`.
+    The start is uniform among the positions at which the clip fits the video; a video that is too
+    short repeats its last frame, as in `evaluation_clips`.
 
     Args:
         num_frames: Shape `[N]`: frames of each video, at least 1.
@@ -114,16 +114,17 @@ def training_clip(num_frames: np.ndarray, spec: LabelledSpec, draws: np.ndarray)
 
 
 class LabelledLoader(TrainLoader):
-    """One augmented clip of each video: `Batch.short` is `[b, 1, T, S, S, 3]`, without `long`.
+    """Training batches with one augmented clip per video.
 
-    Faulty samples are named and replaced within the budget, as in pretraining.
+    `Batch.short` is `[b, 1, T, S, S, 3]`, and `Batch.long` is None. Faulty samples are logged and
+    replaced up to `data.max_faults`, as in pretraining.
 
     Args:
         reader: The data set, all samples labelled.
         config: Batch size, size, augmentation and devices; its `clips` are not used.
-        plan: The order, see `labelled_plan`.
+        plan: The order of samples, see `labelled_plan`.
         spec: The clip.
-        world: This rank and its peers.
+        world: This rank and the world size.
         device: Where batches go.
         epochs: First epoch and the one after the last.
         start_step: Step within the first epoch to start at.
@@ -142,7 +143,7 @@ class LabelledLoader(TrainLoader):
         start_step: int = 0,
     ) -> None:
         check_labels(reader)
-        # Before the parent's constructor, whose thread begins to make batches.
+        # Set before the parent's constructor, which starts a thread that makes batches.
         self._spec = spec
         super().__init__(
             reader,

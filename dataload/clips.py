@@ -1,4 +1,4 @@
-"""Which frames of a video become which view: pure arithmetic on frame indices."""
+"""Choose the frames of a video for each view, as arithmetic on frame indices."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ __all__ = ["ClipSpec", "evaluation_clips", "training_window"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSpec:
-    """The window that a training sample is cut from, and how its views share it."""
+    """Settings of the window of a training sample and of the views cut from it."""
 
     clip_frames: int = 16
-    """Frames of a short clip; the window holds two of them. TEXT: 16."""
+    """Frames of a short clip; the window contains two of them. TEXT: 16."""
     max_stride: float = 3.0
-    """Largest distance of neighbouring frames in source frames; drawn from [1, this]."""
+    """Largest distance of consecutive frames in source frames; drawn from [1, this]."""
     long_stride: int = 1
     """1: the long sequence is the window itself (TEXT). 2: every second frame (release)."""
 
@@ -47,7 +47,7 @@ class ClipSpec:
 
 
 def training_window(num_frames: np.ndarray, spec: ClipSpec, draws: np.ndarray) -> np.ndarray:
-    """One window at a random place and a random real stride in each video (method.md 1.2).
+    """Choose a window at a random position and real stride in each video (method.md 1.2).
 
     The stride s is uniform in [1, min(max_stride, F / W)], the start t0 uniform among the integers
     0 to floor(F - W s), and frame k is min(round(t0 + s k), F - 1), halves rounded to even.
@@ -74,15 +74,15 @@ def training_window(num_frames: np.ndarray, spec: ClipSpec, draws: np.ndarray) -
 def evaluation_clips(
     num_frames: np.ndarray, *, num_clips: int, clip_frames: int, stride: int
 ) -> np.ndarray:
-    """Clips placed uniformly along each video, the first at its start and the last at its end.
+    """Place clips uniformly along each video, the first at its start and the last at its end.
 
     A video too short for one clip repeats its last frame.
 
     Args:
         num_frames: Shape `[N]`: frames of each video, at least 1.
-        num_clips: Clips a video. TEXT: 10.
-        clip_frames: Frames a clip. TEXT: 16.
-        stride: Distance of neighbouring frames of a clip, in source frames.
+        num_clips: Clips per video. TEXT: 10.
+        clip_frames: Frames per clip. TEXT: 16.
+        stride: Distance of consecutive frames of a clip, in source frames.
 
     Returns:
         Shape `[N, num_clips, clip_frames]`, int64.

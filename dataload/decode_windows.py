@@ -1,4 +1,4 @@
-"""What holds a sample's window, whatever the payload, and which decoder a rank takes for it."""
+"""Read the windows of samples for any payload, and choose the decoder of a rank."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,15 +24,15 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class CodedWindows:
-    """The windows of a batch's samples, coded.
+    """The windows of a batch's samples as coded bytes or decoded frames.
 
     Args:
-        coded: N tall JPEGs or mp4 files, uint8; of foreign videos their frames, decoded,
-            `[T, height, width, 3]`, and of a cache too, on a GPU as one tensor.
-        places: For mp4, which of each file's frames are the window, `[T]`; else empty, as what is
-            coded is the window.
-        num_frames: Frames that are decoded for them, in all.
-        num_bytes: Read for them, in all.
+        coded: N tall JPEGs or mp4 files, uint8; or for foreign videos and cached frames, decoded
+            frames `[T, height, width, 3]`; cached frames on a GPU are one tensor.
+        places: For mp4, the numbers of the window's frames in each file, `[T]`; else empty, because
+            all coded frames are the window.
+        num_frames: Total number of frames that are decoded for the windows.
+        num_bytes: Total number of bytes that are read for the windows.
     """
 
     coded: list[np.ndarray] | torch.Tensor
@@ -51,16 +51,16 @@ def read_windows(
     windows: Sequence[np.ndarray] | np.ndarray,
     threads: int = 1,
 ) -> CodedWindows:
-    """The chosen frames of several samples, whatever the payload.
+    """Read the chosen frames of several samples, for any payload.
 
     Args:
         reader: The data set.
         samples: Sample indices.
         windows: Frame indices of each, `[T]`, not decreasing; repeats allowed.
-        threads: In which foreign videos are decoded; others are not decoded here.
+        threads: Threads that decode foreign videos; others are not decoded here.
 
     Raises:
-        SampleFaultError: Samples cannot be read; it names all of them.
+        SampleFaultError: Samples cannot be read; the message names all of them.
     """
     if reader.manifest.form.payload == "jpeg":
         strips = reader.strips(samples, windows)
@@ -89,9 +89,9 @@ def _decode_foreign(
     windows: Sequence[np.ndarray] | np.ndarray,
     threads: int,
 ) -> CodedWindows:
-    """Windows of videos that nobody made ready for it; FFmpeg frees Python's lock meanwhile."""
+    """Decode windows of foreign videos in threads; FFmpeg releases Python's lock meanwhile."""
     form = reader.manifest.form
-    # Evaluation takes several clips of a video: it is decoded once for all of them.
+    # Evaluation uses several clips of a video: it is decoded once for all of them.
     places: dict[int, list[int]] = {}
     for place, sample in enumerate(samples):
         places.setdefault(int(sample), []).append(place)
@@ -146,16 +146,16 @@ def choose_decoder(
     device: torch.device,
     default: Literal["cpu", "gpu"],
 ) -> Literal["cpu", "gpu"]:
-    """Where a rank decodes a data set.
+    """Choose the device on which a rank decodes a data set.
 
     Args:
         reader: The data set.
         wanted: `data.decode`.
-        device: Where the rank trains.
-        default: Where it decodes JPEGs.
+        device: The device on which the rank trains.
+        default: The device on which it decodes JPEGs.
 
     Raises:
-        ConfigError: Nothing that the setting allows decodes the payload.
+        ConfigError: No allowed device can decode the payload.
     """
     form = reader.manifest.form
     if form.payload == "jpeg":
@@ -163,8 +163,8 @@ def choose_decoder(
     if form.payload == "foreign":
         if wanted == "gpu":
             raise ConfigError(
-                f"data.decode is gpu, but {reader.location} holds videos that others encoded: the "
-                "CPU decodes them; use data.decode auto or cpu"
+                f"data.decode is gpu, but {reader.location} has foreign videos, which only the "
+                "CPU decodes; use data.decode auto or cpu"
             )
         return "cpu"
     again = "shard the videos again with --payload jpeg"
@@ -178,17 +178,17 @@ def choose_decoder(
                 f"data.decode is gpu, but this GPU does not decode {form.codec} video ({fault}); "
                 f"use data.decode auto or cpu, or {again}"
             )
-        warn_once(logger, f"this GPU does not decode {form.codec} video ({fault}): the CPU does")
+        warn_once(logger, f"this GPU does not decode {form.codec} video ({fault}); using the CPU")
     if form.codec not in CPU_VIDEO_CODECS:
         raise ConfigError(
             f"the shards hold {form.codec} video, which DALI decodes on a GPU's video decoder "
-            f"alone, and this rank has none; {again}, or --codec {CPU_VIDEO_CODECS[0]}"
+            f"only, and this rank has none; {again}, or --codec {CPU_VIDEO_CODECS[0]}"
         )
     return "cpu"
 
 
 def refuse_mixed_payloads(readers: Sequence[ShardReader]) -> None:
-    """Refuse sets that go through different decoders, since their figures would not compare.
+    """Check that data sets use the same decoder, so that their results are comparable.
 
     Raises:
         ConfigError: The readers' payloads or codecs differ.

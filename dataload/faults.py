@@ -1,14 +1,15 @@
-"""Count, name and bound the samples that do not decode.
+"""Faulty samples at run time: log them, replace them, and stop when there are too many.
 
-With a budget, a sample that cannot be read or decoded gives its place in the batch to the sample
-that stands at the same place one global batch later in the epoch's order (the one after that if it
-fails too, and so on, from the end of the epoch to its beginning), with the window and the views
-drawn for the place's own sample. So the pictures of a batch depend on the set and the position
-alone: the same on any number of ranks, after any resume, and whenever the fault was found.
+If `data.max_faults` allows it, a sample that cannot be read or decoded is replaced by the sample at
+the same position one global batch later in the epoch's order (if that one is faulty too, by the
+next, and so on; after the end of the epoch the search continues at its start). The window and the
+views are those drawn for the replaced sample. So the content of a batch depends only on the data
+set and the position: it is the same for any number of ranks, after any resume, and does not depend
+on when the fault was found.
 
-A fault is a checksum that differs, a table or header that is not the manifest's, or an error of the
-decoder. Data sets of schema 1 have no checksums, and libjpeg decodes some damage without an error:
-there only hashes (`data.check: hash`) find all of it, at the start.
+A fault is a wrong checksum, a table or header that does not agree with the manifest, or an error of
+the decoder. Data sets of schema 1 have no checksums, and libjpeg decodes some damaged data without
+an error: for them only hashes (`data.check: hash`) find all damage, at the start.
 """
 
 import threading
@@ -35,7 +36,7 @@ class Fault:
     shard: str
     """File name of its shard."""
     reason: str
-    """What the reader or the decoder said."""
+    """Message of the reader or the decoder."""
 
     def __str__(self) -> str:
         """Key, shard and reason on one line."""
@@ -46,8 +47,8 @@ class SampleFaultError(ShardError):
     """Samples of a batch cannot be read or decoded.
 
     Args:
-        faults: Which, at least one.
-        budget: How many the run may meet.
+        faults: The faults, at least one.
+        budget: Number of faults that the run allows.
     """
 
     def __init__(self, faults: Sequence[Fault], budget: int = 0) -> None:
@@ -62,10 +63,10 @@ class SampleFaultError(ShardError):
 
 
 class FaultLog:
-    """What a rank has met so far, and whether it is too much.
+    """Log of the faulty samples of a rank, with the limit on their number.
 
     Args:
-        budget: Different samples that may fail.
+        budget: Number of distinct samples that may fail.
     """
 
     def __init__(self, budget: int) -> None:
@@ -76,14 +77,14 @@ class FaultLog:
 
     @property
     def known(self) -> Container[int]:
-        """Sample indices that have failed."""
+        """Indices of the samples that have failed."""
         return self._known
 
     def add(self, faults: Sequence[Fault]) -> None:
-        """Name new faults in the log, once each.
+        """Add faults and log each new one as a warning.
 
         Raises:
-            SampleFaultError: There are more than the budget allows; it names all met so far.
+            SampleFaultError: There are more than the limit; the message names all of them.
         """
         with self._lock:
             for fault in faults:
@@ -95,7 +96,7 @@ class FaultLog:
                 raise SampleFaultError(list(self._known.values()), self._budget)
 
     def take_new(self) -> tuple[Fault, ...]:
-        """Faults met since the last call, for the batch that reports them."""
+        """New faults since the last call, for the batch that reports them."""
         with self._lock:
             new, self._unreported = tuple(self._unreported), []
         return new
@@ -104,20 +105,20 @@ class FaultLog:
 def replace_faulty(
     samples: np.ndarray, order: np.ndarray, start: int, batch_size: int, known: Container[int]
 ) -> np.ndarray:
-    """Give the places of faulty samples to others, as the module says.
+    """Replace the faulty samples of a batch; the module's docstring states the rule.
 
     Args:
         samples: Shape `[b]`: a rank's samples of a global batch, `order[start : start + b]`.
-        order: The epoch's order, cut to whole global batches.
-        start: Place of the first sample in the order.
+        order: The epoch's order, cut to full global batches.
+        start: Position of the first sample in the order.
         batch_size: Samples in a global batch.
-        known: Samples that have failed.
+        known: Indices of samples that have failed.
 
     Returns:
         Shape `[b]`.
 
     Raises:
-        ShardError: All samples that could take a place have failed.
+        ShardError: All possible replacements of a sample have failed.
     """
     chosen = samples.copy()
     for row, sample in enumerate(samples.tolist()):
@@ -126,8 +127,8 @@ def replace_faulty(
             place, tries = (place + batch_size) % len(order), tries + batch_size
             if tries >= len(order):
                 raise ShardError(
-                    f"no sample is left to replace sample {samples[row]}: all that stand at its "
-                    "place of a batch fail; shard the videos again"
+                    f"no sample is left to replace sample {samples[row]}: all samples at its "
+                    "position of a batch fail; shard the videos again"
                 )
             sample = int(order[place])
         chosen[row] = sample

@@ -1,12 +1,12 @@
-"""Decoded frames kept in memory, so that from the second epoch on nothing is read or decoded.
+"""A cache of decoded frames in memory: from the second epoch on nothing is read or decoded.
 
-What is kept is what a JPEG holds: one plane of luma and two of chroma at half the size (4:2:0), 1.5
-bytes a pixel. They depend on the frame's own coded bytes alone, and the rest of decoding (chroma
-upsampled smoothly, which looks across the border of neighbouring frames of a window; conversion to
-RGB) is repeated here for each window in libjpeg's integer arithmetic. So a window from the cache is
-that of the CPU's decoder, bit for bit, in whatever company a frame stands, and so are the batches.
+The cache stores the planes of a JPEG: one of luma and two of chroma at half the size (4:2:0), 1.5
+bytes per pixel. They depend only on the frame's own coded bytes. The remaining steps of decoding
+(smooth chroma upsampling, which uses pixels of adjacent frames of a window, and conversion to RGB)
+are repeated here for each window in libjpeg's integer arithmetic. So a window from the cache is
+bit-identical to that of the CPU's decoder, for any selection of frames, and so are the batches.
 
-A video is decoded whole when it is first asked for: after an epoch all that it showed are here.
+A video is decoded completely at its first use: after one epoch all used videos are in the cache.
 """
 
 import io
@@ -36,13 +36,13 @@ __all__ = ["CacheChoice", "FrameCache", "cache_bytes", "decode_planes", "to_rgb"
 CacheChoice = Literal["none", "host", "device"]
 
 _SHARES = {"host": 0.9, "device": 0.8}
-"""What may be taken of the memory that is free when a run starts; activations come on top."""
+"""Share of the free memory at start that the cache may use; activations need the rest."""
 _FRAMES_AT_A_TIME = 64
-"""Frames decoded in one piece while the cache is filled."""
+"""Number of frames decoded together while the cache is filled."""
 _ROWS_AT_A_TIME = 1024
-"""Rows that a CPU converts at a time, so that what is between stays in its cache."""
+"""Rows that a CPU converts at a time, so that intermediate results fit its cache."""
 _SAMPLES_AT_A_TIME = 16
-"""Samples that a GPU converts at a time, which bounds what is between."""
+"""Samples that a GPU converts at a time, which bounds the memory of intermediate results."""
 _GIGABYTE = 1e9
 
 
@@ -51,15 +51,15 @@ def _bytes_per_frame(form: NormalForm) -> int:
 
 
 def cache_bytes(reader: ShardReader) -> int:
-    """What all frames of a set take."""
+    """Bytes that the cache needs for all frames of a data set."""
     return int(reader.num_frames.sum()) * _bytes_per_frame(reader.manifest.form)
 
 
 def decode_planes(strip: np.ndarray, form: NormalForm) -> np.ndarray:
-    """The planes of a strip's frames before chroma is upsampled.
+    """Decode a strip to the planes of its frames, without upsampling chroma.
 
-    libjpeg gives them away in two passes: luma as a gray picture, and at half the size chroma as it
-    is stored (with a luma that is not used).
+    This takes two passes of libjpeg: luma as a gray image, and at half the size the stored chroma
+    (with a luma that is not used).
 
     Args:
         strip: A tall JPEG of F frames.
@@ -69,7 +69,7 @@ def decode_planes(strip: np.ndarray, form: NormalForm) -> np.ndarray:
         Shape `[F, height * width * 3 / 2]`, uint8: luma, blue and red chroma of each frame.
 
     Raises:
-        OSError: The strip does not decode. So do SyntaxError and ValueError.
+        OSError: The strip does not decode. SyntaxError and ValueError mean the same.
     """
     coded = strip.tobytes()
     with Image.open(io.BytesIO(coded)) as picture:
@@ -87,18 +87,18 @@ def to_rgb(luma: Any, chroma: Any, out: Any, rows: int) -> None:
     """Upsample chroma and convert to RGB as libjpeg does (h2v2_fancy_upsample, ycc_rgb_convert).
 
     An upsampled pixel is 9/16 of its own chroma sample, 3/16 of the nearer neighbour in each
-    direction and 1/16 of the one across; conversion has 16 bits behind the point. Written in the
+    direction and 1/16 of the diagonal one; conversion uses 16 fractional bits. It uses only
     operators that numpy and torch share, so that it runs on the host and on a GPU.
 
     Args:
-        luma: Shape `[N, R, W]`, uint8: the rows of all frames of a window below each other.
+        luma: Shape `[N, R, W]`, uint8: the frames of a window, stacked vertically.
         chroma: Shape `[N, 2, R / 2, W / 2]`, uint8: blue and red.
-        out: Shape `[N, R, W, 3]`, uint8; is written to.
+        out: Shape `[N, R, W, 3]`, uint8; receives the result.
         rows: Rows converted at a time, even.
     """
     num, height, width = luma.shape
     empty: Any = np.empty if isinstance(luma, np.ndarray) else _empty_like(luma)
-    # Repeated at the border, where there is no neighbour.
+    # Repeated at the border, which has no neighbour.
     near = empty((num, 2, height // 2 + 2, width // 2 + 2), "int16")
     near[:, :, 1:-1, 1:-1] = chroma
     near[:, :, 0], near[:, :, -1] = near[:, :, 1], near[:, :, -2]
@@ -139,17 +139,17 @@ def _empty_like(tensor: Tensor) -> Any:
 
 
 class FrameCache:
-    """All frames of a set, in host memory that the ranks of a node share or on this rank's GPU.
+    """Cache of the frames of a set, in host memory shared by a node's ranks or on this GPU.
 
     Args:
         reader: The set, of the jpeg payload.
-        choice: Where frames are kept.
-        device: Where windows go: a GPU gets them as one tensor.
+        choice: Where frames are stored.
+        device: Device of the windows; a GPU gets them as one tensor.
         threads: Threads that decode and convert on the CPU.
 
     Raises:
         ConfigError: The set does not fit, or has another payload.
-        WorldError: The memory that another rank of this node shares cannot be opened.
+        WorldError: The shared memory of another rank of this node cannot be opened.
     """
 
     def __init__(
@@ -181,28 +181,28 @@ class FrameCache:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="strata-cache")
 
     def missing(self, samples: np.ndarray) -> np.ndarray:
-        """Those of `samples` that are not here yet, in their order."""
+        """Those of `samples` that are not in the cache yet, in their order."""
         return samples[self._filled[samples] == 0]
 
     def windows(
         self, samples: np.ndarray, windows: Sequence[np.ndarray] | np.ndarray
     ) -> CodedWindows:
-        """The chosen frames of several samples; those that are not here are decoded first.
+        """The chosen frames of several samples; missing samples are decoded first.
 
         Args:
             samples: N sample indices.
             windows: Frame indices of each, `[T]`, the same T.
 
         Returns:
-            The windows' frames, with what was decoded and read to fill the cache.
+            The windows, with the numbers of frames decoded and bytes read to fill the cache.
 
         Raises:
-            SampleFaultError: Samples cannot be read or decoded; it names all of them.
+            SampleFaultError: Samples cannot be read or decoded; the message names them all.
         """
         missing = np.unique(self.missing(samples)).tolist()
         faults: list[Fault] = []
         num_bytes = 0
-        # A thread's own stream is the one that training fills: copies would wait behind its steps.
+        # The thread's default stream is that of training: copies would wait behind its steps.
         stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
         for found in self._pool.map(partial(self._fill, stream=stream), missing):
             if isinstance(found, SampleFaultError):
@@ -222,7 +222,7 @@ class FrameCache:
         )
 
     def _fill(self, sample: int, stream: torch.cuda.Stream | None) -> int | SampleFaultError:
-        """Decode a whole video; returns its coded bytes, or what is wrong with it."""
+        """Decode a complete video; return the number of coded bytes, or the fault."""
         count, start = int(self._reader.num_frames[sample]), int(self._first[sample])
         num_bytes = 0
         try:
@@ -240,12 +240,12 @@ class FrameCache:
             return error
         except (OSError, SyntaxError, ValueError) as error:
             return SampleFaultError([self._reader.fault(sample, str(error))])
-        # Last, so that no other rank takes what is not there. Two that fill one write the same.
+        # Set last, so that no rank reads missing frames. Two ranks may write the same bytes.
         self._filled[sample] = 1
         return num_bytes
 
     def _split(self, planes: Any) -> tuple[Any, Any]:
-        """Luma `[N, R, W]` and chroma `[N, 2, R / 2, W / 2]` of N windows `[N, T, bytes]`."""
+        """Split N windows `[N, T, bytes]` into luma `[N, R, W]`, chroma `[N, 2, R / 2, W / 2]`."""
         form, (num, count) = self._form, planes.shape[:2]
         area = form.height * form.width
         luma = planes[..., :area].reshape(num, count * form.height, form.width)
@@ -254,7 +254,7 @@ class FrameCache:
         return luma, chroma.reshape(num, 2, count * form.height // 2, form.width // 2)
 
     def _convert(self, places: np.ndarray) -> np.ndarray:
-        """One window `[T, height, width, 3]` on the host."""
+        """Convert one window `[T, height, width, 3]` on the host."""
         form = self._form
         luma, chroma = self._split(self._frames[places][None])
         out = np.empty((len(places), form.height, form.width, 3), np.uint8)
@@ -262,7 +262,7 @@ class FrameCache:
         return out
 
     def _convert_on_gpu(self, places: np.ndarray) -> Tensor:
-        """All windows `[N, T, height, width, 3]` on the GPU."""
+        """Convert all windows `[N, T, height, width, 3]` on the GPU."""
         form, (num, count) = self._form, places.shape
         out = torch.empty(
             (num, count * form.height, form.width, 3), dtype=torch.uint8, device=self._device
@@ -274,14 +274,14 @@ class FrameCache:
         return out.view(num, count, form.height, form.width, 3)
 
     def _on_gpu(self, places: np.ndarray) -> Tensor:
-        """Frames `[N, T, bytes]` from where they are kept."""
+        """Copy cached frames to the GPU: `[N, T, bytes]`."""
         if isinstance(self._frames, np.ndarray):
             shape = (*places.shape, self._frames.shape[1])
             host = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             into = host.numpy()
 
             def gather(row: int) -> None:
-                # With mode "raise" numpy would go through a buffer of its own.
+                # With mode "raise" numpy would use an extra buffer.
                 np.take(self._frames, places[row], axis=0, out=into[row], mode="clip")
 
             list(self._pool.map(gather, range(len(places))))
@@ -289,8 +289,8 @@ class FrameCache:
         return self._frames[torch.from_numpy(places).to(self._device)]
 
     def close(self) -> None:
-        """Give the memory back."""
-        # Not waiting: a read that hangs must not keep a process that is to end.
+        """Free the memory."""
+        # Does not wait: a read that hangs must not keep the process from ending.
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._frames = self._filled = None
 
@@ -298,10 +298,10 @@ class FrameCache:
 def _check_room(
     reader: ShardReader, choice: Literal["host", "device"], device: torch.device
 ) -> None:
-    """Refuse a set that does not fit.
+    """Check that the set fits into memory.
 
     Raises:
-        ConfigError: With the sum.
+        ConfigError: It does not; the message has the arithmetic.
     """
     if choice == "host":
         free, where = available_memory()
@@ -314,21 +314,21 @@ def _check_room(
         raise ConfigError(
             f"data.cache {choice} does not fit: {int(reader.num_frames.sum()):,} frames of "
             f"{_bytes_per_frame(reader.manifest.form):,} bytes are {needed / _GIGABYTE:,.2f} GB, "
-            f"of the {free / _GIGABYTE:,.2f} GB that {where} has free it may take {share:.0%}, "
+            f"of the {free / _GIGABYTE:,.2f} GB that {where} has free it may use {share:.0%}, "
             f"{share * free / _GIGABYTE:,.2f} GB; {other}"
         )
 
 
 def _share(num_bytes: int) -> mmap.mmap:
-    """Memory of zeros that all ranks of this node see; it goes with the last of them.
+    """Zeroed memory that all ranks of this node share; it is freed when the last one ends.
 
-    It has no name that could be left behind, and no limit but the machine's (/dev/shm has one):
-    the node's first rank makes it, the others open it through /proc.
+    It has no name that could be left behind and no limit of its own, which /dev/shm has. The node's
+    first rank creates it, and the others open it through /proc.
     """
     handle = os.memfd_create("strata-frames")
     try:
         os.ftruncate(handle, num_bytes)
-        # Ranks that see each other's processes: containers of one machine need not.
+        # The ranks must see each other's processes; containers of one machine may not.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         node = f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
         every = gather_objects((node, os.getpid(), handle))

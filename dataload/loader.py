@@ -1,4 +1,4 @@
-"""Typed batches from shards, made a few ahead, in an order that is arithmetic."""
+"""Loaders of training and evaluation batches: prefetched, in a deterministic order."""
 
 import dataclasses
 import time
@@ -59,7 +59,7 @@ _CODED: dict[Payload, Literal["strip", "video", "frames"]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where batches come from and what they look like."""
+    """Settings of the training data: shards, batch size, clips and augmentation."""
 
     shards: str | Path
     """A folder that tools/shard.py wrote, or its URL (s3://, gs://, http://)."""
@@ -74,25 +74,25 @@ class DataConfig:
     views: AugmentSpec = field(default_factory=AugmentSpec)
     """Augmentation of each view."""
     decode: DeviceChoice = "auto"
-    """Where pictures are decoded; auto takes the GPU where this rank trains on one that can."""
+    """Where frames are decoded; auto is the GPU if this rank trains on one that can decode."""
     augment: DeviceChoice = "auto"
-    """Where views are augmented; auto takes the GPU where this rank trains on one."""
+    """Where views are augmented; auto is the GPU if this rank trains on one."""
     cache: CacheChoice = "none"
-    """Where decoded frames are kept, see dataload/frame_cache.py: host is memory that the
-    ranks of a node share, device each rank's GPU. Batches are those of decode cpu, bit for bit."""
+    """Where decoded frames are cached, see dataload/frame_cache.py: host is memory that the ranks
+    of a node share, device is each rank's GPU. Batches are bit-identical to those of decode cpu."""
     threads: int = 0
-    """DALI threads of a rank; 0 divides the machine's cores by its ranks."""
+    """DALI threads of a rank; 0 divides the machine's cores equally among its ranks."""
     prefetch: int = 2
-    """Batches made ahead."""
+    """Batches to prefetch."""
     pool_samples: int = 16_384
     """Samples shuffled together, see dataload/plan.py."""
     check: Literal["size", "hash"] = "size"
-    """Whether shards are compared with the manifest at start by size or by SHA-256."""
+    """Whether shards are checked at start by size or by SHA-256."""
     max_faults: int = 0
-    """Different samples that may fail to decode on a rank before the run stops; they are replaced
-    as dataload/faults.py says. Evaluation replaces none: there any fault stops."""
+    """Distinct samples that may fail to decode on a rank before the run stops; dataload/faults.py
+    describes their replacement. Evaluation replaces none: any fault stops it."""
     stall_s: float = 600.0
-    """Seconds after which a late batch stops the run with the stacks of all threads."""
+    """Seconds to wait for a batch before the run stops with the stacks of all threads."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -129,31 +129,31 @@ class Batch:
     """
 
     short: Tensor
-    """uint8 `[b, 2, T, S, S, 3]`: two neighbouring clips of each video."""
+    """uint8 `[b, 2, T, S, S, 3]`: two consecutive clips of each video."""
     long: Tensor | None
-    """uint8 `[b, L, S, S, 3]`: the long sequence, where the epoch's stage uses it."""
+    """uint8 `[b, L, S, S, 3]`: the long sequence; None if the epoch's stage has none."""
     samples: np.ndarray
-    """int64 `[b]`: sample indices of what is shown, replacements included."""
+    """int64 `[b]`: indices of the samples in the batch, replacements included."""
     faults: tuple[Fault, ...]
-    """Samples found faulty since the batch before."""
+    """Samples found faulty since the previous batch."""
     epoch: int
     step: int
-    """Within the epoch."""
+    """Step within the epoch."""
     frames_decoded: int
-    """With a cache those that it was filled with."""
+    """Shard bytes read; with a cache, only those read to fill it."""
     bytes_read: int
     read_s: float = 0.0
-    """Time of the loader's thread to get the coded bytes, or the frames from the cache."""
+    """Seconds of the loader's thread to read the coded bytes or the cached frames."""
     graph_s: float = 0.0
-    """Time of the loader's thread to decode and augment."""
+    """Seconds of the loader's thread to decode and augment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipBatch:
-    """A rank's share of an evaluation pass, on the device."""
+    """A rank's batch of an evaluation pass, on the device."""
 
     clips: Tensor
-    """uint8 `[n, clips a video, T, S, S, 3]`; with ten crops those of each clip in a row."""
+    """uint8 `[n, clips per video, T, S, S, 3]`; ten crops of a clip are consecutive."""
     samples: np.ndarray
     """int64 `[n]`: sample indices."""
     valid: np.ndarray
@@ -163,10 +163,10 @@ class ClipBatch:
 
 
 def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
-    """The order of a pretraining over `reader`, without the videos too short for its window.
+    """Make the order of samples for pretraining, without videos shorter than the window.
 
     Raises:
-        ConfigError: The videos that are long enough are too few for a batch.
+        ConfigError: Fewer videos are long enough than a batch needs.
     """
     _check_room(reader, config)
     too_short = np.flatnonzero(reader.num_frames < config.clips.window_frames)
@@ -180,7 +180,7 @@ def open_plan(reader: ShardReader, config: DataConfig, seed: int) -> Plan:
 
 
 def _check_room(reader: ShardReader, config: DataConfig) -> None:
-    """Refuse a cache of downloads in which the shards of a pool would push each other out."""
+    """Reject a download cache that is too small for the shards of one shuffle pool."""
     entries = reader.manifest.shards
     total = sum(e.num_bytes for e in entries)
     share = min(1.0, config.pool_samples / max(reader.num_samples, 1))
@@ -189,12 +189,12 @@ def _check_room(reader: ShardReader, config: DataConfig) -> None:
         raise ConfigError(
             f"data.download.gigabytes is {config.download.gigabytes:g}, but data.pool_samples "
             f"{config.pool_samples} of {reader.location} are up to {needed / 1e9:.3g} GB at a "
-            "time; allow as much, or shuffle in smaller pools"
+            "time; allow that much, or use smaller pools"
         )
 
 
 class _GraphMaker:
-    """Turns the device settings into graphs; holds what all graphs of a rank share."""
+    """Builds and runs the DALI graphs of a rank; holds the settings that they share."""
 
     def __init__(self, reader: ShardReader, config: DataConfig, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -249,13 +249,13 @@ class _GraphMaker:
         windows: CodedWindows,
         views: Sequence[ViewParameters],
     ) -> list[Tensor]:
-        """Run a graph; name the samples at fault if it fails."""
+        """Run a graph; if it fails, raise an error with the faulty samples."""
         try:
             made = pipeline.run(windows.coded, views, windows.places)
             return [v.to(self.device, non_blocking=True) for v in made]
         except RuntimeError as error:
             if pipeline.spec.coded == "frames" or isinstance(windows.coded, Tensor):
-                raise  # They were decoded before, and faults of samples found then.
+                raise  # Cached frames were decoded before, so no sample is at fault.
             found = find_undecodable(pipeline.spec, windows.coded, views, windows.places)
             if not found:
                 raise
@@ -265,13 +265,13 @@ class _GraphMaker:
 
 
 class _Stream:
-    """The side stream on which a GPU loader works, so that it never waits behind training."""
+    """The CUDA side stream of a GPU loader, so that its work does not queue behind training."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def produce(self, items: Iterator[Any]) -> Iterator[tuple[Any, torch.cuda.Event | None]]:
-        """Make items on the side stream, each with the event that says it is complete."""
+        """Make items on the side stream, each with an event that marks its completion."""
         if self._stream is None:
             for item in items:
                 yield item, None
@@ -284,7 +284,7 @@ class _Stream:
 
     @staticmethod
     def hand_over(event: torch.cuda.Event | None, tensors: Sequence[Tensor | None]) -> None:
-        """Let the consumer's stream wait for the item, without stopping the host."""
+        """Make the consumer's stream wait for the item without blocking the host."""
         if event is None:
             return
         current = torch.cuda.current_stream()
@@ -301,8 +301,8 @@ class TrainLoader:
 
     Args:
         reader: The data set.
-        config: What batches look like.
-        plan: The order.
+        config: Settings of the batches.
+        plan: The order of samples.
         world: This rank and its peers.
         device: Where batches go.
         epochs: First epoch and the one after the last.
@@ -328,7 +328,7 @@ class TrainLoader:
         self._faults = FaultLog(config.max_faults)
         self._epochs, self._start_step, self._wants_long = epochs, start_step, wants_long
         self._stream = _Stream(device)
-        plan.batch(epochs[0], 0, world.rank, world.size)  # refuse a batch that does not divide
+        plan.batch(epochs[0], 0, world.rank, world.size)  # rejects an indivisible batch size
         self._cache: FrameCache | None = None
         if config.cache != "none":
             on = device if self._maker.augment == "gpu" else torch.device("cpu")
@@ -363,26 +363,26 @@ class TrainLoader:
             start = 0
 
     def _fetch_ahead(self, epoch: int, step: int) -> None:
-        """Name the samples up to a pool ahead, so that remote shards are here in time."""
+        """Request the samples of the next pool, so that remote shards arrive in time."""
         if self._reader.limit_bytes is not None:
             start = step * self._plan.batch_size
             coming = self._plan.epoch_order(epoch)[start : start + self._plan.pool_samples]
             self._reader.fetch_ahead(coming if self._cache is None else self._cache.missing(coming))
 
     def _windows(self, samples: np.ndarray, windows: np.ndarray) -> CodedWindows:
-        """The chosen frames of several samples, coded or from the cache."""
+        """The windows of several samples, as coded bytes or as cached frames."""
         if self._cache is None:
             return read_windows(self._reader, samples, windows, self._maker.threads)
         return self._cache.windows(samples, windows)
 
     def _make(self, epoch: int, step: int) -> Batch:
-        """A batch; made again with replacements while there are faults within the budget."""
+        """Make a batch; after a fault within the limit, make it again with replacements."""
         while True:
             try:
                 return self._try(epoch, step)
             except SampleFaultError as error:
                 self._faults.add(error.faults)
-                # DALI's graph is of no use after an error.
+                # A DALI graph cannot be used after an error.
                 graph = self._graphs.pop(self._wants_long(epoch), None)
                 if graph is not None:
                     graph.close()
@@ -435,18 +435,18 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches in the plan's order."""
+        """Iterate over batches in the plan's order."""
         for batch, event in self._prefetcher:
             self._stream.hand_over(event, [batch.short, batch.long])
             yield batch
 
     @property
     def queue_depth(self) -> int:
-        """Batches ready now."""
+        """Number of batches that are ready."""
         return self._prefetcher.depth
 
     def close(self) -> None:
-        """Stop the loader's thread; free its graphs and the cache."""
+        """Stop the loader's thread and free its graphs and the cache."""
         self._prefetcher.close()
         for graph in self._graphs.values():
             graph.close()
@@ -455,18 +455,18 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Clips of every sample exactly once, through the same graph as training.
+    """Evaluation batches of one rank: every sample exactly once, decoded as in training.
 
     Args:
         reader: The data set.
-        config: Size and devices; batch size and cache are not used.
+        config: Sizes and devices; batch size and cache are not used.
         world: This rank and its peers.
         device: Where batches go.
         videos_per_batch: Samples a rank takes at a time.
-        num_clips: Clips a video.
+        num_clips: Clips per video.
         stride: Distance of neighbouring frames of a clip, in source frames.
         crop: Side of a crop over the shorter side of the frame.
-        num_crops: 1, the centre; or 10, see `ten_crops`: a clip is then shown ten times in a row.
+        num_crops: 1 for the centre; or 10, see `ten_crops`: each clip is then repeated ten times.
         samples: Which samples; all of them by default.
     """
 
@@ -484,7 +484,7 @@ class EvaluationLoader:
         num_crops: Literal[1, 10] = 1,
         samples: Sequence[int] | None = None,
     ) -> None:
-        # Each video is shown once: nothing to keep.
+        # Each video is read once, so a cache is of no use.
         config = dataclasses.replace(config, cache="none")
         self._reader, self._config = reader, config
         self._maker = _GraphMaker(reader, config, device)
@@ -505,11 +505,11 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of this rank; the same on every rank."""
+        """Number of batches of this rank; the same on every rank."""
         return len(self._slots)
 
     def frames_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Frame numbers of samples' clips: `[N, clips a video, T]`, int64."""
+        """Frame numbers of the clips of samples: int64 `[N, clips per video, T]`."""
         return evaluation_clips(
             self._reader.num_frames[samples],
             num_clips=self._num_clips,
@@ -541,7 +541,7 @@ class EvaluationLoader:
             )
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        """Batches in the order of samples."""
+        """Iterate over batches in the order of samples."""
         for batch, event in self._prefetcher:
             self._side.hand_over(event, [batch.clips])
             yield batch

@@ -1,13 +1,14 @@
-"""The DALI graph, a pure function of coded samples and parameters; alone imports nvidia.dali.
+"""The DALI graph that decodes and augments; the only module that imports nvidia.dali.
 
-A sample's window is decoded once, all views are cut from it, and each view of the whole batch is
-augmented in one graph: crop, resize and mirror in a single pass, colour as one affine map, blur.
-Views leave as uint8 with channels last, which is the memory order that 3D convolutions like best
-and a quarter of the bytes of float32; the model's first operation normalises them.
+The graph is a pure function of coded samples and parameters. A sample's window is decoded once, all
+views are cut from it, and each view of the complete batch is augmented in one graph: crop, resize
+and mirror in a single pass, colour as one affine map, blur. Views are uint8 with channels last,
+which is the fastest memory order for 3D convolutions and a quarter of the bytes of float32; the
+model's first operation normalises them.
 
-Colour and blur have two forms. A GPU takes the operators made for them. DALI's CPU versions of
-those spend most of a sample's time (docs/log.md), its `filter` does not: so on the CPU a pixel's
-colours become rows of an image that a filter of one column mixes, and the Gaussian is two filters.
+Colour and blur have two implementations. A GPU uses DALI's operators for them. Their CPU versions
+would take most of a sample's time (docs/log.md), while `filter` is fast: so on the CPU the colours
+of a pixel become rows of an image that a filter of one column mixes, and the blur is two filters.
 """
 
 import dataclasses
@@ -42,17 +43,17 @@ __all__ = [
 logger = get_logger(__name__)
 
 BLUR_RADIUS_SIGMAS = 3.0
-"""The Gaussian is cut off at this many standard deviations."""
+"""Number of standard deviations at which the Gaussian is truncated."""
 _NO_BLUR_SIGMA = 0.5
-"""With a window of one pixel any sigma is the identity; DALI asks for one above 0."""
+"""Sigma for a window of one pixel, where any is the identity; DALI needs one above 0."""
 _WHITE = 255.0
 CPU_VIDEO_CODECS = ("vp9", "mjpeg")
-"""Of the codecs that shards have, those that DALI decodes without a GPU."""
+"""Codecs of shards that DALI decodes without a GPU."""
 
 
 @dataclass(frozen=True)
 class ViewSlice:
-    """Which of a strip's frames are a view: `start`, `start + step`, ... `num_frames` of them."""
+    """The frames of a strip that are a view: `num_frames` from `start` at distance `step`."""
 
     start: int
     num_frames: int
@@ -68,9 +69,9 @@ class GraphSpec:
     strip_frames: int
     """Frames of each sample's window."""
     coded: Literal["strip", "video", "frames"] = "strip"
-    """Whether a sample is a tall JPEG, a video, or frames that are decoded already."""
+    """Whether a sample is a tall JPEG, a video, or decoded frames."""
     frames_on: Literal["cpu", "gpu"] = "cpu"
-    """Where frames that are decoded already are given; on a GPU it is that which augments."""
+    """Device of decoded frames at the input; if a GPU, the one that augments."""
     height: int
     """Rows of a stored frame."""
     width: int
@@ -79,19 +80,19 @@ class GraphSpec:
     """Rows and columns of a view."""
     views: tuple[ViewSlice, ...]
     photometric: bool
-    """Whether colour and blur are part of the graph; evaluation leaves them out."""
+    """Whether the graph has colour and blur; in evaluation it does not."""
     colour_maps: bool = False
-    """Whether colour has gray or differs between frames, so that a GPU needs an affine map a frame
-    instead of one twist a clip."""
+    """Whether colour has gray or differs between frames, so that a GPU needs an affine map per
+    frame instead of one colour twist per clip."""
     decode: Literal["cpu", "gpu"]
     augment: Literal["cpu", "gpu"]
     device_id: int | None
-    """CUDA device, or None for a graph on the CPU alone."""
+    """CUDA device, or None for a graph on the CPU only."""
     num_threads: int
 
 
 def blur_window(sigma: np.ndarray) -> np.ndarray:
-    """Pixels of the Gaussian's window for each sigma; 1, the identity, where sigma is 0.
+    """Width of the Gaussian's window in pixels for each sigma; 1, the identity, for sigma 0.
 
     Returns:
         int32, odd.
@@ -101,7 +102,7 @@ def blur_window(sigma: np.ndarray) -> np.ndarray:
 
 
 def blur_taps(sigma: np.ndarray) -> list[np.ndarray]:
-    """The Gaussian on the pixel grid for each sigma, summing to 1; `[1.]` where sigma is 0."""
+    """Gaussian weights on the pixel grid for each sigma, summing to 1; `[1.]` for sigma 0."""
     taps = []
     for window, width in zip(blur_window(sigma).tolist(), sigma.tolist(), strict=True):
         places = np.arange(window) - window // 2
@@ -115,13 +116,13 @@ def _input(name: str, view: int) -> Any:
 
 
 def _colour_by_filter(clip: Any, view: int, num_frames: int, size: int) -> Any:
-    """Mix colours on the CPU: R, G, B and white as four rows, and a column of weights a channel."""
+    """Mix colours on the CPU by a filter: R, G, B and white as rows, weights as columns."""
     planes: Any = fn.crop_mirror_normalize(
         clip,
         dtype=types.DALIDataType.UINT8,
         output_layout="FCHW",
         pad_output=True,
-        # The policy decides that the fourth channel is filled with this and not with zero.
+        # With this policy the fourth channel is filled with this value and not with zero.
         fill_values=_WHITE,
         out_of_bounds_policy="pad",
     )
@@ -135,9 +136,9 @@ def _colour_by_filter(clip: Any, view: int, num_frames: int, size: int) -> Any:
 
 
 def _blur_by_filter(clip: Any, view: int) -> Any:
-    """The Gaussian as a row and a column, for those samples that have it."""
+    """Blur by a row filter and a column filter, only the samples that have blur."""
     taps = _input("taps", view)
-    # DALI turns this into a split of the batch: what is not blurred is not touched.
+    # DALI splits the batch here, so samples without blur are unchanged.
     if _input("blurred", view):
         across = fn.filter(clip, fn.expand_dims(taps, axes=0))
         clip = fn.filter(across, fn.expand_dims(taps, axes=1))
@@ -145,7 +146,7 @@ def _blur_by_filter(clip: Any, view: int) -> Any:
 
 
 def _colour_by_operator(clip: Any, view: int, maps: bool) -> Any:
-    """Mix colours by the operators made for it."""
+    """Mix colours by DALI's colour operators."""
     if maps:
         each = fn.per_frame(_input("colour", view))
         return fn.coord_transform(clip, MT=each, dtype=types.DALIDataType.UINT8)
@@ -159,7 +160,7 @@ def _colour_by_operator(clip: Any, view: int, maps: bool) -> Any:
 
 
 def _photometric(clip: Any, view: int, spec: GraphSpec) -> Any:
-    """Colour and blur on the device that augments."""
+    """Apply colour and blur on the device that augments."""
     if spec.augment == "cpu":
         clip = _colour_by_filter(clip, view, spec.views[view].num_frames, spec.size)
         return _blur_by_filter(clip, view)
@@ -171,12 +172,12 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
     """Cut one view out of the window's frames and augment it."""
     cut = spec.views[view]
     stop = cut.start + (cut.num_frames - 1) * cut.step + 1
-    # A strided slice along frames is a gather; sequence_rearrange does it without resampling.
+    # sequence_rearrange takes a strided slice along frames without resampling.
     clip: Any = fn.sequence_rearrange(frames, new_order=list(range(cut.start, stop, cut.step)))
     clip = fn.resize(
         clip,
         size=[spec.size, spec.size],
-        # A region that runs backwards is a mirror image: no pass of its own for the flip.
+        # A region with exchanged ends is a mirror image, so the flip needs no extra pass.
         roi_start=_input("roi_start", view),
         roi_end=_input("roi_end", view),
         interp_type=types.DALIInterpType.INTERP_LINEAR,
@@ -195,14 +196,14 @@ def _frames(spec: GraphSpec) -> Any:
     if spec.coded == "strip":
         pictures = fn.decoders.image(coded, device=device, output_type=types.DALIImageType.RGB)
         return fn.reshape(pictures, shape=shape, layout="FHWC")
-    # Each frame is asked for once and in order, since the decoder begins again to go back.
+    # Each frame is requested once and in order, since the decoder restarts to go back.
     seen = fn.decoders.video(coded, device=device, frames=fn.external_source(name="seen"))
     window: Any = fn.sequence_rearrange(seen, new_order=fn.external_source(name="order"))
     return fn.reshape(window, shape=shape, layout="FHWC")
 
 
 def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
-    """Why this GPU does not decode a video, or None where it does.
+    """Why this GPU cannot decode a video; None if it can.
 
     Args:
         video: Shape `[B]`, uint8: a file of the kind to decode.
@@ -224,10 +225,10 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
 
 
 def _remove_generated_sources() -> None:
-    """Remove the Python files that DALI has translated a graph to, now that it is built.
+    """Remove the Python files that DALI generated from a graph, once it is built.
 
-    DALI leaves them in the temporary folder until the process exits by itself, so a signal leaves
-    them for good.
+    DALI removes them from the temporary folder only at a normal exit, so after a signal they would
+    remain.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("__autograph_generated_file"):
@@ -237,7 +238,7 @@ def _remove_generated_sources() -> None:
 
 
 class ClipPipeline:
-    """Decodes a batch of windows and augments every view of it.
+    """A built DALI graph that decodes a batch of windows and augments its views.
 
     Args:
         spec: The graph's static shape.
@@ -263,7 +264,7 @@ class ClipPipeline:
                 num_threads=spec.num_threads,
                 device_id=spec.device_id,
                 prefetch_queue_depth=1,
-                # Several ranks on a node would pin their threads to the same cores.
+                # With affinity, several ranks on a node would pin their threads to the same cores.
                 set_affinity=False,
             )
             pipe.build()
@@ -282,8 +283,8 @@ class ClipPipeline:
         Args:
             coded: `batch_size` tall JPEGs, videos or decoded frames, uint8; frames on a GPU as one
                 tensor `[batch_size, strip_frames, height, width, 3]`.
-            views: The parameters of each view, `batch_size` long.
-            places: For videos, which frames of each are the window, `[strip_frames]`, not
+            views: The parameters of each view, each of length `batch_size`.
+            places: For videos, the numbers of the window's frames, `[strip_frames]`, not
                 decreasing.
 
         Returns:
@@ -323,7 +324,7 @@ class ClipPipeline:
             maps = colour_transforms(view)
             maps = np.broadcast_to(maps, (len(maps), num_frames, 3, 4))
             if spec.augment == "cpu":
-                # The offset is what white is weighted with.
+                # The offset is the weight of white.
                 maps = (maps / np.array([1, 1, 1, _WHITE], np.float32))[..., None]
             inputs["colour"] = np.ascontiguousarray(maps)
         else:
@@ -360,7 +361,7 @@ def find_undecodable(
     views: Sequence[ViewParameters],
     places: Sequence[np.ndarray] = (),
 ) -> list[tuple[int, str]]:
-    """Which samples of a failed batch are at fault, found by running the graph on each alone.
+    """Find the faulty samples of a failed batch by running the graph on each one alone.
 
     Args:
         spec: The batch's graph.
@@ -369,7 +370,7 @@ def find_undecodable(
         places: The frames of videos.
 
     Returns:
-        Places in the batch with what the decoder said of them.
+        Positions in the batch, with the decoder's error.
     """
     faults = []
     alone: ClipPipeline | None = None

@@ -1,10 +1,10 @@
-"""The order of samples as arithmetic: (seed, epoch, world, position) gives each rank its samples.
+"""The order of samples, a pure function of seed, epoch, world size, rank and position.
 
-Shards are put into a random order and their samples laid end to end; this line is cut into pools
-of some thousand samples and each pool is shuffled. Shards were shuffled when they were written, so
-reads stay nearly sequential and the order is still random. Every rank gets the same number of full
-batches; a global batch is the same set of samples whatever the number of ranks. Samples that the
-run cannot use are left out of the line, before it is cut.
+Shards are put into a random order and their samples concatenated; this sequence is cut into pools
+of some thousand samples, and each pool is shuffled. Shards were shuffled when they were written, so
+reads are nearly sequential and the order is still random. Every rank gets the same number of full
+batches; a global batch is the same set of samples for any number of ranks. Samples that the run
+cannot use are removed from the sequence before it is cut.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ __all__ = ["Plan", "evaluation_slots"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The order of a whole run."""
+    """The order of samples of a complete run."""
 
     shard_sizes: tuple[int, ...]
-    """Samples in each shard; sample indices count through the shards in order."""
+    """Samples in each shard; sample indices are consecutive over the shards in order."""
     batch_size: int
     """Samples in a global batch."""
     seed: int
     """In [0, 2^64)."""
     pool_samples: int = 16_384
-    """Samples shuffled together: all of UCF101; for larger sets see docs/benchmarks.md."""
+    """Samples shuffled together; covers all of UCF101; for larger sets see docs/benchmarks.md."""
     left_out: tuple[int, ...] = ()
-    """Sample indices that are in no batch, ascending."""
+    """Indices of samples that are skipped, ascending."""
 
     def __post_init__(self) -> None:
         """Check that there is at least one batch.
@@ -51,24 +51,24 @@ class Plan:
 
     @property
     def num_samples(self) -> int:
-        """Samples in an epoch's order: those of all shards but `left_out`."""
+        """Number of samples in an epoch: those of all shards without `left_out`."""
         return sum(self.shard_sizes) - len(self.left_out)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full global batches an epoch; what is left over waits for another epoch's order."""
+        """Full global batches in an epoch; the remaining samples are skipped in this epoch."""
         return self.num_samples // self.batch_size
 
     @property
     def digest(self) -> str:
-        """The identity of the order; equal digests mean equal batches."""
+        """Digest of the order; equal digests mean equal batches."""
         content = (self.shard_sizes, self.batch_size, self.seed, self.pool_samples)
-        # A set of which nothing is left out has the digest that it had before there was a choice.
+        # Without skipped samples the digest is that of older versions, which had no such list.
         content = repr((*content, self.left_out) if self.left_out else content)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Every sample but `left_out` once, in the epoch's order.
+        """All samples of an epoch without `left_out`, each once, in the epoch's order.
 
         Returns:
             Shape `[num_samples]`, int64.
@@ -76,7 +76,7 @@ class Plan:
         return _epoch_order(self.shard_sizes, self.left_out, self.pool_samples, self.seed, epoch)
 
     def batch(self, epoch: int, step: int, rank: int, num_ranks: int) -> np.ndarray:
-        """A rank's samples of one global batch.
+        """Sample indices of a rank's part of one global batch.
 
         Args:
             epoch: From 0.
@@ -116,7 +116,7 @@ def _epoch_order(
     line = line[~np.isin(line, left_out)]
     for number, start in enumerate(range(0, len(line), pool_samples)):
         pool = line[start : start + pool_samples]
-        # The pool's number is part of the counter, so that pools are shuffled independently.
+        # The pool's number is part of the counter, so pools are shuffled independently.
         order = permutation(seed + (number << 32), Stream.PLAN, epoch, len(pool))
         line[start : start + pool_samples] = pool[order]
     line.flags.writeable = False
@@ -126,11 +126,11 @@ def _epoch_order(
 def evaluation_slots(
     num_samples: int, batch_size: int, rank: int, num_ranks: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's share of a pass in which every sample comes exactly once.
+    """A rank's share of an evaluation pass over every sample exactly once.
 
     Args:
         num_samples: Samples in the set.
-        batch_size: Samples a rank takes at a time.
+        batch_size: Samples in a rank's batch.
         rank: In [0, num_ranks).
         num_ranks: Ranks that share the pass.
 

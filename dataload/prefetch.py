@@ -1,4 +1,4 @@
-"""Make batches in a thread, a few ahead; pass its errors on; stop when a batch is late."""
+"""Prefetch batches in a thread; raise its errors and stop when a batch is late."""
 
 import faulthandler
 import queue
@@ -20,11 +20,11 @@ class _End:
 
 
 class Prefetcher(Generic[ItemT]):
-    """Runs an iterator in a thread of its own.
+    """Runs an iterator in a thread and queues its items.
 
     Args:
-        source: Makes the items; its errors are raised to the consumer.
-        depth: Items made ahead.
+        source: The iterator; its errors are raised in the consumer.
+        depth: Number of items to prefetch.
         stall_s: Seconds after which a late item is a fault: the stacks of all threads are written
             to stderr and `StallError` is raised.
     """
@@ -61,7 +61,7 @@ class Prefetcher(Generic[ItemT]):
         return self
 
     def __next__(self) -> ItemT:
-        """The next item, waiting for it.
+        """Wait for the next item and return it.
 
         Raises:
             StopIteration: The source has ended.
@@ -74,7 +74,7 @@ class Prefetcher(Generic[ItemT]):
             self._stalled = True
             raise StallError(
                 f"no batch for {self._stall_s:g} s: the storage or the decoder hangs (the stacks "
-                "of all threads are above); mend it, or raise data.stall_s"
+                "of all threads are above); fix it, or raise data.stall_s"
             ) from None
         if isinstance(item, _End):
             raise StopIteration
@@ -84,11 +84,11 @@ class Prefetcher(Generic[ItemT]):
 
     @property
     def depth(self) -> int:
-        """Items ready now."""
+        """Number of items that are ready."""
         return self._queue.qsize()
 
     def close(self) -> None:
-        """Stop the thread and wait for it, unless it is known to hang."""
+        """Stop the thread and wait for it, except if it hangs."""
         self._stop.set()
         if not self._stalled:
             self._thread.join(timeout=self._stall_s)

@@ -1,14 +1,13 @@
-"""The bytes of a sample from tar and index, by positioned reads of what is used.
+"""Random access to the coded frames of samples, by positioned reads from tar files.
 
-A batch is read in two sweeps: the kernel is told of all tables, they are read; it is told of all
-coded frames, they are read. So a cold disk or a network file system sees a batch of requests at
-once instead of one after the other, without threads. The shards are not mapped into memory: a file
-that shrinks or a server that goes away would end the process with a signal instead of an error, a
-mapping keeps its descriptor open for each of some thousand shards, and pages would come one fault
-at a time.
+A batch is read in two passes: advise the kernel of all frame tables and read them; advise it of all
+coded frames and read them. So a cold disk or a network file system gets the requests of a batch at
+once instead of one after the other, without threads. The shards are not memory-mapped: a file that
+shrinks or a server that fails would end the process with a signal instead of an error, a mapping
+keeps a descriptor open for each of some thousand shards, and pages would be read one at a time.
 
-Whatever is read of a sample is compared with its checksum, in data sets that have them: the frame
-table here, the header and the frames where they are joined, a foreign video as a unit.
+All data that is read of a sample is compared with its checksum, in data sets that have checksums:
+the frame table here, the header and the frames when they are joined, a foreign video as a unit.
 """
 
 import errno
@@ -48,36 +47,36 @@ from strata.format.strip_jpeg import assemble_strip
 __all__ = ["ShardReader"]
 
 _OPEN_SHARDS = 256
-"""Descriptors kept; a pool of 16,384 samples is in 130 shards of 128."""
+"""Open descriptors to keep; a pool of 16,384 samples is in 130 shards of 128."""
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
 class _OpenShards:
-    """Reads from shards; keeps the descriptors of those used last.
+    """Reads from shards and keeps the descriptors of the most recently used ones.
 
     Args:
-        folder: Where they are.
-        entries: All of the set.
-        limit: Descriptors kept.
+        folder: Location of the shards.
+        entries: All shards of the set.
+        limit: Maximum number of open descriptors.
     """
 
     def __init__(self, folder: ShardFolder, entries: Sequence[ShardEntry], limit: int) -> None:
         self._folder, self._entries, self._limit = folder, entries, limit
         self._lock = threading.Lock()
         self._open: OrderedDict[int, int] = OrderedDict()
-        # A reader that nobody closed gives its descriptors back when it goes.
+        # A reader that was not closed closes its descriptors when it is collected.
         weakref.finalize(self, _close_all, self._open)
 
     def read(self, shard: int, place: Place) -> bytes:
-        """Bytes of a shard.
+        """Read bytes of a shard.
 
         Raises:
-            ShardError: It ends before, or cannot be read.
+            ShardError: The shard is too short or cannot be read.
         """
         offset, size = place
         try:
-            # Held during the read, so that no other thread closes the descriptor meanwhile.
+            # The lock is held so that no other thread closes the descriptor during the read.
             with self._lock:
                 content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
@@ -88,12 +87,12 @@ class _OpenShards:
         return content
 
     def advise(self, shard: int, place: Place) -> None:
-        """Tell the kernel what will be read."""
+        """Advise the kernel of the bytes that will be read."""
         try:
             with self._lock:
                 os.posix_fadvise(self._descriptor(shard), *place, os.POSIX_FADV_WILLNEED)
         except OSError as error:
-            # Advice that the file system does not take; what is wrong, the read tells.
+            # Some file systems do not support advice; the read reports other errors.
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise self._error(shard, f"cannot be read: {error.strerror}") from error
 
@@ -109,7 +108,7 @@ class _OpenShards:
         try:
             descriptor = os.open(self._folder.fetch(self._entries[shard]), _FLAGS)
         except FileNotFoundError:
-            # Another process may have made room between the two.
+            # Another process may have removed the shard between fetch and open.
             descriptor = os.open(self._folder.fetch(self._entries[shard]), _FLAGS)
         self._open[shard] = descriptor
         return descriptor
@@ -128,18 +127,18 @@ def _close_all(descriptors: OrderedDict[int, int]) -> None:
 class ShardReader:
     """Random access to the coded frames of a data set.
 
-    Samples are numbered through the shards in the manifest's order.
+    Samples are numbered consecutively over the shards in the manifest's order.
 
     Args:
         folder: A folder that tools/shard.py wrote, or a URL of one.
         check: `size` compares every shard's size with the manifest at the start, `hash` its
-            SHA-256 too, which reads the whole set once. What a URL holds is always hashed, when it
-            is downloaded.
-        download: Where to keep what a URL holds.
+            SHA-256 too, which reads the complete set once. Shards from a URL are always hashed when
+            they are downloaded.
+        download: The local cache of shards from a URL.
 
     Raises:
-        ConfigError: The URL's protocol is not known here.
-        ShardError: The manifest, a shard or an index is missing or disagrees.
+        ConfigError: The URL's protocol is not supported.
+        ShardError: The manifest, a shard or an index is missing or inconsistent.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class ShardReader:
 
     @property
     def location(self) -> str:
-        """The folder or URL."""
+        """The folder or URL of the shards."""
         return self._place.location
 
     @property
@@ -179,17 +178,17 @@ class ShardReader:
 
     @property
     def limit_bytes(self) -> int | None:
-        """How much of the set can be at hand at a time; None for all of it."""
+        """Bytes of the set that the local cache can hold; None for all of it."""
         return self._place.limit_bytes
 
     @property
     def num_samples(self) -> int:
-        """Samples in the set."""
+        """Number of samples in the set."""
         return int(self._first[-1])
 
     @property
     def num_listed(self) -> int:
-        """Videos that the lists name: samples, and those that were rejected or absent."""
+        """Number of source videos: samples, and those that were rejected or absent."""
         return len(self.manifest.rows)
 
     def _index(self, shard: int) -> list[dict[str, Place]]:
@@ -204,12 +203,12 @@ class ShardReader:
         return int(np.searchsorted(self._first, sample, side="right")) - 1
 
     def members(self, sample: int) -> tuple[int, dict[str, Place]]:
-        """A sample's shard, and offset and size in it of each member by extension."""
+        """A sample's shard, and the offset and size of each of its members by extension."""
         shard = self._shard_of(sample)
         return shard, self._index(shard)[sample - int(self._first[shard])]
 
     def fault(self, sample: int, reason: str) -> Fault:
-        """Name a sample that cannot be used."""
+        """Make the description of a faulty sample."""
         return Fault(
             sample=sample,
             key=self.keys[sample],
@@ -218,7 +217,7 @@ class ShardReader:
         )
 
     def member(self, sample: int, ext: str) -> bytes:
-        """One complete member of a sample.
+        """Read one complete member of a sample.
 
         Raises:
             SampleFaultError: The sample has no such member.
@@ -230,7 +229,7 @@ class ShardReader:
         return self._files.read(shard, members[ext])
 
     def table(self, sample: int) -> FrameTable:
-        """A sample's frame table, held against the manifest.
+        """Read a sample's frame table and compare it with the manifest.
 
         Raises:
             SampleFaultError: The sample has none, or it is damaged.
@@ -245,7 +244,7 @@ class ShardReader:
         return table
 
     def foreign_video(self, sample: int, ext: str) -> bytes:
-        """The video of a foreign sample.
+        """Read the video of a foreign sample.
 
         Raises:
             SampleFaultError: The sample has none, or its checksum differs.
@@ -259,7 +258,7 @@ class ShardReader:
         return content
 
     def fetch_ahead(self, samples: np.ndarray) -> None:
-        """Say which samples come soon, the next one first; a URL's shards are downloaded."""
+        """Announce the next samples in order, so that shards of a URL are downloaded early."""
         if self.limit_bytes is None:
             return
         shards = np.searchsorted(self._first, samples, side="right") - 1
@@ -269,23 +268,23 @@ class ShardReader:
     def strips(
         self, samples: Sequence[int] | np.ndarray, frames: Sequence[np.ndarray] | np.ndarray
     ) -> list[np.ndarray]:
-        """The chosen frames of each sample as one tall JPEG.
+        """Read the chosen frames of each sample as one tall JPEG.
 
         Args:
-            samples: N of them, each in [0, num_samples).
+            samples: N sample indices, each in [0, num_samples).
             frames: For each sample `[T]`: frame indices, any order, repeats allowed.
 
         Returns:
-            N times uint8 `[n]`: a JPEG of T frames below each other.
+            N arrays uint8 `[n]`, each a JPEG of T frames stacked vertically.
 
         Raises:
-            SampleFaultError: Samples are damaged; it names all of them.
+            SampleFaultError: Samples are damaged; the message names all of them.
             ShardError: A shard cannot be read, or the set's payload is not jpeg.
         """
         if self.manifest.form.payload != "jpeg":
             raise ShardError(
                 f"{self.location} has the payload {self.manifest.form.payload}, strips are cut of "
-                "jpeg alone; shard the videos again with --payload jpeg"
+                "jpeg only; shard the videos again with --payload jpeg"
             )
         chosen = np.asarray(samples, np.int64)
         self.fetch_ahead(chosen)
@@ -322,7 +321,7 @@ class ShardReader:
         return found
 
     def strip(self, sample: int, frames: np.ndarray) -> np.ndarray:
-        """The chosen frames of one sample, see `strips`."""
+        """Read the chosen frames of one sample, see `strips`."""
         return self.strips([sample], [frames])[0]
 
     def close(self) -> None:
@@ -332,19 +331,19 @@ class ShardReader:
 
 
 class _SampleError(ShardError):
-    """One sample's own bytes are at fault, not the shard's storage."""
+    """A fault in one sample's bytes, not in the storage of the shard."""
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """What to read for some frames of a sample: the shared header, then a span of each segment."""
+    """Byte ranges to read for frames of a sample: the shared header and a span per segment."""
 
     shard: int
     places: list[Place]
     homes: list[int]
-    """The segment of each place but the first."""
+    """The segment of each place except the first."""
     table: FrameTable
-    """With offsets into what is read instead of the segments."""
+    """The frame table with offsets into the bytes read instead of the segments."""
     frames: np.ndarray
 
     @classmethod
@@ -354,7 +353,7 @@ class _Cut:
         """Plan the reads.
 
         Raises:
-            _SampleError: A frame or a segment does not exist, or the table points outside.
+            _SampleError: A frame or segment does not exist, or the table is out of range.
         """
         low, high = int(frames.min()), int(frames.max())
         if low < 0 or high >= table.num_frames:
@@ -382,12 +381,12 @@ class _Cut:
                 raise _SampleError("the frame table points outside its segment")
             places.append((start + first, last - first))
             offsets[table.segment(home)] += (header if home == 0 else 0) - first
-        # The joiner takes the header's length from here; a chosen frame 0 has this offset anyway.
+        # assemble_strip gets the header's length from here; frame 0 has this offset anyway.
         offsets[0] = header
         return cls(shard, places, homes, replace(table, offsets=offsets), frames)
 
     def join(self, read: Sequence[bytes]) -> np.ndarray:
-        """The strip, from what was read at `places`."""
+        """Assemble the strip from the bytes that were read at `places`."""
         header, *spans = read
         segments = [b""] * (max(self.homes) + 1)
         for home, span in zip(self.homes, spans, strict=True):

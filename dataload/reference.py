@@ -1,4 +1,4 @@
-"""The same views by PIL and torch, written for clarity: the yardstick of the parity tests."""
+"""Reference implementation of the views in PIL and torch, for tests of the DALI graph."""
 
 import io
 import math
@@ -19,7 +19,7 @@ _LUMA_FLOOR, _LUMA_LEVELS, _CHROMA_LEVELS = 16.0, 219.0, 224.0
 
 
 def decode_strip(strip: np.ndarray, height: int) -> np.ndarray:
-    """A tall JPEG as frames.
+    """Decode a tall JPEG to frames.
 
     Returns:
         Shape `[F, height, width, 3]`, uint8.
@@ -30,7 +30,7 @@ def decode_strip(strip: np.ndarray, height: int) -> np.ndarray:
 
 
 def decode_video(video: np.ndarray) -> np.ndarray:
-    """All frames of a 4:2:0 video in BT.601, chroma upsampled linearly between its samples.
+    """Decode all frames of a 4:2:0 video in BT.601, with linear chroma upsampling.
 
     Returns:
         Shape `[F, height, width, 3]`, uint8.
@@ -57,7 +57,7 @@ def colour_matrix(
 ) -> tuple[np.ndarray, float]:
     """The affine map of colours that the graph's colour twist applies.
 
-    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales about mid gray;
+    Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales around mid gray;
     brightness scales last.
 
     Returns:
@@ -77,16 +77,16 @@ def colour_matrix(
 
 
 def resize_matrix(length: int, start: float, end: float, size: int) -> Tensor:
-    """Linear interpolation of a region of a row of pixels, antialiased when it shrinks.
+    """Matrix that resizes a region of a row of pixels linearly, antialiased when it shrinks.
 
-    The triangle is as wide as an output pixel, at least one input pixel; where it reaches beyond
-    the region it sees the picture, beyond the picture the edge pixel again.
+    The triangle is as wide as an output pixel, at least one input pixel. Outside of the region it
+    uses pixels of the image, and outside of the image the edge pixel.
 
     Args:
-        length: Pixels of the row.
+        length: Number of pixels of the row.
         start: Where the region starts, in pixels.
-        end: Where it ends.
-        size: Output pixels.
+        end: Where the region ends, in pixels.
+        size: Number of output pixels.
 
     Returns:
         Shape `[size, length]`, float32; rows sum to 1.
@@ -115,13 +115,13 @@ def reference_view(
     *,
     photometric: bool,
 ) -> np.ndarray:
-    """One view of one sample.
+    """Compute one view of one sample.
 
     Args:
         frames: Shape `[F, H, W, 3]`, uint8: the strip's frames.
-        cut: Which of them.
-        parameters: Of N samples.
-        row: Which of the N.
+        cut: The frames of the view.
+        parameters: Parameters of N samples.
+        row: Index of the sample in the parameters.
         size: Rows and columns of the view.
         photometric: Whether colour and blur apply.
 
@@ -147,7 +147,7 @@ def reference_view(
 
 
 def _colour(frame: Tensor, parameters: ViewParameters, row: int, number: int) -> Tensor:
-    """Gray and jitter of one frame `[3, size, size]`, by the parameters of that number."""
+    """Apply gray and jitter to one frame `[3, size, size]`, by the given parameters."""
     channel = int(parameters.gray[row, number])
     if channel >= 0:
         frame = frame[channel].expand_as(frame)
@@ -162,7 +162,7 @@ def _colour(frame: Tensor, parameters: ViewParameters, row: int, number: int) ->
 
 
 def _blur(clip: Tensor, sigma: float) -> Tensor:
-    """A separable Gaussian, mirrored at the border without repeating the edge pixel."""
+    """Separable Gaussian blur, mirrored at the border without repeating the edge pixel."""
     window = int(blur_window(np.array([sigma]))[0])
     if window == 1:
         return clip

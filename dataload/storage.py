@@ -1,11 +1,11 @@
-"""Where shards are: a folder, or an object store with a local cache of bounded size.
+"""Access to shards in a folder, or at a URL with a local cache of bounded size.
 
-A folder may be on any file system. A URL (`s3://`, `gs://`, `http://`, whatever fsspec knows) is
+A folder may be on any file system. A URL (`s3://`, `gs://`, `http://`, any protocol of fsspec) is
 read through a cache: a shard is downloaded completely before its first use (dataload/transfer.py),
 compared with the manifest's size and SHA-256, and renamed; its index is compared with the
-manifest's hash, or with the tar. So the cache holds only what was verified. All ranks of a node
-share it. When it is full, the shards that were not used for longest go. One that is open stays
-readable: its name goes, its bytes stay until it is closed.
+manifest's hash, or with the tar. So the cache contains only verified files. All ranks of a node
+share it. When it is full, the least recently used shards are removed. An open shard stays
+readable: its name is removed, but its bytes stay until it is closed.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ _MANIFEST_LIMIT = 1 << 28
 _ROWS_LIMIT = 1 << 31
 """Bytes that the rows of a set from a URL may have: 2 GiB, some ten million videos."""
 _INDEX_LIMIT = 1 << 20
-"""Bytes that any index may have; a larger shard's may have as many as the shard."""
+"""Bytes that any index may have; that of a larger shard may be as large as the shard."""
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 
@@ -46,17 +46,17 @@ class DownloadConfig:
     """The local cache of shards that are read from a URL; a folder is read in place."""
 
     folder: Path | None = None
-    """Where shards are kept; by default strata/shards in XDG_CACHE_HOME or ~/.cache."""
+    """Folder of the cache; by default strata/shards in XDG_CACHE_HOME or ~/.cache."""
     gigabytes: float = 200.0
-    """Most that is kept, in 10^9 bytes, all data sets in the folder together."""
+    """Maximum size of the cache in 10^9 bytes, for all data sets in the folder together."""
     timeout_s: float = 15.0
-    """Seconds without a byte after which a request is given up and tried again."""
+    """Seconds without a byte after which a request is aborted and tried again."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
 
         Raises:
-            ConfigError: There is no room for anything, or no time.
+            ConfigError: The size or the time limit is out of range.
         """
         if not 0 < self.timeout_s <= 3600:
             raise ConfigError(
@@ -67,7 +67,7 @@ class DownloadConfig:
 
     @property
     def num_bytes(self) -> int:
-        """Most that is kept."""
+        """Maximum size of the cache in bytes."""
         return int(self.gigabytes * _GIGABYTE)
 
     @property
@@ -80,7 +80,7 @@ class DownloadConfig:
 
 
 class ShardFolder(Protocol):
-    """What the reader asks of a place that holds shards."""
+    """Interface of a location with shards."""
 
     @property
     def location(self) -> str:
@@ -106,28 +106,28 @@ class ShardFolder(Protocol):
         ...
 
     def fetch(self, entry: ShardEntry) -> Path:
-        """A local path of the shard, whole; its index is beside it."""
+        """A local path of the complete shard; its index is in the same folder."""
         ...
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
-        """Say which shards will be asked for soon."""
+        """Announce which shards will be needed soon."""
         ...
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Stop downloads that are in progress."""
         ...
 
 
 def open_folder(given: str | Path, download: DownloadConfig | None = None) -> ShardFolder:
-    """The place that a setting names.
+    """Open the location that a setting names.
 
     Args:
-        given: A folder or URL. A URL that went through `Path` and lost a slash is understood too.
-        download: Where to keep what a URL holds.
+        given: A folder or URL. A URL that lost a slash by a conversion to `Path` is accepted.
+        download: The local cache of shards from a URL.
 
     Raises:
-        ConfigError: fsspec does not know the URL's protocol, or needs a package for it.
-        ShardError: The URL cannot be read or holds no manifest.
+        ConfigError: fsspec does not support the URL's protocol, or needs a package for it.
+        ShardError: The URL cannot be read or has no manifest.
     """
     text = os.fspath(given)
     match = _URL.match(text)
@@ -140,7 +140,7 @@ def open_folder(given: str | Path, download: DownloadConfig | None = None) -> Sh
 
 
 class LocalFolder:
-    """A folder of this machine, or of a file system mounted on it.
+    """Shards in a local folder or on a mounted file system.
 
     Args:
         folder: The folder.
@@ -159,7 +159,7 @@ class LocalFolder:
             if not path.is_file():
                 if path.is_symlink():
                     raise ShardError(
-                        f"shard {path} is a link to {os.readlink(path)}, which is not there; bring "
+                        f"shard {path} is a link to {os.readlink(path)}, which is missing; restore "
                         "the tar back, or index it where it is now"
                     )
                 raise ShardError(f"shard {path} is missing; run the same tools/shard.py again")
@@ -179,21 +179,21 @@ class LocalFolder:
         return self.manifest_folder / _checked_shard_name(entry, self.location)
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
-        """Nothing: the kernel reads ahead."""
+        """Do nothing: the kernel reads ahead."""
 
     def close(self) -> None:
         """Nothing."""
 
 
 class RemoteFolder:
-    """A URL, read through a local cache.
+    """Shards at a URL, read through a local cache.
 
     Args:
-        url: Without a slash at the end.
-        download: Where to keep shards, and how many.
+        url: The URL, without a slash at the end.
+        download: Folder and size of the cache.
 
     Raises:
-        ConfigError: fsspec does not know the protocol, or needs a package for it.
+        ConfigError: fsspec does not support the protocol, or needs a package for it.
         ShardError: The manifest cannot be read.
     """
 
@@ -218,7 +218,7 @@ class RemoteFolder:
             self._store.download(name, self.manifest_folder / name, limit=limit)
 
     def check(self, entries: Sequence[ShardEntry], digest: str) -> None:
-        """Compare the sizes that the store tells with the manifest's; hashes when downloading.
+        """Compare the sizes in the store with the manifest; hashes are checked on download.
 
         Raises:
             ShardError: A name or a digest in the manifest is not safe to be a path, a shard is
@@ -243,7 +243,7 @@ class RemoteFolder:
         return self._shards / _checked_shard_name(entry, self.location)
 
     def _get(self, entry: ShardEntry) -> Path:
-        """Bring one shard and its index here, unless they are."""
+        """Download one shard and its index, unless they are in the cache."""
         path = self._path(entry)
         index = path.with_suffix(INDEX_SUFFIX)
         with _locked(path.with_name(f"{path.name}.lock")):
@@ -275,10 +275,10 @@ class RemoteFolder:
             return future
 
     def fetch(self, entry: ShardEntry) -> Path:
-        """A local path of the shard, downloaded if it is not here.
+        """A local path of the shard, which is downloaded if it is not in the cache.
 
         Raises:
-            ShardError: It cannot be downloaded, or is not what the manifest says.
+            ShardError: It cannot be downloaded, or does not agree with the manifest.
         """
         try:
             path = self._submit(entry).result()
@@ -296,7 +296,7 @@ class RemoteFolder:
         )
 
     def fetch_ahead(self, entries: Sequence[ShardEntry]) -> None:
-        """Start to download what will be asked for soon, as far as it fits."""
+        """Start to download the shards that will be needed soon, as far as they fit."""
         room = (self.limit_bytes or 0) - max((e.num_bytes for e in entries), default=0)
         for entry in entries:
             room -= entry.num_bytes
@@ -305,7 +305,7 @@ class RemoteFolder:
             self._submit(entry)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove the shards that were not used for longest until `num_bytes` more fit."""
+        """Remove the least recently used shards until `num_bytes` more fit."""
         kept = []
         for path in self._root.glob(f"*/*{SHARD_SUFFIX}"):
             status = path.stat()
@@ -318,13 +318,13 @@ class RemoteFolder:
             total -= size
 
     def close(self) -> None:
-        """Give up downloads that have not begun; those under way end at their next bytes."""
+        """Cancel downloads that have not started; active ones stop at their next bytes."""
         self._store.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _checked_shard_name(entry: ShardEntry, location: str) -> str:
-    """The name of a shard, once it is safe to be a part of a path.
+    """Check that the name of a shard is safe as a part of a path, and return it.
 
     Raises:
         ShardError: It is of another form.
@@ -336,7 +336,7 @@ def _checked_shard_name(entry: ShardEntry, location: str) -> str:
 
 
 def _checked_digest(digest: str, location: str) -> str:
-    """A SHA-256 of a manifest, once it is safe to be a part of a path.
+    """Check that a SHA-256 of a manifest is safe as a part of a path, and return it.
 
     Raises:
         ShardError: It is of another form.
@@ -359,7 +359,7 @@ def _compare(path: Path, entry: ShardEntry, location: str) -> None:
 
 
 def _is_right(index: Path, shard: Path, entry: ShardEntry) -> bool:
-    """Whether an index in the cache is still the one that was verified."""
+    """Whether an index in the cache is unchanged since it was verified."""
     if not index.is_file():
         return False
     try:
@@ -370,12 +370,12 @@ def _is_right(index: Path, shard: Path, entry: ShardEntry) -> bool:
 
 
 def _compare_index(path: Path, shard: Path, entry: ShardEntry) -> None:
-    """Compare an index with the manifest's hash; in older sets, which have none, with the tar.
+    """Compare an index with the manifest's hash; in older sets without hashes, with the tar.
 
-    The tar is verified already, so its headers say where each member is.
+    The tar is already verified, so its headers state where each member is.
 
     Raises:
-        WrongContentError: It is not the index of this shard.
+        WrongContentError: The file is not the index of this shard.
     """
     expected = entry.index_sha256
     if expected is not None:
@@ -402,7 +402,7 @@ def _compare_index(path: Path, shard: Path, entry: ShardEntry) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes and threads respect."""
+    """Hold a lock between processes and threads."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

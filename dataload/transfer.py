@@ -1,4 +1,4 @@
-"""Files from a URL: with time limits, retries, and no more bytes than were promised."""
+"""Download files from a URL with time limits, retries and a limit on their size."""
 
 import errno
 import fcntl
@@ -30,41 +30,41 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 _ATTEMPTS = 5
-"""Of a request that a busy store or a broken connection ended."""
+"""Attempts of a request that fails by a busy store or a broken connection."""
 _SLOW_ATTEMPTS = 3
-"""Of one that a silent store or wrong content ended: each costs a time limit or a download."""
+"""Attempts after a timeout or wrong content, each of which costs a timeout or a download."""
 _RETRY_S = 1.0
-"""Most before the second attempt, drawn at random; then twice as long each time."""
+"""Longest wait before the second attempt, uniform random; it doubles with each attempt."""
 _MOST_RETRY_S = 20.0
 _GRACE = 4
-"""Time limits until a transfer must have shown a rate."""
+"""Number of time limits after which the rate of a transfer is checked."""
 _SLOWEST = 10_000
-"""Bytes a second below which a transfer is given up."""
+"""Bytes per second below which a transfer is aborted."""
 _TRY_AGAIN = (408, 425, 429)
-"""The statuses below 500 that a later request may not meet."""
+"""HTTP statuses below 500 after which a request is tried again."""
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PART = ".part"
 
 
 class WrongContentError(Exception):
-    """What arrived is not what was promised."""
+    """The downloaded content is not the expected one."""
 
 
 class _TooSlowError(Exception):
-    """Bytes come, but the file would take for ever."""
+    """The transfer is too slow to finish."""
 
 
 class _GivenUpError(Exception):
-    """The folder was closed."""
+    """The store was closed during a request."""
 
 
 class _Watch(Callback):
-    """Ends a transfer that brings more than was promised, or hardly anything.
+    """Aborts a transfer that is larger than expected or too slow.
 
     Args:
-        limit: Most bytes that may come.
-        grace_s: Seconds after which the mean rate is looked at.
-        closed: Set where nobody waits for the file any more.
+        limit: Maximum number of bytes.
+        grace_s: Seconds after which the mean rate is checked.
+        closed: Set when the file is not needed any more.
     """
 
     def __init__(self, limit: int, grace_s: float, closed: threading.Event) -> None:
@@ -73,20 +73,20 @@ class _Watch(Callback):
         self._received, self._start_s = 0, time.monotonic()
 
     def set_size(self, size: int | None) -> None:
-        """Told by the store before the first bytes, if it knows."""
+        """Called with the size before the first bytes, if the store knows it."""
         if size is not None and size > self._limit:
-            raise WrongContentError(f"{size} bytes are announced, at most {self._limit} are due")
+            raise WrongContentError(f"{size} bytes are announced, {self._limit} are expected")
 
     def relative_update(self, inc: int = 1) -> None:
-        """Told after each piece."""
+        """Called after each received piece."""
         self._received += inc
         elapsed_s = time.monotonic() - self._start_s
         if self._closed.is_set():
             raise _GivenUpError
         if self._received > self._limit:
-            raise WrongContentError(f"more than the {self._limit} bytes that are due arrived")
+            raise WrongContentError(f"more than the {self._limit} expected bytes arrived")
         if elapsed_s > self._grace_s + self._received / _SLOWEST:
-            raise _TooSlowError(f"{self._received} bytes in {elapsed_s:.0f} s are too few")
+            raise _TooSlowError(f"only {self._received} bytes in {elapsed_s:.0f} s")
 
 
 class Store:
@@ -94,7 +94,7 @@ class Store:
 
     Args:
         url: Without a slash at the end.
-        timeout_s: Seconds without a byte after which a request is given up.
+        timeout_s: Seconds without a byte after which a request is aborted.
 
     Raises:
         ConfigError: fsspec does not know the protocol, or needs a package for it.
@@ -113,17 +113,17 @@ class Store:
         self._fs, self._path = found
 
     def close(self) -> None:
-        """End what is under way, at its next bytes or before its next attempt."""
+        """Abort active requests at their next bytes or before their next attempt."""
         self._closed.set()
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of each file; None where the store does not tell.
+        """Size of each file in bytes; None where the store does not report it.
 
         Raises:
-            ShardError: One is missing or may not be read, or the store does not answer.
+            ShardError: A file is missing or access is denied, or the store does not answer.
         """
         paths = [f"{self._path}/{name}" for name in names]
-        # 128 requests at a time, fsspec's own number.
+        # fsspec sends 128 requests at a time.
         limit_s = self._timeout_s * (_GRACE + len(paths) / 128)
         return self._persist(
             f"{self._url}: a shard", lambda: self._fs.sizes(paths, **self._within(limit_s))
@@ -137,16 +137,16 @@ class Store:
         limit: int,
         verify: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Fetch one file under a temporary name, verify it, rename it.
+        """Download one file under a temporary name, verify it and rename it.
 
         Args:
-            name: Of the file below the URL.
-            target: Where it goes.
-            limit: Most bytes that it may have.
-            verify: Raises `WrongContentError` where the file's content is not right.
+            name: Name of the file below the URL.
+            target: Local path of the file.
+            limit: Maximum number of bytes of the file.
+            verify: Function that raises `WrongContentError` if the content is wrong.
 
         Raises:
-            ShardError: It cannot be read, or is not what it should be.
+            ShardError: The file cannot be read, or its content is wrong.
         """
 
         def fetch() -> None:
@@ -156,18 +156,18 @@ class Store:
                 self._fs.get_file(f"{self._path}/{name}", str(part), callback=watch, **within)
                 size = part.stat().st_size
                 if size > limit:
-                    raise WrongContentError(f"{size} bytes arrived, at most {limit} are due")
+                    raise WrongContentError(f"{size} bytes arrived, at most {limit} are expected")
                 verify(part)
                 part.replace(target)
 
         self._persist(f"{self._url}/{name}", fetch)
 
     def _within(self, limit_s: float) -> dict[str, float]:
-        """The limit of a whole call, which fsspec takes for stores that it reads asynchronously."""
+        """Time limit of a complete call, which fsspec supports for asynchronous stores."""
         return {"timeout": limit_s} if self._fs.async_impl else {}
 
     def _persist(self, what: str, request: Callable[[], T]) -> T:
-        """Make a request until it succeeds or trying again cannot help."""
+        """Repeat a request until it succeeds or the error is permanent."""
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=self._stop,
@@ -178,7 +178,7 @@ class Store:
         )
         try:
             return retrying(request)
-        # Every store has errors of its own kind.
+        # Every store raises its own error types.
         except Exception as error:
             raise ShardError(_explain(what, _root(error), retrying)) from error
 
@@ -187,18 +187,18 @@ class Store:
         return self._closed.is_set() or state.attempt_number >= _attempts(error)
 
     def remove_leftovers(self, root: Path) -> None:
-        """Remove the temporary files of processes that ended before they could."""
+        """Remove temporary files that killed processes left behind."""
         for path in root.glob(f"*/.*{_PART}"):
             with suppress(FileNotFoundError), path.open("rb") as handle:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    continue  # Somebody writes it.
+                    continue  # Another process is writing it.
                 path.unlink(missing_ok=True)
 
 
 def _options(url: str, timeout_s: float) -> dict[str, Any]:
-    """The time limits in the words of the store's own package, where it does not have them."""
+    """Time limits as options of the store's package, if it does not set them itself."""
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
@@ -209,13 +209,13 @@ def _options(url: str, timeout_s: float) -> dict[str, Any]:
 
 @contextmanager
 def _part_of(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target`, locked as long as this process writes it."""
+    """A temporary file beside `target`, locked while this process writes it."""
     while True:
         part = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PART}")
         with part.open("xb") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             try:
-                # Who removes leftovers may have come between the two lines above.
+                # It may have been removed as a leftover between the two lines above.
                 if not part.exists():
                     continue
                 yield part
@@ -230,7 +230,7 @@ def _tell(what: str, state: RetryCallState) -> None:
 
 
 def _explain(what: str, error: BaseException | None, retrying: Retrying) -> str:
-    """What went wrong in the end, and what to do."""
+    """The error message of a failed request, with what to do."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         return (
@@ -238,22 +238,22 @@ def _explain(what: str, error: BaseException | None, retrying: Retrying) -> str:
             "wrote, or correct the URL"
         )
     if status in (401, 403) or isinstance(error, PermissionError):
-        return f"{what} may not be read ({_in_words(error)}); look at the access rights"
+        return f"{what} may not be read ({_in_words(error)}); check the access rights"
     if isinstance(error, OSError) and error.errno in _LOCAL:
-        return f"{what} cannot be kept in data.download.folder: {error}; free space"
+        return f"{what} cannot be written to data.download.folder: {error}; free space"
     count = retrying.statistics.get("attempt_number", 1)
     return f"{what} was not read in {count} attempts: {_in_words(error)}"
 
 
 def _root(error: BaseException | None) -> BaseException | None:
-    """What really happened: fsspec says FileNotFoundError for any failed question about a file."""
+    """The original error: fsspec raises FileNotFoundError for any failed file query."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status in a store's error: of aiohttp, botocore or gcsfs."""
+    """HTTP status of a store's error, of aiohttp, botocore or gcsfs."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     for value in (getattr(error, "status", None), metadata.get("HTTPStatusCode")):
@@ -281,7 +281,7 @@ def _attempts(error: BaseException | None) -> int:
 
 
 def _in_words(error: BaseException | None) -> str:
-    """An error in one line; some have no text of their own."""
+    """An error in one line; some errors have no text."""
     root = _root(error)
     text = " ".join(str(root).split())
     if not text and isinstance(root, TimeoutError):

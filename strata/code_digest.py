@@ -1,4 +1,4 @@
-"""Which code runs: one digest over the sources of this package and the versions it stands on."""
+"""A digest of the running code: the sources of this package and versions of its libraries."""
 
 import hashlib
 import sys
@@ -11,7 +11,7 @@ _LIBRARIES = ("torch", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130"
 
 
 def code_digest() -> str:
-    """Of the modules of strata that are loaded, so of what this process can run by now.
+    """Digest of the modules of strata that this process has loaded.
 
     Returns:
         16 hexadecimal digits; the same on two machines whose sources and libraries are the same.

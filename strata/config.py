@@ -34,9 +34,10 @@ def parse_config(
 ) -> ConfigT:
     """Build `root`, a frozen dataclass tree, from `--config FILE.yaml` and `--a.b value` overrides.
 
-    Later arguments win. `--dry-run` is read as `--dry_run`, a true-or-false setting without a value
-    as true, and a list may be written as words (`--seeds 0 1`) or as YAML (`--seeds "[0, 1]"`). The
-    launcher's `--local_rank` is accepted and ignored: ranks come from the environment.
+    Later arguments take precedence. `--dry-run` is read as `--dry_run`, a boolean setting without
+    a value as true, and a list may be written as words (`--seeds 0 1`) or as YAML
+    (`--seeds "[0, 1]"`). The launcher's `--local_rank` is accepted and ignored: ranks come from the
+    environment.
 
     Args:
         root: The dataclass to build; field docstrings become `--help`.
@@ -45,7 +46,7 @@ def parse_config(
         positional: The setting that gets the words that belong to no option. The command has
             neither true-or-false settings nor another list.
         description: First line of the help.
-        defaults: Values by dotted name that take the place of the fields' own defaults.
+        defaults: Values by dotted name that replace the fields' own defaults.
 
     Returns:
         A validated instance of `root`.
@@ -53,7 +54,7 @@ def parse_config(
     Raises:
         ConfigError: A key is unknown, a value does not fit its type or range, or a file is missing.
     """
-    # No abbreviations: a key that is almost right is a mistake, not a wish.
+    # No abbreviations: a key that is almost right is a mistake.
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False
     )
@@ -105,7 +106,7 @@ def _types(root: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
-    """Arguments as jsonargparse reads them, from the shorter spellings of `parse_config`."""
+    """Translate the shorter spellings that `parse_config` accepts to those of jsonargparse."""
     types, words, rest = _types(root), [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -119,7 +120,7 @@ def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
         if kind is bool and not values:
             words.append(f"{name}=true")
         elif get_origin(kind) is tuple and values and not values[0].startswith("["):
-            # Items of a list of strings are quoted: they may hold a comma or look like a number.
+            # Items of a list of strings are quoted: they may contain a comma or look like a number.
             quoted = get_args(kind)[0] not in (int, float)
             items = ", ".join(json.dumps(v) if quoted else v for v in values)
             words.append(f"{name}=[{items}]")
@@ -130,7 +131,7 @@ def _spelled_out(argv: Sequence[str], root: type) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` (a dataclass tree, paths, tuples) as what YAML and JSON can hold."""
+    """Convert `value` (a dataclass tree, paths, tuples) to types that YAML and JSON have."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, os.PathLike):
@@ -143,7 +144,7 @@ def plain(value: Any) -> Any:
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a plain tree by their dotted names, as the command line has them."""
+    """Flatten a plain tree to its leaves by dotted name, as on the command line."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, stream, indices): Philox4x32-10, vectorised.
 
 Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. A draw does not
-depend on what was drawn before, so it does not depend on batch, rank, worker or resume.
+depend on earlier draws, so it does not depend on batch, rank, worker or resume.
 """
 
 from enum import IntEnum
@@ -18,7 +18,7 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a draw is for; keeps the draws of different purposes independent."""
+    """The purpose of a draw; draws for different purposes are independent."""
 
     PLAN = 1
     WINDOW = 2
@@ -29,7 +29,7 @@ class Stream(IntEnum):
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds of Philox on 4x32-bit counters.
+    """Compute random words by ten rounds of Philox on 4x32-bit counters.
 
     Args:
         counter: Shape `[N, 4]`, values in [0, 2^32).
@@ -55,7 +55,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 def uniforms(
     seed: int, stream: Stream, epoch: int, items: np.ndarray, view: int, count: int
 ) -> np.ndarray:
-    """Uniform draws in [0, 1) for each item.
+    """Draw uniform random numbers in [0, 1) for each item.
 
     Args:
         seed: The run's seed, in [0, 2^32).
@@ -80,7 +80,7 @@ def uniforms(
 
 
 def permutation(seed: int, stream: Stream, epoch: int, length: int, view: int = 0) -> np.ndarray:
-    """A random order of `range(length)`: the ranks of one 64-bit draw for each element.
+    """Draw a random order of `range(length)` by sorting one 64-bit draw for each element.
 
     Returns:
         Shape `[length]`, int64.

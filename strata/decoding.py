@@ -1,8 +1,8 @@
-"""Videos of unknown origin decoded to their end, and what is wrong with them.
+"""Decode videos of unknown origin completely and report what is wrong with them.
 
-A container's header makes promises that are often wrong. So nothing is refused for a promise alone:
-a video is truncated where the file itself shows that bytes are missing, and damaged where packets
-do not decode.
+A container's header is often wrong. So no video is rejected because of its header alone: a video
+counts as truncated if the file itself shows that bytes are missing, and as damaged if packets do
+not decode.
 """
 
 from array import array
@@ -44,13 +44,13 @@ __all__ = [
 ]
 
 PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mjpeg"})
-"""MPEG-4 in AVI is none: it packs two pictures into a packet, or none."""
+"""Codecs with one frame in each packet. Not MPEG-4: in AVI a packet has two frames or none."""
 
 MIN_DECODED_SHARE = 0.9
-"""Of the frames or seconds that a header promises; headers are often wrong by a few."""
+"""Share of the declared frames or seconds that may be missing; headers are often inexact."""
 
 Damaged = Literal["reject", "keep"]
-"""What becomes of a video of which some frames are damaged or missing."""
+"""What to do with a video of which some frames are damaged or missing."""
 
 LONGEST = 1.75
 """Times the usual interval that are no gap: television's films have a factor of 1.5, a loss 2."""
@@ -60,25 +60,25 @@ MAX_IRREGULAR_SHARE = 0.02
 of a stream that is constant all the same."""
 
 _REORDERED_FRAMES = 16
-"""Most frames that H.264 and HEVC move in time; a clock that jumps back further starts over."""
+"""Most frames that H.264 and HEVC reorder; timestamps that jump back further start again."""
 
 
 @dataclass(kw_only=True)
 class Packets:
-    """What a pass over the packets of a stream tells, without decoding them."""
+    """Facts about a stream from reading its packets without decoding them."""
 
     times: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Of the packets that are shown, ascending, in ticks."""
+    """Timestamps of the packets that are shown, ascending, in ticks."""
     is_timed: bool = True
-    """Whether every packet has a time."""
+    """Whether every packet has a timestamp."""
     starts_over: bool = False
-    """Whether the clock jumps back on the way."""
+    """Whether the timestamps jump back."""
     num_shown: int = 0
-    """Packets that are not empty and not hidden by an edit list."""
+    """Number of packets that are not empty and not hidden by an edit list."""
     num_lacking: int = 0
-    """Packets that an mp4's table places behind the end of the file."""
+    """Number of packets that an mp4's table places behind the end of the file."""
     num_empty: int = 0
-    """Chunks without content: frames that the camera dropped."""
+    """Number of chunks without content: frames that the camera dropped."""
     marked: set[int | None] = field(default_factory=set)
     """Times of packets that the container marks as incomplete."""
     num_marked: int = 0
@@ -86,9 +86,9 @@ class Packets:
     ends_inside: bool = False
     """Whether the last packet is incomplete."""
     promised_frames: int = 0
-    """0 where the header does not say."""
+    """Frames that the header declares; 0 if it does not."""
     missing_share: float = 0.0
-    """Share of the promised duration that the file does not have; 0 if nothing was promised."""
+    """Share of the declared duration that is missing; 0 if none is declared."""
     num_unread: int = 0
     """Bytes at the file's end in which the container finds no packets, where a share is missing."""
     num_skipped: int = 0
@@ -96,11 +96,11 @@ class Packets:
     first_skipped: int = 0
     """Number of the first frame behind such a gap."""
     error: str = ""
-    """Why the container does not read to its end."""
+    """Why the container cannot be read to its end."""
 
 
 def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = no_pulse) -> Packets:
-    """Read all packets of the chosen stream, which costs a pass over the file and no decoding.
+    """Read all packets of the chosen stream, without decoding.
 
     Args:
         where: The file, or its content.
@@ -108,7 +108,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
         pulse: Called for each packet.
 
     Raises:
-        VideoFault: The container does not open, or has more packets than anybody decodes.
+        VideoFault: The container does not open, or has more packets than are supported.
     """
     try:
         declared = declared_frames(where)
@@ -126,7 +126,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                 pulse()
                 num_read += 1
                 if num_read > MAX_FRAMES:
-                    detail = f"more than {MAX_FRAMES:,} packets, which nobody decodes"
+                    detail = f"more than {MAX_FRAMES:,} packets, the most that are read"
                     raise VideoFault(FaultKind.UNSUPPORTED, source, detail)
                 if packet.is_corrupt:
                     found.marked.add(packet.pts)
@@ -143,7 +143,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                     ticks.append(packet.pts)
                     highest = max(highest, packet.pts) if len(ticks) > 1 else packet.pts
                     back = max(back, highest - packet.pts)
-            num_read -= 1  # PyAV ends with an empty packet of its own.
+            num_read -= 1  # PyAV adds an empty packet at the end.
             found.num_empty -= 1
         except (av.error.FFmpegError, OSError) as error:
             found.error = reason_of(error)
@@ -162,7 +162,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                     found.first_skipped = int(gaps[0]) + 1
         if "mp4" in container.format.name:
             found.num_lacking = _lacking(stream, num_read, where)
-            # The table has what edit lists hide, and not what they leave out.
+            # The table includes packets that edit lists hide, but not those that they omit.
             hidden = num_read - found.num_shown
             found.promised_frames = max(len(stream.index_entries) - hidden, 0)
         else:
@@ -173,7 +173,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
         missing = 1 - float(found.times[-1] * base) / promised_s
         if missing > 1 - MIN_DECODED_SHARE:
             last_s, last_byte = _end_of_all(where, source, pulse)
-            # Where sound goes on after the pictures end, they are all there.
+            # If only the audio is longer than the video, no frames are missing.
             if last_s < (1 - missing / 2) * promised_s:
                 found.missing_share = missing
                 unread = size_of(where) - last_byte
@@ -189,12 +189,12 @@ def has_gaps(steps: np.ndarray, usual: float) -> bool:
 
 
 def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
-    """How many of an mp4's samples were not read and lie behind the end of the file."""
+    """Number of an mp4's samples that were not read because they are past the file's end."""
     entries = stream.index_entries
     if len(entries) <= num_read:
         return 0
     num_bytes, behind = size_of(where), 0
-    # What is cut off stands last, but for tables of ill will: those are not read to their end.
+    # Missing samples are the last ones, except in malicious tables, which are not read fully.
     for number in range(len(entries) - 1, max(len(entries) - 1 - MAX_FRAMES, -1), -1):
         if entries[number].pos + entries[number].size <= num_bytes:
             break
@@ -203,7 +203,7 @@ def _lacking(stream: VideoStream, num_read: int, where: Path | bytes) -> int:
 
 
 def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
-    """How long the header says that a stream without a number of frames is; 0 if it does not."""
+    """Declared duration of a stream without a declared number of frames; 0 if there is none."""
     if stream.frames:
         return 0.0
     tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
@@ -215,7 +215,7 @@ def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
 
 
 def _end_of_all(where: Path | bytes, source: str, pulse: Callable[[], None]) -> tuple[float, int]:
-    """The end of the last packet of any stream, in seconds and in bytes of the file."""
+    """End of the last packet of all streams, in seconds and as a byte offset in the file."""
     last_s, last_byte = 0.0, 0
     with open_container(where, source) as container:
         try:
@@ -226,16 +226,16 @@ def _end_of_all(where: Path | bytes, source: str, pulse: Callable[[], None]) -> 
                     last_s = max(last_s, float(end))
                 last_byte = max(last_byte, (packet.pos or 0) + packet.size)
         except (av.error.FFmpegError, OSError):
-            pass  # Decoding meets it again and says where.
+            pass  # Decoding finds the same error and reports where.
     return last_s, last_byte
 
 
 class Decoding:
-    """Decodes a stream to its end, through damage, and knows afterwards what was damaged.
+    """Decodes a stream to its end despite damage, and records what was damaged.
 
     Args:
-        container: As `open_video` gives it.
-        stream: Of the container.
+        container: The container that `open_video` returns.
+        stream: The stream of the container.
         packets: What `read_packets` found in it.
         source: The file as the user would name it.
         pulse: Called for each packet.
@@ -255,41 +255,41 @@ class Decoding:
         self._source = source
         self._pulse = pulse
         self.num_decoded = 0
-        """Frames given out so far."""
+        """Number of frames decoded so far."""
         self.num_failed = 0
-        """Packets that did not decode."""
+        """Number of packets that did not decode."""
         self.num_patched = 0
-        """Frames that the decoder had to make up in part."""
+        """Number of frames that the decoder concealed in part."""
         self.num_before_key = 0
-        """Packets before the first key frame: a capture that begins there cannot be shown."""
+        """Number of packets before the first key frame, which cannot be decoded."""
         self._has_begun = False
         self.first_damaged: int | None = None
-        """Number of a frame, in the order in which they are shown."""
+        """Number of the first damaged frame, in display order."""
         self.first_error = ""
 
     @property
     def num_lost(self) -> int:
-        """Packets from the first key frame on that became no frame."""
+        """Number of packets from the first key frame on that gave no frame."""
         return max(self._packets.num_shown - self.num_decoded - self.num_before_key, 0)
 
     @property
     def has_picture_a_packet(self) -> bool:
-        """Whether each packet of such a codec is one frame that is shown."""
+        """Whether each packet of this codec is one frame that is shown."""
         name = self._stream.codec_context.codec.canonical_name
-        return name in PICTURE_A_PACKET and name not in ("vp8", "vp9")  # Those hide some.
+        return name in PICTURE_A_PACKET and name not in ("vp8", "vp9")  # These hide some packets.
 
     def frames(self) -> Iterator[VideoFrame]:
-        """Give all frames that decode, in the order in which they are shown.
+        """Iterate over all frames that decode, in display order.
 
         Raises:
-            VideoFault: There is no memory for a picture.
+            VideoFault: There is not enough memory for a frame.
         """
         try:
             for packet in self._container.demux(self._stream):
                 self._pulse()
                 if packet.is_keyframe or self.num_decoded:
                     self._has_begun = True
-                # An empty packet on the way is a dropped frame; to a decoder it would be the end.
+                # An empty packet is a dropped frame; a decoder would take it for the end.
                 if packet.size:
                     self.num_before_key += not self._has_begun and not packet.is_discard
                     yield from self._decode(packet)
@@ -302,7 +302,7 @@ class Decoding:
             self.num_decoded += 1
             if frame.is_corrupt and frame.pts not in self._packets.marked:
                 self.num_patched += 1
-                self._damage(frame.pts, "the decoder had to make up parts of it")
+                self._damage(frame.pts, "the decoder had to conceal missing parts")
             yield frame
 
     def _send(self, packet: Packet | None) -> list[VideoFrame]:
@@ -310,7 +310,7 @@ class Decoding:
             return self._stream.codec_context.decode(packet)
         except av.error.MemoryError as error:
             raise VideoFault(
-                FaultKind.UNSUPPORTED, self._source, "there is no memory for its pictures"
+                FaultKind.UNSUPPORTED, self._source, "there is not enough memory for its frames"
             ) from error
         except av.error.EOFError:
             return []
@@ -333,24 +333,24 @@ class Decoding:
 def check_complete(
     decoding: Decoding, packets: Packets, where: Path | bytes, source: str, damaged: Damaged
 ) -> list[str]:
-    """Say what is remarkable about a decoded video, or why it cannot be used.
+    """Check a decoded video: return notes for the manifest, or raise if it cannot be used.
 
     Args:
-        decoding: At its end.
+        decoding: The decoding, at its end.
         packets: What `read_packets` found.
         where: The file, or its content.
         source: The file as the user would name it.
-        damaged: `keep` makes damage and missing ends a note.
+        damaged: With `keep`, damage and a missing end are notes and not errors.
 
     Returns:
         Notes for the manifest.
 
     Raises:
-        VideoFault: It is truncated or damaged, or nothing of it decodes.
+        VideoFault: It is truncated or damaged, or no frame decodes.
     """
     num_decoded = decoding.num_decoded
     if num_decoded == 0 and (packets.num_shown or packets.promised_frames or packets.error):
-        reason = packets.error or decoding.first_error or "not one of its packets gives a frame"
+        reason = packets.error or decoding.first_error or "none of its packets gives a frame"
         raise VideoFault(FaultKind.UNREADABLE, source, reason)
     notes: list[str] = []
 
@@ -366,7 +366,7 @@ def check_complete(
         of = packets.promised_frames or "an unknown number of"
         fault(FaultKind.TRUNCATED, f"{num_decoded} of {of} frames decode, then: {packets.error}")
     elif cut and (promise or is_much or decoding.num_failed):
-        # Frames that are damaged by the cut are no case of their own.
+        # Frames damaged by the truncation are not reported separately.
         fault(FaultKind.TRUNCATED, f"{cut}; {promise or f'{num_decoded} frames decode'}")
         return notes
     elif packets.num_unread:
@@ -406,25 +406,25 @@ def check_complete(
     elif gaps and not promise:
         notes.append(gaps)
     if decoding.num_before_key:
-        notes.append(f"{decoding.num_before_key:,} packets before the first key frame left out")
+        notes.append(f"{decoding.num_before_key:,} packets before the first key frame skipped")
     return notes
 
 
 def _broken_promise(packets: Packets, num_decoded: int) -> str:
-    """What the header promises beyond what is there, if it is much."""
+    """Message about a large difference between the header and the content, or empty."""
     if num_decoded < MIN_DECODED_SHARE * packets.promised_frames:
-        return f"the header promises {packets.promised_frames:,} frames, {num_decoded:,} decode"
+        return f"the header declares {packets.promised_frames:,} frames, {num_decoded:,} decode"
     if packets.missing_share > 1 - MIN_DECODED_SHARE:
         share = packets.missing_share
-        return f"the last {share:.0%} of the duration that the header promises are not there"
+        return f"the last {share:.0%} of the duration that the header declares are missing"
     return ""
 
 
 def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> tuple[str, bool]:
-    """What shows that the file's end is missing, if anything does; and whether it is much.
+    """Evidence that the file's end is missing, or empty; and whether a large part is missing.
 
-    Many headers state a wrong length. So it counts where something else is wrong, too, or where
-    much is missing of a file that promises no number of frames.
+    Many headers state a wrong length. So a wrong length counts only together with another error,
+    or if a large part is missing of a file that does not declare its number of frames.
     """
     if packets.num_lacking:
         return f"the file ends before its last {packets.num_lacking:,} frames", False

@@ -1,8 +1,8 @@
-"""The verbs of a group of processes; each is the identity on one process.
+"""Collective operations over the ranks of a run; on one process each is the identity.
 
-The only importer of `torch.distributed`. Ranks come from the environment that the launchers
-(`deepspeed`, `torchrun`, `srun`) set. A requested world that does not form is fatal: nothing here
-falls back to a world of one.
+This is the only module that imports `torch.distributed`. Ranks come from the environment that the
+launchers (`deepspeed`, `torchrun`, `srun`) set. If the requested process group does not form, that
+is fatal: there is no fallback to a single process.
 """
 
 import datetime
@@ -45,18 +45,18 @@ __all__ = [
 
 _watch: Callable[[], AbstractContextManager[None]] = nullcontext
 _told: list[str] = []
-"""Variables that `join_world` has set, for DeepSpeed, because no launcher had."""
+"""Environment variables that `join_world` set for DeepSpeed because no launcher did."""
 
 
 def watch_collectives(watch: Callable[[], AbstractContextManager[None]] | None) -> None:
-    """Let `watch()` enclose every collective of a step, to time it; None ends it."""
+    """Run every collective of a step inside `watch()`, to time it; None stops the timing."""
     global _watch
     _watch = nullcontext if watch is None else watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Who this process is among its peers."""
+    """The rank of this process and the size of its process group."""
 
     rank: int = 0
     size: int = 1
@@ -64,12 +64,12 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes what there is one of."""
+        """Whether this is rank 0, the only rank that writes shared files."""
         return self.rank == 0
 
 
 def current_world() -> World:
-    """The world as the environment states it; rank 0 of 1 where no launcher set anything.
+    """Read rank and world size from the environment; without a launcher, rank 0 of 1.
 
     Where `srun` alone started this process, the variables that the other launchers set are added to
     the environment: logs, DALI's share of the cores and DeepSpeed read them too.
@@ -83,7 +83,7 @@ def current_world() -> World:
     except launch.LaunchError as error:
         raise WorldError(str(error)) from error
     if not 0 <= rank < size:
-        raise WorldError(f"RANK {rank} is not in a world of {size}; mend the launcher's settings")
+        raise WorldError(f"RANK {rank} is not in a world of {size}; fix the launcher's settings")
     return World(rank=rank, size=size, local_rank=local_rank)
 
 
@@ -96,8 +96,8 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
     """Form the process group: NCCL for GPUs, gloo for CPUs.
 
     Args:
-        device: Where this rank computes.
-        timeout_s: Seconds until a group that does not form, or a stalled collective, is fatal.
+        device: The device on which this rank computes.
+        timeout_s: Seconds to wait for the group to form, and for every collective.
 
     Raises:
         WorldError: The group did not form in time.
@@ -117,7 +117,7 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
                 "nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
-                # One process meets nobody: no port that another program could take.
+                # One process connects to nobody, so it needs no port, which could be in use.
                 **(_store_of_one() if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -129,9 +129,9 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
 
 
 def leave_world() -> None:
-    """Dissolve the process group, and take back what `join_world` told the environment.
+    """Destroy the process group, and unset the variables that `join_world` set.
 
-    Else commands that this process starts later would take themselves for its ranks.
+    Otherwise commands that this process starts later would believe to be its ranks.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -144,13 +144,13 @@ def _size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if _size() > 1:
         dist.barrier()
 
 
 def gather(local: Tensor) -> Tensor:
-    """Every rank's rows, in the order of ranks, without gradient.
+    """Concatenate every rank's rows in the order of ranks, without gradient.
 
     Args:
         local: Shape `[b, ...]`, the same on every rank.
@@ -178,7 +178,7 @@ class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
-        # Not reduce_scatter: gloo has none. The tensors are small: B x C floats a term.
+        # gloo has no reduce_scatter. The tensors are small: B x C floats for each term.
         grad = grad.contiguous().clone()
         with _watch():
             dist.all_reduce(grad)
@@ -187,7 +187,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_with_grad(local: Tensor) -> Tensor:
-    """Every rank's rows, in the order of ranks, differentiable.
+    """Concatenate every rank's rows in the order of ranks, with gradient to every rank.
 
     If each rank's loss is the mean over its own anchors and parameter gradients are then averaged
     over ranks, R ranks of b rows give the gradient of one rank of R b rows.
@@ -202,7 +202,7 @@ def gather_with_grad(local: Tensor) -> Tensor:
 
 
 def gather_keeping_own_grad(local: Tensor) -> Tensor:
-    """Every rank's rows, in the order of ranks; gradient flows into this rank's own rows alone.
+    """Concatenate every rank's rows in the order of ranks; only this rank's rows get gradient.
 
     Args:
         local: Shape `[b, ...]`, the same on every rank.
@@ -218,7 +218,7 @@ def gather_keeping_own_grad(local: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise mean over ranks, without gradient; a new tensor."""
+    """Elementwise mean over ranks, without gradient, as a new tensor."""
     values = values.detach().clone()
     if _size() > 1:
         dist.all_reduce(values)
@@ -227,7 +227,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on any rank. Synchronises the host."""
+    """Whether `flag` is true on any rank. Synchronises the host."""
     if _size() == 1:
         return flag
     value = torch.tensor(float(flag), device=device)
@@ -236,7 +236,7 @@ def any_true(flag: bool, device: torch.device) -> bool:
 
 
 def any_rank(flag: Tensor) -> Tensor:
-    """Where `flag` (bool) holds on any rank, on the device, without waiting for it."""
+    """Logical or of `flag` (bool) over ranks, on the device, without waiting for the result."""
     if _size() == 1:
         return flag
     value = flag.to(torch.uint8)
@@ -245,13 +245,13 @@ def any_rank(flag: Tensor) -> Tensor:
 
 
 class Ballot:
-    """Flags of the hosts on which all ranks agree once a step, without touching the device.
+    """Logical or of host flags over all ranks, once a step, without using the device.
 
-    They go over a group of their own on gloo, so a GPU is neither waited for nor given work; where
-    a rank is gone, the vote fails at once, which a collective of NCCL would not.
+    The flags are exchanged over a separate gloo group, so the host neither waits for the GPU nor
+    gives it work. If a rank has died the vote fails at once; a collective of NCCL would hang.
 
     Args:
-        timeout_s: Until a vote that does not end is fatal.
+        timeout_s: Seconds until an unfinished vote is fatal.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -262,7 +262,7 @@ class Ballot:
             )
 
     def vote(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any rank raised it. All ranks call it."""
+        """For each flag, whether it is true on any rank. All ranks call it."""
         if self._group is None:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
@@ -271,7 +271,7 @@ class Ballot:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another rank is gone or does not come."""
+    """Whether `error` is what a collective raises when another rank has died or is late."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -281,7 +281,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
+    """Send rank 0's `value` to every rank."""
     if _size() == 1:
         return value
     box = [value]
@@ -290,7 +290,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in the order of ranks, on every rank."""
+    """Collect every rank's `value` in the order of ranks, on every rank."""
     if _size() == 1:
         return [value]
     box: list[Any] = [None] * _size()
@@ -299,19 +299,19 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_equal(name: str, value: str) -> None:
-    """Check that all ranks hold the same `value`.
+    """Check that `value` is the same on all ranks.
 
     Raises:
-        WorldError: They do not; names the first rank that differs from rank 0.
+        WorldError: It is not; the message names the first rank that differs from rank 0.
     """
     agree({name: value})
 
 
 def agree(facts: Mapping[str, str]) -> None:
-    """Check that all ranks hold the same facts, by name. All ranks call it.
+    """Check that all ranks have the same named facts. All ranks call it.
 
     Raises:
-        WorldError: They do not; names the first rank and fact that differ from rank 0's.
+        WorldError: They differ; the message names the first rank and fact that do.
     """
     every: list[Mapping[str, str]] = gather_objects(dict(facts))
     for rank, theirs in enumerate(every):
@@ -328,14 +328,14 @@ def agree(facts: Mapping[str, str]) -> None:
 def only_writer(
     folder: Path, work: str, world: World, *, advice: str, name: str = ".lock"
 ) -> Iterator[FolderLock | None]:
-    """Make sure that no other group of processes writes to a folder. All ranks call it.
+    """Lock a folder so that no other run writes to it. All ranks call it.
 
     Args:
-        folder: Made if it does not exist.
-        work: What is done there, for the message of who comes second.
-        world: This rank and its peers.
-        advice: What to do where the folder is in use.
-        name: Of the lock's file.
+        folder: The folder; created if it does not exist.
+        work: What is done there, for the error message of a second run.
+        world: This rank and the world size.
+        advice: What to do if the folder is in use.
+        name: Name of the lock file.
 
     Yields:
         The lock that rank 0 holds; None on other ranks.

@@ -1,4 +1,4 @@
-"""The exception family: what a user can cause, each with what, where and what to do."""
+"""Errors that a user can cause and fix; each message says what, where and what to do."""
 
 import io
 import os
@@ -35,23 +35,23 @@ __all__ = [
 EXIT_USER_ERROR = 2
 """Exit status of every command when the input, not the program, is at fault."""
 EXIT_NOT_FINITE = 3
-"""Losses or gradients are not finite beyond the budget: a person must look."""
+"""Exit status when more steps are not finite than allowed; needs a person's decision."""
 EXIT_NOT_SAVED = 4
-"""A checkpoint could not be written; the last good one stays."""
+"""Exit status when a checkpoint could not be written; the last complete one is kept."""
 EXIT_LOST_PEER = 5
-"""A rank was lost or nothing moved in time: start again with --resume auto."""
+"""Exit status when a rank was lost or progress stopped: start again with --resume auto."""
 EXIT_PREEMPTED = 75
-"""Stopped by SIGTERM or SIGUSR1 with a checkpoint: start again with --resume auto.
+"""Exit status after a stop by SIGTERM or SIGUSR1 with a checkpoint: use --resume auto.
 
-EX_TEMPFAIL of sysexits.h: a failure that is none if tried again.
+EX_TEMPFAIL of sysexits.h: a temporary failure; try again.
 """
 
 
 class StrataError(Exception):
-    """Base of all errors that a user can cause and mend; shown as one line, without traceback."""
+    """Base class of errors that a user can cause and fix; shown as one line, no traceback."""
 
     exit_code = EXIT_USER_ERROR
-    """The process's exit status where this error ends it."""
+    """Exit status of a process that this error ends."""
 
 
 class ConfigError(StrataError):
@@ -63,7 +63,7 @@ class ShardError(StrataError):
 
 
 class StallError(ShardError):
-    """A batch did not come in time: the storage or a decoder hangs."""
+    """A batch did not arrive in time: the storage or a decoder hangs."""
 
     exit_code = EXIT_LOST_PEER
 
@@ -73,11 +73,11 @@ class CheckpointError(StrataError):
 
 
 class WorldError(StrataError):
-    """The requested group of processes did not form, or its members disagree."""
+    """The requested process group did not form, or its ranks disagree."""
 
 
 class LostPeerError(WorldError):
-    """A rank of the formed group died, or nothing moved for too long."""
+    """A rank of the process group died or made no progress for too long."""
 
     exit_code = EXIT_LOST_PEER
 
@@ -100,36 +100,36 @@ class FaultKind(StrEnum):
     UNREADABLE = "unreadable"
     """Missing, empty, not a video container, or no permission."""
     NO_VIDEO_STREAM = "no-video-stream"
-    """The container opens but carries no picture stream."""
+    """The container opens but has no video stream."""
     TRUNCATED = "truncated"
     """The end of the file is missing."""
     DAMAGED = "damaged"
     """Packets in the middle of the file do not decode."""
     UNSUPPORTED = "unsupported"
-    """It decodes, or could, but its colours or sizes are outside of what is taken."""
+    """Its colours or frame sizes are not supported."""
     TOO_SHORT = "too-short"
-    """Fewer frames than the normal form asks for."""
+    """Fewer frames than a sample needs."""
     WRONG_COUNT = "wrong-count"
-    """The written sample does not decode back to the frames put in."""
+    """The written sample does not decode to the frames that were encoded."""
     UNLIKE = "unlike"
-    """The written sample decodes, but its pictures differ too much from the source."""
+    """The written sample decodes, but its frames differ too much from the source."""
     TIMEOUT = "timeout"
-    """The codec did not finish in the time allowed."""
+    """Decoding or encoding exceeded its time limit."""
     CRASH = "crash"
-    """The codec ended its process."""
+    """Decoding or encoding crashed its process."""
     DUPLICATE = "duplicate"
-    """The same video, byte for byte, was listed before under another name."""
+    """A video with the same bytes was already listed under another name."""
     CONFLICT = "conflict"
-    """Lists, folders and files disagree about which video this is, or of which class."""
+    """Lists, folders and files disagree about the identity or class of this video."""
 
 
 class VideoFault(StrataError):
-    """One source video cannot be used. The run goes on; the manifest names it.
+    """One source video cannot be used; the run continues and the manifest names it.
 
     Args:
-        kind: The typed reason.
-        source: The file, as the user would name it.
-        detail: What exactly was seen.
+        kind: The reason.
+        source: The file's name.
+        detail: What exactly is wrong.
     """
 
     def __init__(self, kind: FaultKind, source: str, detail: str) -> None:
@@ -145,11 +145,11 @@ class VideoFault(StrataError):
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """Turn a `StrataError` into one line on stderr and its exit status, at a process's boundary.
+    """Turn a `StrataError` into one line on stderr and its exit status; used around `main`.
 
-    Every other exception keeps its traceback: it is a fault of the program. In a distributed run
-    the line bears the rank, since several ranks may report. Characters of names that the terminal's
-    encoding does not have are written with backslashes, so that printing them is no error.
+    Every other exception keeps its traceback: it is a bug. In a distributed run the line has the
+    rank, because several ranks may report. Characters that the terminal's encoding does not have
+    are escaped with backslashes, so that printing a name cannot fail.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -164,13 +164,13 @@ def exit_with_one_line() -> Iterator[None]:
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
-    """Run one process of a group to its end, and let no fault of a dead group keep it alive.
+    """Run `main` in one process of a group and exit; after an error, exit at once.
 
-    After a fault the interpreter is left without its usual farewell, which waits for threads: those
-    of a group that has lost a rank may never end, and the launcher would wait with them.
+    After an error the process ends without the interpreter's usual shutdown, which waits for
+    threads: those of a group that has lost a rank may never end, and the launcher would hang.
 
     Args:
-        main: Returns the exit status.
+        main: A function that returns the exit status.
     """
     try:
         with exit_with_one_line():

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, their hashes, and folders that one process writes to."""
+"""Atomic file writing, SHA-256 of files, and a lock on a folder."""
 
 import hashlib
 import os
@@ -33,9 +33,9 @@ logger = get_logger(__name__)
 
 
 def encode_text(text: str) -> bytes:
-    r"""Text or JSON as UTF-8; a byte of a name that is not UTF-8 as JSON writes it, `\udce9`.
+    r"""Encode text or JSON as UTF-8; a byte of a name that is not UTF-8 is escaped, `\udce9`.
 
-    In Python such a byte is a lone surrogate (`surrogateescape`), which UTF-8 cannot hold. Python's
+    In Python such a byte is a lone surrogate (`surrogateescape`), not valid in UTF-8. Python's
     `json` and `strata.untrusted.decode_json` read the escape back as that surrogate.
     """
     return text.encode("utf-8", "backslashreplace")
@@ -60,8 +60,8 @@ def sync_path(path: Path) -> None:
 def open_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under `path` only when the block ends without an error.
 
-    The content goes to a temporary file in the same folder, which is then renamed. After an error,
-    or a crash, `path` is what it was before. The file gets the permissions of the user's umask.
+    The content is written to a temporary file in the same folder, which is then renamed. After an
+    error or a crash `path` is unchanged. The file gets the permissions of the user's umask.
 
     Args:
         path: The final name; an existing file is replaced.
@@ -102,39 +102,39 @@ def write_atomic(path: Path, content: bytes | str, *, sync: bool = True) -> None
 
 
 class LockRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Who holds a folder; the content of its lock."""
+    """Content of a lock file: the process that holds the folder."""
 
     host: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,255}\Z")]
     machine: Annotated[str, msgspec.Meta(max_length=200)]
-    """Boot of the kernel and namespace of process numbers: within them a number means something."""
+    """Boot of the kernel and PID namespace, within which a process number is unique."""
     pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     started: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-    """When the process was started, in the kernel's ticks since its boot."""
+    """Start time of the process, in the kernel's ticks since boot."""
     token: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-    """Tells two locks of one process apart."""
+    """Distinguishes two locks of one process."""
 
 
 class FolderLock:
-    """While entered, this process is the only one that writes to a folder.
+    """Context manager that locks a folder, so that only this process writes to it.
 
-    The lock is a file that names its holder and whose time of change the holder renews every
-    `BEAT_S` seconds. It works on network folders and needs nothing of their servers:
+    The lock is a file that names its holder; the holder renews the file's modification time every
+    `BEAT_S` seconds. This works on network file systems without a lock service:
 
-    - A holder of the same machine is looked up by its number and its time of start. If it is gone,
-      the lock is taken over at once.
-    - The lock of another machine is watched: as soon as it is renewed, its holder lives. If it is
-      not renewed for `STALE_S` seconds, its holder is gone, for instance killed, and the lock is
-      taken over. So a job that a cluster starts again on another machine waits, and runs.
+    - If the holder is on the same machine, it is looked up by process number and start time. If it
+      has ended, the lock is taken over at once.
+    - The lock of another machine is watched: if it is renewed, its holder is alive. If it is not
+      renewed for `STALE_S` seconds, its holder is assumed dead and the lock is taken over. So a
+      job that a cluster restarts on another machine waits and then runs.
 
-    A holder that was stopped for so long that another took its lock finds `lost` set; it must not
-    write any more.
+    If a holder was suspended so long that another process took its lock, `lost` is set, and it must
+    not write any more.
 
     Args:
-        folder: The folder; it exists.
+        folder: The folder; it must exist.
         work: What the holder does, for the message: "training".
         error: The error class to raise.
-        advice: What to do where the folder is in use, the end of the message.
-        name: Of the lock's file in the folder.
+        advice: What to do if the folder is in use; the end of the message.
+        name: Name of the lock file in the folder.
     """
 
     BEAT_S = 10.0
@@ -155,7 +155,7 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            StrataError: Of the class given; another process holds it.
+            StrataError: Of class `error`; another process holds the lock.
             OSError: The folder cannot be written.
         """
         content = msgspec.json.encode(self._record)
@@ -164,7 +164,7 @@ class FolderLock:
         except FileExistsError:
             self._wait_until_stale()
             write_atomic(self._path, content, sync=False)
-            # Who else found it stale at the same moment has written by now; the last has it.
+            # Others that found it stale at the same time have written by now; the last one has it.
             time.sleep(self._SETTLE_S)
             holder = self._look()[0]
             if holder != self._record:
@@ -187,9 +187,9 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
 
     def _look(self) -> tuple[LockRecord | None, int]:
-        """Who holds the lock, and when it was renewed; None if nobody or nobody known does."""
+        """The lock's record and the time of its renewal; None if it is absent or unreadable."""
         try:
-            # Opened, not only asked for: a network file system then asks its server.
+            # Opened, not only stat: a network file system then asks its server.
             with self._path.open("rb") as file:
                 changed, content = os.fstat(file.fileno()).st_mtime_ns, file.read(1 << 16)
         except FileNotFoundError:
@@ -197,7 +197,7 @@ class FolderLock:
         try:
             return decode_json(content, LockRecord, self._path, self._error), changed
         except StrataError:
-            return None, changed  # Its writer is still at it, or was killed; time tells.
+            return None, changed  # It is being written, or its writer was killed; waiting decides.
 
     def _wait_until_stale(self) -> None:
         first = holder, _ = self._look()
@@ -232,7 +232,7 @@ class FolderLock:
                     return
                 os.utime(self._path)
             except OSError as error:
-                # A server that is away for a while; the next beat tries again.
+                # The server may be away for a while; the next renewal tries again.
                 logger.warning("%s cannot be renewed: %s", self._path, error)
 
 
@@ -248,16 +248,16 @@ def _own_record() -> LockRecord:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in ticks since boot; None if it is not there or has ended."""
+    """Start time of a process in ticks since boot; None if it does not run."""
     try:
         line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name in parentheses may contain anything, spaces too.
+    # The name in parentheses may contain any character, also spaces.
     state, *fields = line.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])
 
 
 def _runs(pid: int, started: int) -> bool:
-    """Whether the process is still the one that was started then."""
+    """Whether the process with this start time still runs."""
     return _started(pid) == started

@@ -1,4 +1,4 @@
-"""What a process may take of the machine, by the kernel and by its control groups: memory, CPUs."""
+"""Limits on the memory and CPUs of a process by the kernel and its control groups."""
 
 import math
 import os
@@ -10,16 +10,16 @@ _KIB = 1024
 
 
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
-    """Bytes that can be taken without swapping or being killed, and what sets that limit.
+    """Bytes that can be allocated without swapping or being killed, and what sets the limit.
 
-    The least of the kernel's own estimate and of what each control group above this process, of
-    version 1 or 2, still allows; file pages that the kernel would give back count as free.
+    This is the minimum of the kernel's own estimate and of what each control group (version 1 or 2)
+    of this process still allows; file pages that the kernel can reclaim count as free.
 
     Args:
         root: Where /proc and /sys are.
 
     Returns:
-        Bytes, and `the machine` or the control group's folder.
+        The bytes, and `the machine` or the control group's folder.
     """
     found = [(_machine(root), "the machine")]
     for folder, version in _groups(root, "memory"):
@@ -37,10 +37,10 @@ _MEMORY_FILES = {
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may keep busy: how many workers or threads are worth starting.
+    """Number of CPUs that this process may use, so how many workers or threads to start.
 
-    The least of the CPUs that it may run on (`taskset`, Slurm, cpusets) and of the quota of each
-    control group above it (`docker run --cpus`, Kubernetes), rounded up.
+    This is the minimum of the CPUs that it may run on (`taskset`, Slurm, cpusets) and of the quota
+    of each of its control groups (`docker run --cpus`, Kubernetes), rounded up.
 
     Args:
         root: Where /proc and /sys are.
@@ -68,7 +68,7 @@ def _machine(root: Path) -> int:
 
 
 def _groups(root: Path, controller: str) -> list[tuple[Path, int]]:
-    """The folders of this process's groups up to the mount, with the version of each."""
+    """Folders of this process's control groups up to the mount, each with its version."""
     found: list[tuple[Path, int]] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -79,12 +79,12 @@ def _groups(root: Path, controller: str) -> list[tuple[Path, int]]:
         if controllers == "":
             mount, version = root / "sys/fs/cgroup", 2
         elif controller in controllers.split(","):
-            # The mount has the name of all controllers, and usually links with the name of each.
+            # The mount is named by all its controllers, usually with a link for each one.
             mounts = [root / "sys/fs/cgroup" / name for name in (controller, controllers)]
             mount, version = next((m for m in mounts if m.is_dir()), mounts[0]), 1
         else:
             continue
-        # In a container the path may be the host's, which is not there: then the mount alone is.
+        # In a container the path may be that of the host, which is absent; only the mount exists.
         own = mount / path.lstrip("/")
         chain = [own, *own.parents]
         found += [(folder, version) for folder in chain[: chain.index(mount) + 1]]
@@ -92,12 +92,12 @@ def _groups(root: Path, controller: str) -> list[tuple[Path, int]]:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where it does not exist or sets no limit (`max`, -1)."""
+    """The number in a file; None if the file is absent or sets no limit (`max`, -1)."""
     return _two_numbers(path)[0]
 
 
 def _two_numbers(path: Path) -> tuple[int | None, int | None]:
-    """The first two numbers of a file, like `max 100000`; None for what is not one."""
+    """The first two numbers of a file such as `max 100000`; None for what is not a number."""
     try:
         words = path.read_text().split()
     except (FileNotFoundError, NotADirectoryError):
@@ -107,7 +107,7 @@ def _two_numbers(path: Path) -> tuple[int | None, int | None]:
 
 
 def _file_pages(folder: Path) -> int:
-    """Bytes of a group that are copies of files."""
+    """Bytes of a group's memory that are cached file pages."""
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
     except FileNotFoundError:

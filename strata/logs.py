@@ -1,6 +1,6 @@
-"""Lines for people and JSON lines for programs; neither ends the work where a disk is full.
+"""Logging to stderr and to files of JSON lines; a full disk loses records but never ends the run.
 
-One logger, rank in every record, and warnings that are said once.
+Every record has the rank, and a repeated warning is logged once.
 """
 
 import json
@@ -26,20 +26,20 @@ _said: set[str] = set()
 
 
 class SteadyStream:
-    """Standard error for lines that the work can do without: what cannot be written is dropped.
+    """A wrapper of standard error that drops what cannot be written instead of raising.
 
-    It may be a file on a disk that is full. Whatever name of `sys.stderr` is asked for is its own.
+    Standard error may be a file on a full disk. All other attributes are those of `sys.stderr`.
     """
 
     def write(self, text: str) -> int:
-        """Write, if that is possible."""
+        """Write `text`; an error of the system is ignored."""
         try:
             return sys.stderr.write(text)
         except OSError:
             return 0
 
     def flush(self) -> None:
-        """Flush, if that is possible."""
+        """Flush; an error of the system is ignored."""
         try:
             sys.stderr.flush()
         except OSError:
@@ -50,7 +50,7 @@ class SteadyStream:
 
 
 class _RankFilter(logging.Filter):
-    """Adds the rank, and lets only rank 0 speak below the level of a warning."""
+    """Adds the rank; on ranks other than 0 only warnings and errors pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         rank = int(launch.rank_text() or "0")
@@ -59,7 +59,7 @@ class _RankFilter(logging.Filter):
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Send the records of the `strata` loggers to stderr, each with time, rank and level."""
+    """Send records of the `strata` loggers to stderr with time, rank and level."""
     handler: logging.StreamHandler[Any] = logging.StreamHandler(SteadyStream())
     handler.setFormatter(
         logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s", "%H:%M:%S")
@@ -77,20 +77,20 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log `message` as a warning the first time this process says it."""
+    """Log `message` as a warning, once in a process."""
     if message not in _said:
         _said.add(message)
         logger.warning(message)
 
 
 class JsonLines:
-    """A file to which records are appended, one a line; a full disk costs records, not the work.
+    """A file to which JSON records are appended, one a line; a full disk does not raise.
 
-    A record that cannot be written is counted, which the first time is said; the next one is
-    tried again. Lines that a full disk cut off are ended, so that every later line can be read.
+    A record that cannot be written is counted, and the first one is logged as a warning. The next
+    record is tried again, after a newline that ends a truncated line, so that it can be read.
 
     Args:
-        path: The file; made if it does not exist.
+        path: The file; created if it does not exist.
 
     Raises:
         OSError: It cannot be opened.
@@ -100,14 +100,14 @@ class JsonLines:
         self._path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.num_lost = 0
-        """Records that could not be written."""
+        """Number of records that could not be written."""
         self._num_told = 0
         size = os.fstat(self._handle).st_size
-        # A kill may have cut off the last line of the run before.
+        # The last line may be truncated if the run before was killed.
         self._cut = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record, if that is possible."""
+        """Write one record; an error of the disk is counted and not raised."""
         line = (b"\n" if self._cut else b"") + json.dumps(record).encode() + b"\n"
         written = 0
         try:
@@ -138,7 +138,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a file of JSON lines, and how many lines a kill or a full disk cut off.
+    """Read a file of JSON lines: its records and the number of truncated lines.
 
     Raises:
         OSError: The file cannot be read.

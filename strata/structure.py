@@ -1,6 +1,6 @@
-"""What a container's structure says that FFmpeg does not tell: its length, its declared frames.
+"""Read facts from a container's structure that FFmpeg does not report: length and frame count.
 
-Only heads of boxes, chunks and elements are read, so it costs next to nothing.
+Only headers of boxes, chunks and elements are read, so this is fast.
 """
 
 import io
@@ -12,7 +12,7 @@ from typing import BinaryIO
 __all__ = ["declared_frames", "missing_bytes"]
 
 _SLACK = 16
-"""Bytes by which a complete file may miss its stated length: writers that count their own header
+"""Bytes by which a complete file may be shorter than stated: writers that count their own header
 are common."""
 
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -25,21 +25,21 @@ _MAX_BOXES = 1 << 20
 
 @contextmanager
 def _opened(where: Path | bytes) -> Iterator[tuple[BinaryIO, int]]:
-    """The file and its size."""
+    """Open the file and return it with its size."""
     with io.BytesIO(where) if isinstance(where, bytes) else where.open("rb") as file:
         yield file, file.seek(0, io.SEEK_END)
 
 
 def declared_frames(where: Path | bytes) -> int:
-    """How many frames an mp4 or mov declares, in its tables or in its largest fragment.
+    """Number of frames that an mp4 or mov declares, in its tables or in its largest fragment.
 
-    FFmpeg makes room for them before it reads one, and a few bytes can declare a thousand million.
+    FFmpeg allocates memory for them before it reads one, and a few bytes can declare a billion.
 
     Args:
         where: The file, or its content.
 
     Returns:
-        The largest number of any picture track; 0 for other formats.
+        The largest number of any video track; 0 for other formats.
     """
     with _opened(where) as (file, size):
         file.seek(4)
@@ -59,7 +59,7 @@ def declared_frames(where: Path | bytes) -> int:
                 length, start = int.from_bytes(head[8:16], "big"), 16
             end = ends[-1] if length < start else place + length
             body = head[start:]
-            if kind == b"hdlr" and body[4:8] != b"dhlr":  # QuickTime has one for data handlers.
+            if kind == b"hdlr" and body[4:8] != b"dhlr":  # QuickTime has one for data too.
                 is_video = body[8:12] == b"vide"
             elif kind in (b"stsz", b"stz2") and is_video:
                 most = max(most, int.from_bytes(body[8:12], "big"))
@@ -74,13 +74,13 @@ def declared_frames(where: Path | bytes) -> int:
 
 
 def missing_bytes(where: Path | bytes) -> int:
-    """How many bytes a file lacks to the end of its last chunk, element or object.
+    """Number of bytes that a file lacks up to the end of its last chunk, element or object.
 
     Args:
         where: The file, or its content.
 
     Returns:
-        0 if it lacks none, or where the format does not tell.
+        0 if it lacks none or the format does not state it.
     """
     with _opened(where) as (file, size):
         file.seek(0)
@@ -96,13 +96,13 @@ def missing_bytes(where: Path | bytes) -> int:
 
 
 def _end_of_riff(file: BinaryIO, size: int) -> int:
-    """The end of the last RIFF chunk; large AVIs have several, one behind the other."""
+    """The end of the last RIFF chunk; large AVIs have several in sequence."""
     place = 0
     while place + 8 <= size:
         file.seek(place)
         head = file.read(8)
         length = int.from_bytes(head[4:], "little")
-        # A recorder that was stopped leaves 0, and some write the largest number there is.
+        # An interrupted recorder leaves 0, and some write the largest number possible.
         if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):
             break
         place += 8 + length + length % 2
@@ -122,7 +122,7 @@ def _end_of_asf(file: BinaryIO, size: int) -> int:
 
 
 def _end_of_ebml(file: BinaryIO, size: int) -> int:
-    """The end of the segment, or where its length is unknown, of the last cluster."""
+    """The end of the segment or, if its length is unknown, of the last cluster."""
     place = 0
     while place < size:
         file.seek(place)
@@ -134,13 +134,13 @@ def _end_of_ebml(file: BinaryIO, size: int) -> int:
             place = file.tell()
             continue
         if unknown:
-            break  # Clusters of a live stream: nothing tells where the last one ends.
+            break  # Clusters of a live stream: the end of the last one is unknown.
         place = file.tell() + length
     return place
 
 
 def _ebml_number(file: BinaryIO, *, keep_marker: bool = False) -> int | None:
-    """A number of variable length: an identifier, or a size, -1 for unknown; None at the end."""
+    """Read a number of variable length: an identifier or a size; -1 unknown, None at the end."""
     first = file.read(1)
     if not first or first[0] == 0:
         return None

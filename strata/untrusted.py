@@ -1,4 +1,4 @@
-"""Checks for everything that is read from files and networks that others may have written.
+"""Validation of names and JSON from files and networks that others may have written.
 
 A name from outside passes `checked_name` before it touches a path, a page or a metric. Names that
 may have other characters, such as those of classes, pass `checked_text`, and become part of a path
@@ -35,10 +35,10 @@ _SHOWN_ERROR = 300
 _UNSAFE_IN_NAME = re.compile(r"[^A-Za-z0-9._-]")
 _STEM_LENGTH = 100
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
-"""Control characters, line separators, and halves of characters, which UTF-8 cannot store. Allowed
-are the halves that stand for a byte of a name that is not UTF-8, see `encode_text`."""
+"""Control characters, line separators and lone surrogates, which UTF-8 cannot store. The surrogates
+that represent a byte of a name that is not UTF-8 are allowed, see `encode_text`."""
 
-# Not `$`, which would let a newline at the end pass.
+# Not `$`, which would accept a newline at the end.
 Digest = msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")
 """Annotation of a field that holds a SHA-256 in hexadecimal: `Annotated[str, Digest]`."""
 
@@ -58,7 +58,7 @@ def checked_name(
         max_length: The most characters it may have, at most 255.
 
     Raises:
-        StrataError: Of class `error`; the name is of another form.
+        StrataError: Of class `error`; the name does not have this form.
     """
     limit = min(max_length, _MAX_NAME_LENGTH)
     if isinstance(name, str) and len(name) <= limit and _NAME.fullmatch(name):
@@ -98,10 +98,10 @@ def checked_text(
 
 
 def file_stem(name: str) -> str:
-    """A safe part of a file name for a sample's key, which may hold `/` or any other character.
+    """Make a safe part of a file name from a sample's key, which may contain any character.
 
-    A key of safe characters stays as it is. In any other, each unsafe character becomes `_`, and
-    a hash of the key follows, so that different keys have different names.
+    A key of safe characters is unchanged. Otherwise each unsafe character becomes `_`, and a hash
+    of the key is appended, so that different keys have different names.
     """
     safe = _UNSAFE_IN_NAME.sub("_", name)
     if safe == name and len(name) <= _STEM_LENGTH and not name.startswith("."):
@@ -158,7 +158,7 @@ def _parse_lines(data: bytes, kind: type[T]) -> list[T]:
 
 
 def _has_surrogate(data: bytes | str) -> bool:
-    """Whether a name is not UTF-8, see `encode_text`; msgspec's parser refuses its escape."""
+    """Whether a name is not UTF-8, see `encode_text`; msgspec's parser rejects its escape."""
     return "\\udc" in data if isinstance(data, str) else b"\\udc" in data
 
 

@@ -1,1 +1,1 @@
-"""Batches to a checkpoint."""
+"""Pretraining: from batches to a checkpoint."""

@@ -21,14 +21,14 @@ __all__ = ["MonitorConfig", "TrainConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig(ExporterConfig):
-    """What a run tells of itself."""
+    """Settings of logs, metrics and health measurements of a run."""
 
     log_every: int = 10
     """Steps between log lines, JSON records and readings of the losses."""
     health_every: int = 50
-    """Steps between readings of the representation's health."""
+    """Steps between measurements of the representation's health."""
     verdict_s: float = 60.0
-    """Seconds between verdicts on what holds the run back; 0 gives one with each log line."""
+    """Seconds between reports of the bottleneck; 0 reports it with each log line."""
     progress: bool = True
     """Whether rank 0 shows a progress bar."""
     tensorboard: bool = False
@@ -57,38 +57,38 @@ class TrainConfig:
     run: Path
     """The run's folder: config, log, checkpoints."""
     data: DataConfig
-    """Where batches come from and what they look like."""
+    """Training data: shards, batch size, clips and augmentation."""
     model: BackboneConfig = field(default_factory=BackboneConfig)
     """The encoder."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """The recipe."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """What changes at which epoch."""
+    """Epochs at which stage, learning rate and queue change."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How a step is computed."""
+    """Device, precision, optimizer and parallelism."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    """What the run tells of itself."""
+    """Logs, metrics and health measurements."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    """Retrieval on a labelled set while training goes on."""
+    """Retrieval on a labelled set during training."""
     seed: int = 0
-    """Of weights, order and augmentation; in [0, 2^32)."""
+    """Seed of weights, order and augmentation; in [0, 2^32)."""
     resume: Literal["never", "auto"] = "never"
-    """auto goes on from the run's newest checkpoint, or starts if there is none."""
+    """auto resumes from the run's newest checkpoint, or starts if there is none."""
     stop_after_steps: int = 0
-    """End after so many steps since the run's start, with a checkpoint; 0 runs all epochs."""
+    """Number of steps after which the run saves and ends; 0 runs all epochs."""
     collect_every_steps: int = 100
-    """Steps between collections of Python's garbage, the same on all ranks; 0 leaves it to Python,
-    which collects at any moment on any rank while the others wait."""
+    """Steps between garbage collections, the same on all ranks; with 0 Python collects at any time
+    on any rank while the others wait."""
     plan_only: bool = False
-    """Print what the run would do (docs/operations.md, The start-up page) and end."""
+    """Print the run plan (docs/operations.md, The start-up page) and end."""
 
     def __post_init__(self) -> None:
-        """Check what concerns several parts.
+        """Check settings that depend on each other.
 
         Raises:
-            ConfigError: Parts contradict each other.
+            ConfigError: Settings contradict each other.
         """
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
@@ -109,10 +109,10 @@ class TrainConfig:
             )
 
     def check_world(self, world: World) -> None:
-        """Check what depends on the number of ranks.
+        """Check settings that depend on the number of ranks.
 
         Raises:
-            ConfigError: The batch does not divide by the ranks.
+            ConfigError: The number of ranks does not divide the batch size.
         """
         parts = world.size * self.engine.accumulation
         if self.data.batch_size % parts:

@@ -1,10 +1,10 @@
 """16-bit conv3d on a CPU whose weight gradient is computed in float32.
 
-oneDNN's own in bfloat16 is wrong (torch 2.14.1, AVX-512 BF16): it leaves memory unwritten and
-writes beyond its end, so that values are NaN or the process aborts; kernels of 3 over two time
-steps are enough. Its forward pass and input gradient were right in all tries, and float32 is right
-for all that the encoders compute (docs/log.md). Without oneDNN all is right, and 15 to 50 times as
-slow.
+oneDNN's weight gradient in bfloat16 is wrong (torch 2.14.1, AVX-512 BF16): it leaves memory
+unwritten and writes out of bounds, so that values are NaN or the process aborts; a kernel of 3 over
+two time steps is enough. Its forward pass and input gradient were correct in all experiments, and
+float32 is correct for everything that the encoders compute (docs/log.md). Without oneDNN everything
+is correct, but 15 to 50 times as slow.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ __all__ = ["Float32WeightGradient", "sound_convolutions"]
 def sound_convolutions(
     device: torch.device, dtype: torch.dtype | None
 ) -> AbstractContextManager[object]:
-    """What a forward pass goes through so that its backward pass is right, again and again.
+    """Context manager for a forward pass that makes its backward pass correct; reusable.
 
     Args:
-        device: Where it is computed.
-        dtype: Of autocast; None without.
+        device: The device of the computation.
+        dtype: The dtype of autocast; None without autocast.
     """
     if device.type == "cpu" and dtype is not None:
         return Float32WeightGradient()
@@ -34,12 +34,12 @@ def sound_convolutions(
 
 
 class Float32WeightGradient(TorchFunctionMode):
-    """While entered, conv3d under a CPU's autocast has its weight gradient from float32."""
+    """Function mode in which conv3d under CPU autocast gets its weight gradient in float32."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Call `func`, or what stands for conv3d."""
+        """Call `func`, or the replacement of conv3d."""
         if func is functional.conv3d and torch.is_autocast_enabled("cpu"):
             return _conv3d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

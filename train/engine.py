@@ -1,4 +1,4 @@
-"""The only importer of deepspeed: derive its JSON, initialise, backward, step, copy the state."""
+"""The training engine on DeepSpeed: configuration, backward pass, update and state."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -36,36 +36,36 @@ _MOMENTUM = "momentum_buffer"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step is computed."""
+    """Settings of device, precision, optimizer and parallelism."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU of this local rank where there is one."""
+    """Device to train on; auto is the GPU of this local rank if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """bf16 and fp16 (with loss scaling) by torch autocast; auto: bf16 on a GPU, else fp32."""
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed's ZeRO: 0 is fastest at these sizes; 1 shards Adam's state, 2 gradients too."""
     accumulation: int = 1
-    """Parts in which a batch is computed, to save memory; the set of negatives shrinks with it."""
+    """Micro-batches per batch, to save memory; a video has fewer negatives with more of them."""
     learning_rate: float = 1e-3
     """Initial learning rate. TEXT: 1e-3."""
     weight_decay: float = 1e-5
     """L2 penalty added to the gradient, not decoupled. TEXT: 1e-5."""
     grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip, as published."""
+    """Norm to which the gradient is clipped; 0 does not clip, as published."""
     max_skipped_steps: int = 0
-    """Steps of a run that may be left out because a loss or the gradient is not finite."""
+    """Steps of a run that may be skipped because a loss or the gradient is not finite."""
     dump_bad_batch: bool = False
-    """Whether the batch of such a step is written below the run, in `bad-batches`."""
+    """Whether the batch of such a step is written to the run's folder, to `bad-batches`."""
     sync_batch_norm: bool = False
-    """Whether batch norm has the statistics of all ranks, docs/method.md."""
+    """Whether batch norm uses the statistics of all ranks, see docs/method.md."""
     compile: bool = False
-    """Whether the backbone goes through torch.compile."""
+    """Whether the backbone is compiled by torch.compile."""
     channels_last: bool = True
-    """Whether convolutions' weights lie in memory as the clips do; not under ZeRO."""
+    """Whether weights of convolutions have channels last, as the clips do; not under ZeRO."""
     cudnn_benchmark: bool = True
-    """Whether cuDNN tries its algorithms on the first steps."""
+    """Whether cuDNN benchmarks its algorithms in the first steps."""
     world_timeout_s: float = 600.0
-    """Seconds until a world that does not form, or a stalled collective, ends the run."""
+    """Seconds to wait for the process group to form, and for every collective."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -78,7 +78,7 @@ class EngineConfig:
         if self.accumulation < 1:
             raise ConfigError(f"engine.accumulation is {self.accumulation}; use 1 or more")
         if self.precision == "fp16" and self.zero:
-            # Its scaler under ZeRO is moved once a parameter group, and not at all by an overflow.
+            # Under ZeRO its scaler is updated once per parameter group, and never by an overflow.
             raise ConfigError(
                 f"engine.precision fp16 with engine.zero {self.zero}: DeepSpeed's loss scale would "
                 "never fall; use bf16, or engine.zero 0"
@@ -92,19 +92,19 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are updated or left alone together."""
+    """A named group of parameters that are updated or frozen together."""
 
     name: str
     parameters: Sequence[nn.Parameter]
     lr_factor: float = 1.0
-    """Learning rate of the group over that of the others."""
+    """Learning rate of the group relative to that of the others."""
 
 
 def choose_device(config: EngineConfig, world: World) -> torch.device:
-    """The device of this rank.
+    """Choose the device of this rank.
 
     Raises:
-        ConfigError: A GPU is asked for that this machine does not have.
+        ConfigError: The requested GPU does not exist.
     """
     available = torch.cuda.device_count()
     if config.device == "cpu" or (config.device == "auto" and available == 0):
@@ -125,20 +125,20 @@ def derive_deepspeed(
     device: torch.device,
     momentum: float | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; users never write it.
+    """Derive DeepSpeed's configuration from the typed settings; users never write it.
 
     Args:
         config: The typed settings.
         batch_size: Samples in a global batch.
-        world_size: Ranks.
-        device: Where this rank computes.
+        world_size: Number of ranks.
+        device: The device of this rank.
         momentum: Of SGD, which then takes the place of Adam.
 
     Returns:
-        What `deepspeed.initialize` takes.
+        The configuration for `deepspeed.initialize`.
 
     Raises:
-        ConfigError: A setting is not to be had on this device.
+        ConfigError: The device does not support a setting.
     """
     on_gpu = device.type == "cuda"
     precision = config.precision
@@ -149,10 +149,10 @@ def derive_deepspeed(
         "betas": [0.9, 0.999],
         "eps": 1e-8,
         "weight_decay": config.weight_decay,
-        # torch's own Adam needs no compiler at run time; DeepSpeed's "Adam" would be AdamW.
+        # torch's Adam needs no compiler at run time; DeepSpeed's "Adam" would be AdamW.
         "torch_adam": True,
         "adam_w_mode": False,
-        # It alone can leave a step out by a flag that stays on the device.
+        # Only fused Adam can skip a step by a flag that stays on the device.
         "fused": True,
     }
     derived: dict[str, Any] = {
@@ -167,7 +167,7 @@ def derive_deepspeed(
         "steps_per_print": 1_000_000_000,
     }
     if precision != "fp32":
-        # Native bf16 casts parameters but not batch normalisation's buffers, and fails.
+        # DeepSpeed's bf16 casts parameters but not batch norm's buffers, and fails.
         derived["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
     return derived
 
@@ -184,17 +184,17 @@ def _sgd(config: EngineConfig, momentum: float) -> dict[str, Any]:
 
 
 class Engine:
-    """A model, its optimizer and its peers.
+    """Runs the forward pass, backward pass and update of a model, and copies its state.
 
     Args:
-        model: Called through `__call__`; its parameters must all be in `groups`, but for those
-            that need no gradient.
-        groups: What can be frozen apart.
+        model: Called through `__call__`; all of its parameters that need gradients must be in
+            `groups`.
+        groups: The groups of parameters that can be frozen separately.
         config: The typed settings.
         batch_size: Samples in a global batch.
-        world: This rank and its peers; the process group is formed.
-        device: Where to compute.
-        run: Folder in which DeepSpeed's derived settings are left for reading.
+        world: This rank and the world size; the process group is formed.
+        device: The device to compute on.
+        run: Folder to which DeepSpeed's derived settings are written for reference.
         momentum: Of SGD, which then takes the place of Adam.
     """
 
@@ -210,11 +210,11 @@ class Engine:
         run: Path,
         momentum: float | None = None,
     ) -> None:
-        # Importing deepspeed probes compilers and devices for seconds; only a run pays for it.
+        # Importing deepspeed takes seconds, so it is imported only when a run needs it.
         import deepspeed
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-        # Only for inference, yet compiled for a minute, with a compiler that may not be there.
+        # Only for inference, but compiling it takes a minute and needs a compiler.
         deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         derived = derive_deepspeed(
             config,
@@ -249,7 +249,7 @@ class Engine:
         self._world = world
         self._model = model
         self.device = device
-        # Any: DeepSpeed's declared types name every optimizer that it could have made.
+        # Any: DeepSpeed declares the union of all its optimizers.
         self.engine: Any
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),
@@ -263,9 +263,9 @@ class Engine:
         self._norm = torch.zeros((), device=device)
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.bool, device=device)
-        """Whether the last step was left out, on the device; the same on all ranks."""
+        """Whether the last step was skipped, on the device; the same on all ranks."""
         if momentum is not None:
-            # As after a first step of gradient 0, so that a first step can be left out too.
+            # The state after a first step of gradient 0, so that a first step can be skipped too.
             for group in self.engine.optimizer.param_groups:
                 for parameter in group["params"]:
                     self.engine.optimizer.state[parameter][_MOMENTUM] = torch.zeros_like(parameter)
@@ -273,11 +273,11 @@ class Engine:
         self._guard_adam()
 
     def _guard_adam(self) -> None:
-        """Let Adam leave a step out where `skipped` says so.
+        """Make Adam skip a step if `skipped` is true.
 
         Without ZeRO the fused kernels read the flag on the device, as they do for fp16's scaler, so
         that the host need not wait. With ZeRO the host reads it, as ZeRO does with the gradient's
-        norm in each step anyway.
+        norm in every step.
         """
         adam = self.engine.optimizer.optimizer if self._zero else self.engine.optimizer
         original = adam.step
@@ -299,7 +299,7 @@ class Engine:
         adam.step = step
 
     def watch_averaging(self, watch: Callable[[], AbstractContextManager[None]]) -> None:
-        """Let `watch()` enclose the averaging of gradients over ranks, to time it."""
+        """Run the averaging of gradients over ranks inside `watch()`, to time it."""
         average = self.engine.allreduce_gradients
 
         def watched(*args: Any, **kwargs: Any) -> None:
@@ -309,7 +309,7 @@ class Engine:
         self.engine.allreduce_gradients = watched
 
     def watch_update(self, watch: Callable[[], AbstractContextManager[None]]) -> None:
-        """Let `watch()` enclose the optimizer's update, to time it."""
+        """Run the optimizer's update inside `watch()`, to time it."""
         adam = self.engine.optimizer.optimizer if self._zero else self.engine.optimizer
         update = adam.step
 
@@ -320,31 +320,31 @@ class Engine:
         adam.step = watched
 
     def __call__(self, *args: Any) -> Any:
-        """The model's forward pass, under autocast where the precision asks for it."""
+        """Run the model's forward pass, under autocast if the precision is 16 bits."""
         if self._bad_loss is None:
-            # Batch norm and the queue move in the forward pass, before anyone knows of a fault.
+            # The forward pass changes batch norm and the queue before a fault is known.
             _copy(self._buffers, self._kept)
         with self._convolutions:
             return self.engine(*args)
 
     def step(self, loss: Tensor, *, lr_factor: float, frozen: Collection[str] = ()) -> None:
-        """Backward pass, averaging of gradients over ranks, and the optimizer's update.
+        """Run the backward pass, average gradients over ranks, and update the weights.
 
-        A frozen group is left exactly as it is: no update, no weight decay, and its Adam state
-        starts when it is first used. DeepSpeed alone would give unused parameters a gradient of
-        zero, to which the L2 penalty is added and which Adam then scales up to full steps: heads
-        that wait for the second stage would be gone when it comes.
+        A frozen group does not change: no update, no weight decay, and its Adam state starts at its
+        first use. DeepSpeed would give unused parameters a gradient of zero, to which the L2
+        penalty is added and which Adam scales up to full steps: the heads of the second stage would
+        decay to zero before it starts.
 
-        Where the loss or the gradient is not finite on any rank, the step is left out on all:
-        weights, Adam's state and buffers are as before it, and `skipped` is true. An overflow under
-        fp16's loss scaling is no such fault; the scaler then leaves the update out.
+        If the loss or the gradient is not finite on any rank, the step is skipped on all: weights,
+        Adam's state and buffers are as before it, and `skipped` is true. An overflow under fp16's
+        loss scaling is not such a fault; the scaler then skips the update.
 
-        With `accumulation` it is called once a part, and acts with the last.
+        With `accumulation` it is called once per micro-batch, and the last call updates.
 
         Args:
             loss: Scalar.
-            lr_factor: Learning rate over its initial value.
-            frozen: Names of groups to leave alone.
+            lr_factor: Learning rate relative to its initial value.
+            frozen: Names of the groups to freeze.
         """
         bad = ~torch.isfinite(loss.detach())
         self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
@@ -364,7 +364,7 @@ class Engine:
         self.skipped = any_rank(self._bad_loss)
         self._bad_loss = None
         if not self._zero:
-            # Averaged over ranks by now, so all ranks find the same.
+            # The gradient is already averaged over ranks, so all ranks get the same result.
             grads = [p.grad for p in self._model.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(grads)
             if self.engine.torch_autocast_z0_gradscaler is None:
@@ -386,11 +386,11 @@ class Engine:
             _copy(self._kept, self._buffers)
 
     def num_skipped(self) -> int:
-        """Steps left out since this object was made. Waits for the device."""
+        """Steps skipped since this object was created. Waits for the device."""
         return int(self._num_skipped)
 
     def _forget_frozen(self, frozen: Collection[str]) -> None:
-        """Drop the count of steps that Adam took on zero gradients of sharded frozen groups."""
+        """Reset Adam's step count of sharded frozen groups, which had zero gradients."""
         inner = self.engine.optimizer.optimizer
         for group in inner.param_groups:
             if group["name"] in frozen:
@@ -411,11 +411,11 @@ class Engine:
     def snapshot(self, *, keep: bool = True) -> "Snapshot":
         """Copy weights, buffers, Adam's state, loss scale and random state to the host's memory.
 
-        All ranks call it, since ZeRO's shares are gathered; the names and shapes are the same for
-        each stage and any number of ranks.
+        All ranks call it, since ZeRO's shards are gathered; the names and shapes are the same for
+        all stages and any number of ranks.
 
         Args:
-            keep: Whether this rank wants the copy; the others get an empty one.
+            keep: Whether this rank needs the copy; without it the result is empty.
         """
         training: dict[str, Tensor] = {}
         for name, moments in self._adam():
@@ -435,7 +435,7 @@ class Engine:
         )
 
     def restore(self, snapshot: "Snapshot") -> None:
-        """Take back what `snapshot` copied, bit by bit. All ranks call it.
+        """Restore exactly what `snapshot` copied. All ranks call it.
 
         Raises:
             CheckpointError: The state does not fit this model.
@@ -481,11 +481,11 @@ class Engine:
             scaler.load_state_dict(snapshot.loss_scale)
 
     def _step_device(self, parameter: Tensor) -> torch.device:
-        """Where Adam keeps its count of steps."""
+        """The device of Adam's step count."""
         return parameter.device if self.device.type == "cuda" else torch.device("cpu")
 
     def _adam(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Adam's state of every parameter that was ever updated, by name."""
+        """Adam's state by name, of every parameter that has been updated."""
         names = {id(p): name for name, p in self._model.named_parameters()}
         if not self._zero:
             for parameter, state in self.engine.optimizer.state.items():
@@ -510,7 +510,7 @@ class Engine:
                 )
 
     def _shares(self) -> Iterator[tuple[list[nn.Parameter], Tensor, nn.Parameter, Any]]:
-        """Of each of ZeRO's groups: parameters, the vector they are views of, this rank's part."""
+        """For each ZeRO group: parameters, the vector they are views of, and this rank's part."""
         zero = self.engine.optimizer
         for group, flat, part in zip(
             zero.bit16_groups,
@@ -524,7 +524,7 @@ class Engine:
         names = {id(p): name for name, p in self._model.named_parameters()}
         for parameters, flat, part, inner in self._shares():
             start = self._world.rank * part.numel()
-            # The weights are views of the flat vector: loading them has filled it.
+            # The weights are views of the flat vector, so loading them filled it.
             part.data.copy_(flat[start : start + part.numel()])
             inner.state.pop(part, None)
             known = [p for p in parameters if names[id(p)] in saved]
@@ -542,22 +542,22 @@ class Engine:
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    """All of them in few kernels."""
+    """Copy all tensors with few kernels."""
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _to_host(value: Tensor) -> Tensor:
-    """A copy of its own in the host's memory, contiguous."""
+    """A contiguous copy in the host's memory that shares nothing."""
     return value.detach().to("cpu", copy=True).contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that an engine's future depends on, on the host."""
+    """The complete state of an engine, on the host."""
 
     model: Mapping[str, Tensor]
     """Weights and buffers by name."""
     training: Mapping[str, Tensor]
     """Adam's `step.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`; `random.cpu`, `random.cuda`."""
     loss_scale: Mapping[str, float]
-    """State of fp16's loss scaling; empty without."""
+    """State of fp16's loss scaling; empty for other precisions."""

@@ -1,12 +1,12 @@
-"""A checkpoint's encoder as files for use elsewhere: weights, config, a card that says what it is.
+"""Export the encoder of a checkpoint for use elsewhere: weights, config and a model card.
 
     model.safetensors   weights and buffers; or
     encoder.pt2         the same as a program of torch.export
     config.json         architecture, input, training
     README.md           the model card, with the code that loads it
 
-Nothing in `model.safetensors` and `config.json` can be executed. A `.pt2` may hold pickled parts:
-`torch.export.load` is for files of people you trust, and the card says so.
+Nothing in `model.safetensors` and `config.json` can be executed. A `.pt2` may contain pickled
+parts: use `torch.export.load` only for files from trusted sources. The card states this.
 """
 
 import dataclasses
@@ -51,22 +51,22 @@ _NUM_COLOURS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """What to export, and how."""
+    """Settings of an export: checkpoint, output folder, names and format."""
 
     checkpoint: Path
     """A run's folder, or one of its checkpoints."""
     out: Path
-    """A folder that is not there yet."""
+    """The output folder, which must not exist."""
     names: Literal["torchvision", "strata"] = "torchvision"
-    """torchvision: weights that torchvision's r3d_18 or s3d takes, RGB input, width 64 only.
-    strata: exactly the encoder's own, any width, with a fourth input plane if it was trained so."""
+    """torchvision: weights that torchvision's r3d_18 or s3d can load, RGB input, width 64 only.
+    strata: the encoder's own weights, any width, with a fourth input plane if it has one."""
     format: Literal["safetensors", "torch_export"] = "safetensors"
     """safetensors: weights. torch_export: a program for torch.export.load, RGB input, any number of
     clips, of the size and frames that the encoder was trained on."""
 
 
 class _Exported(msgspec.Struct, frozen=True):
-    """What `load_export` reads of config.json."""
+    """The part of config.json that `load_export` reads."""
 
     format: Literal[1]
     backbone: dict[str, Any]
@@ -82,7 +82,7 @@ class _CardData(msgspec.Struct, frozen=True):
 
 
 class _CardFacts(msgspec.Struct, frozen=True):
-    """What the model card tells of a training's config."""
+    """The part of a training's config that the model card shows."""
 
     method: _CardMethod
     data: _CardData
@@ -90,7 +90,7 @@ class _CardFacts(msgspec.Struct, frozen=True):
 
 
 class _ThreeLevels(nn.Module):
-    """Levels as a plain tuple: programs do not know our class."""
+    """Wrapper that returns levels as a plain tuple, since exported programs lack our class."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _ThreeLevels(nn.Module):
 
 
 def write_export(command: ExportCommand) -> Path:
-    """Write an export, whole or not at all.
+    """Write an export atomically.
 
     Returns:
         `command.out`.
@@ -116,7 +116,7 @@ def write_export(command: ExportCommand) -> Path:
     found = find_checkpoint(command.checkpoint)
     if found is None:
         raise CheckpointError(
-            f"{command.checkpoint} holds no complete checkpoint; give a run's folder"
+            f"{command.checkpoint} holds no complete checkpoint; give the folder of a run"
         )
     state = read_state(found)
     encoder = load_backbone(found).eval()
@@ -167,7 +167,7 @@ def write_export(command: ExportCommand) -> Path:
 
 
 def load_export(folder: Path) -> Backbone:
-    """The encoder of an export with weights, in evaluation mode; nothing in it is executed.
+    """Load the encoder of an export with weights, in evaluation mode, without executing code.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another architecture.
@@ -186,7 +186,7 @@ def load_export(folder: Path) -> Backbone:
 def _describe(
     command: ExportCommand, trained: BackboneConfig, config: dict[str, Any], *, in_channels: int
 ) -> dict[str, Any]:
-    """What config.json holds but for the training."""
+    """Content of config.json without the training's settings."""
     clips = trained_clips(config)
     return {
         "format": _FORMAT,
@@ -209,15 +209,15 @@ def _describe(
 
 
 def _input(trained: BackboneConfig) -> InputChoice:
-    """What the encoder sees once it is trained."""
+    """Kind of input of the trained encoder."""
     return "difference" if trained.input == "difference" else "rgb"
 
 
 def _training(config: dict[str, Any], found: Path) -> dict[str, Any]:
-    """The run's settings without the paths of the machine that it ran on.
+    """The run's settings without paths of the machine on which it ran.
 
     Raises:
-        CheckpointError: The config lacks what the card tells.
+        CheckpointError: The config lacks a setting that the card shows.
     """
     try:
         msgspec.convert(config, _CardFacts)
@@ -232,7 +232,7 @@ def _training(config: dict[str, Any], found: Path) -> dict[str, Any]:
 def _program(
     encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
 ) -> torch.export.ExportedProgram:
-    """The encoder with RGB input, for any number of clips."""
+    """Export the encoder as a program with RGB input for any number of clips."""
     rgb = dataclasses.replace(
         trained, in_channels=_NUM_COLOURS, input=_input(trained), fold_stem=False
     )
@@ -299,11 +299,11 @@ features = high.mean(dim=(2, 3, 4))
 
 
 def example_code(described: dict[str, Any], folder: str) -> str:
-    """Python that loads an export and turns `clips` into `features`.
+    """Python code that loads an export and turns `clips` into `features`.
 
     Args:
-        described: What config.json holds.
-        folder: Where the export lies.
+        described: Content of config.json.
+        folder: Folder of the export.
     """
     if described["file"] == _PROGRAM:
         code = _PROGRAM_CODE
@@ -317,7 +317,7 @@ def example_code(described: dict[str, Any], folder: str) -> str:
 
 
 def _card(described: dict[str, Any]) -> str:
-    """The model card."""
+    """Text of the model card."""
     backbone, clips, training = described["backbone"], described["input"], described["training"]
     settings = training["settings"]
     terms = {k: v for k, v in settings["method"]["weights"].items() if v > 0}
@@ -355,7 +355,7 @@ by {list(clips["std"])}{planes} |{seen}
 | terms of the loss | {", ".join(f"{weight:g} {term}" for term, weight in terms.items())} |
 | file | `{described["file"]}`, names of {described["names"]} |
 
-Everything that was set stands in `config.json`.
+All settings are in `config.json`.
 
 ## Use
 
@@ -367,12 +367,12 @@ Everything that was set stands in `config.json`.
 
 {trust}
 
-## What it was not tested for
+## Limits
 
-The encoder knows what its training videos show, with their biases. How good it is was measured
-where the run's evaluation says so, and nowhere else. The rights in the videos are their owners'.
+The encoder reflects the content and the biases of its training videos. Its quality was measured
+only by the evaluation of the run. The rights in the videos are their owners'.
 """
 
 
 _FEATURES = {"r3d18": 8, "s3d": 16}
-"""Numbers of a feature vector over the width."""
+"""Length of a feature vector relative to the width."""

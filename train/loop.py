@@ -36,7 +36,7 @@ from strata.train.representation.online_retrieval import OnlineProbe
 from strata.train.run import checkpoint
 from strata.train.run.checkpoint import RunState, Saver
 from strata.train.run.gc_schedule import StepGarbage
-from strata.train.run.non_finite import Finding, Report, mean_terms
+from strata.train.run.non_finite import NonFiniteFlags, Report, mean_terms
 from strata.train.run.run_plan import describe_run
 from strata.train.run.stop_signals import StopSignals
 from strata.train.run.watchdog import Watchdog
@@ -46,7 +46,7 @@ __all__ = ["Trainer"]
 logger = get_logger(__name__)
 
 _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed")
-"""Settings that a run keeps for its whole life; for the others, who changes them knows why."""
+"""Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
     *("data.shards", "probe.gallery", "probe.query"),
@@ -55,23 +55,23 @@ _FREE = (
 
 @dataclass
 class _Interval:
-    """What steps leave on the device until it is read."""
+    """Results of an interval of steps that stay on the device until they are read."""
 
     latest: LossTerms | None = None
-    findings: list[Finding] = field(default_factory=list)
+    non_finite: list[NonFiniteFlags] = field(default_factory=list)
 
 
 class Trainer:
-    """A run: built once, resumed if asked for, fitted, closed.
+    """A training run: built, resumed if requested, fitted and closed.
 
     Args:
         config: The run's settings.
         world: This rank and its peers; the process group is formed.
         device: Where to compute.
-        reader: The data set, opened.
-        metrics: Where figures go.
-        probe: What looks at the encoder between epochs.
-        lock: What keeps other trainings out of the run's folder, on rank 0.
+        reader: The opened data set.
+        metrics: Receives the metrics.
+        probe: Measures retrieval of the encoder between epochs.
+        lock: The lock of the run's folder, on rank 0.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Trainer:
             run=config.run,
         )
         if config.engine.zero == 0 and config.engine.channels_last:
-            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO keeps its own copy.
+            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO has its own copy.
             self.model.backbone.channels_last()
         if config.engine.compile:
             self.model.backbone.compile()
@@ -130,15 +130,15 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, or those until it is told to stop."""
+        """Number of steps of the run, at most `stop_after_steps`."""
         steps = self.config.schedule.epochs * self.plan.steps_per_epoch
         return min(steps, self.config.stop_after_steps or steps)
 
     def resume(self) -> None:
-        """Continue from the newest complete checkpoint, as the config asks.
+        """Resume from the newest complete checkpoint, if the config requests it.
 
         Raises:
-            CheckpointError: There is one but none was asked for, or it belongs to other data.
+            CheckpointError: There is one but resume is off, or it belongs to other data.
         """
         found = checkpoint.find_checkpoint(self.config.run)
         all_equal("newest checkpoint", "none" if found is None else found.name)
@@ -146,7 +146,7 @@ class Trainer:
             return
         if self.config.resume == "never":
             raise CheckpointError(
-                f"{self.config.run} already holds {found.name}; add --resume auto to go on, or "
+                f"{self.config.run} already holds {found.name}; add --resume auto to resume, or "
                 "choose another --run"
             )
         state = checkpoint.restore(self.engine, self.model, found)
@@ -164,10 +164,10 @@ class Trainer:
         logger.info("resumed %s at step %d", found, state.step)
 
     def _compare_recipes(self, found: Path, saved: dict[str, Any]) -> None:
-        """Refuse another recipe; say what else is set otherwise than before.
+        """Reject a changed recipe, and log all other settings that have changed.
 
         Raises:
-            CheckpointError: The method, the model or the views are others.
+            CheckpointError: The method, the model or the views have changed.
         """
         before, now = dotted(saved), dotted(plain(self.config))
         for name in sorted(before.keys() & now.keys()):
@@ -181,16 +181,16 @@ class Trainer:
                     f"--{name} as it was, or choose another --run"
                 )
             if self.world.is_first:
-                logger.warning("%s was %s before, from here on it is %s", name, old, new)
+                logger.warning("%s was %s before and is %s from here on", name, old, new)
 
     def fit(self) -> bool:
-        """Train from the current position to the end, or until a signal asks to stop.
+        """Train from the current position to the end or to a signal that requests a stop.
 
         Returns:
-            Whether the end was reached; else a checkpoint holds the position.
+            Whether the end was reached; otherwise a checkpoint has the position.
 
         Raises:
-            LostPeerError: Another rank is gone.
+            LostPeerError: Another rank has died.
             NotSavedError: A checkpoint could not be written, twice or for the first time.
         """
         self._announce()
@@ -221,8 +221,8 @@ class Trainer:
             if not lost_peer(error):
                 raise
             raise LostPeerError(
-                f"another rank was lost in step {self.state.step + 1} or does not come "
-                f"({str(error).splitlines()[0]}); its own message tells why. Start again with "
+                f"another rank was lost in step {self.state.step + 1} or does not respond "
+                f"({str(error).splitlines()[0]}); see its own message. Start again with "
                 "--resume auto"
             ) from error
         finally:
@@ -237,12 +237,12 @@ class Trainer:
         return not self._stopped
 
     def _steps(self, loader: TrainLoader, stop: StopSignals, watchdog: Watchdog) -> None:
-        """Train until the end or until a rank is told to stop; the last state is being saved."""
+        """Train until the end or until a rank gets a stop signal, then start the last save."""
         config, ballot = self.config, Ballot(self.config.engine.world_timeout_s)
         clock, interval = self._clock, _Interval()
         last_saved, batches = self.state.step, iter(loader)
         clock.interval()
-        # Of a run that goes on too: the one that was stopped here may not have come to it.
+        # Also after a resume: the previous process may have stopped before this measurement.
         self._probe(watchdog)
         while self.state.step < self.total_steps and not self._stopped:
             clock.waiting()
@@ -252,14 +252,14 @@ class Trainer:
             watchdog.beat(f"computing step {self.state.step + 1}")
             self._record_faults(batch.faults)
             self.model.train()
-            interval.latest, finding = self.step(batch)
-            interval.findings.append(finding)
+            interval.latest, flags = self.step(batch)
+            interval.non_finite.append(flags)
             clock.step_done()
             self._advance()
             self.monitor.count(batch, loader.queue_depth)
             if self._progress is not None:
                 self._progress.update()
-            # Read before saving too, so that weights that are not finite are never kept.
+            # Also read before saving, so that weights that are not finite are never saved.
             if self._due(config.monitor.log_every) or self._save_due():
                 self._report(interval, clock, batch)
                 interval = _Interval()
@@ -277,8 +277,8 @@ class Trainer:
         if last_saved != self.state.step:
             self.save()
 
-    def step(self, batch: Batch) -> tuple[LossTerms, Finding]:
-        """Forward, losses, backward, update; with accumulation once for each part, then update."""
+    def step(self, batch: Batch) -> tuple[LossTerms, NonFiniteFlags]:
+        """One training step: forward, losses and backward for each micro-batch, then update."""
         phase = phase_at(self.config.schedule, batch.epoch)
         size = len(batch.samples) // self.config.engine.accumulation
         parts: list[LossTerms] = []
@@ -291,19 +291,19 @@ class Trainer:
             bad_samples.append(bad)
         if was_filling:
             self.model.queue.recount()
-        finding = Finding.of(
+        flags = NonFiniteFlags.of(
             parts,
             bad_samples,
             skipped=self.engine.skipped,
             step=self.state.step,
             batch=batch,
         )
-        return mean_terms(parts), finding
+        return mean_terms(parts), flags
 
     def _part(self, batch: Batch, part: slice, phase: Phase) -> tuple[LossTerms, Tensor]:
         config, samples = self.config, batch.samples[part]
         orders = [
-            # From pinned memory, or the copy would wait for the device.
+            # From pinned memory; otherwise the copy would wait for the device.
             (order.pin_memory() if self.device.type == "cuda" else order).to(
                 self.device, non_blocking=True
             )
@@ -321,11 +321,11 @@ class Trainer:
         bad = ~torch.isfinite(out.instance.detach()).flatten(1).all(1)
         return terms, bad
 
-    def _judge(self, findings: Sequence[Finding]) -> None:
-        """Count the steps that were left out; end the run where they are too many.
+    def _judge(self, non_finite: Sequence[NonFiniteFlags]) -> None:
+        """Count and report the skipped steps; end the run if there are too many.
 
         Raises:
-            NotFiniteError: They are more than `engine.max_skipped_steps`.
+            NotFiniteError: More than `engine.max_skipped_steps` were skipped.
         """
         new = self.engine.num_skipped() - self._seen_skipped
         if new == 0:
@@ -334,27 +334,27 @@ class Trainer:
         self.metrics.add("strata_skipped_steps_total", new)
         self.state = dataclasses.replace(self.state, num_skipped=self.state.num_skipped + new)
         reports = [
-            Report.gathered(finding, self.world.rank, self.reader.keys)
-            for finding in findings
-            if bool(finding.skipped)
+            Report.gathered(flags, self.world.rank, self.reader.keys)
+            for flags in non_finite
+            if bool(flags.skipped)
         ]
         for report in reports:
             self.metrics.record("skipped_step", **dataclasses.asdict(report))
-            logger.warning("%s; the step was left out", report)
+            logger.warning("%s; the step was skipped", report)
             if self.config.engine.dump_bad_batch and report.concerns(self.world.rank):
                 self._dump(report)
         budget = self.config.engine.max_skipped_steps
         if self.state.num_skipped > budget:
             raise NotFiniteError(
-                f"{reports[0]}; {self.state.num_skipped} steps were left out, "
-                f"engine.max_skipped_steps is {budget}. Go on from the last checkpoint with a "
+                f"{reports[0]}; {self.state.num_skipped} steps were skipped, "
+                f"engine.max_skipped_steps is {budget}. Resume from the last checkpoint with a "
                 "smaller --engine.learning_rate, with --engine.grad_clip 1 or with more "
                 "--engine.max_skipped_steps"
             )
 
     def _dump(self, report: Report) -> None:
-        """Make the rank's batch once more, for it is arithmetic, and write it."""
-        # This rank alone comes here, and a shared cache is made by all of a node.
+        """Make the rank's batch again, which is deterministic, and write it to a file."""
+        # Only this rank calls this, but a shared cache needs all ranks of a node.
         data = self.config.data
         if data.cache != "none":
             data = dataclasses.replace(data, cache="none", decode="cpu")
@@ -388,7 +388,7 @@ class Trainer:
         logger.warning("the batch of rank %d is in %s", self.world.rank, path)
 
     def _probe(self, watchdog: Watchdog) -> None:
-        """Look at the encoder, where it is due; the interval's times leave it out."""
+        """Measure retrieval if it is due, outside of the interval's times."""
         state, last = self.state, self.config.schedule.epochs
         if self.probe is None or not self.probe.is_due(
             epoch=state.epoch, epoch_step=state.epoch_step, last_epoch=last
@@ -406,7 +406,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Copy the state and let rank 0 write it while training goes on; all ranks call it."""
+        """Copy the state; rank 0 writes it while training continues. All ranks call it."""
         start = time.perf_counter()
         snapshot = self.engine.snapshot(keep=self.world.is_first)
         if self.world.is_first:
@@ -416,7 +416,7 @@ class Trainer:
         self.metrics.set("strata_checkpoint_blocked_seconds", self._blocked_s)
 
     def _look_after_save(self) -> NotSavedError | None:
-        """Report a checkpoint that was written; say what is wrong if the run cannot go on.
+        """Report a written checkpoint; return the error if the run cannot continue.
 
         One periodic save may fail while an older checkpoint stays: the next is the second attempt.
         """
@@ -432,7 +432,7 @@ class Trainer:
             self.metrics.record("checkpoint_failed", step=self.state.step, reason=str(error))
             if self._failed_saves > 1 or checkpoint.find_checkpoint(self.config.run) is None:
                 return error
-            logger.warning("%s. The run goes on and tries once more at the next checkpoint", error)
+            logger.warning("%s. The run continues and tries again at the next checkpoint", error)
             return None
         if written is not None:
             self._record_save(written)
@@ -451,7 +451,7 @@ class Trainer:
         )
 
     def _finish_saving(self) -> None:
-        """Wait until the last checkpoint is whole.
+        """Wait until the last checkpoint is complete.
 
         Raises:
             NotSavedError: It could not be written.
@@ -477,7 +477,7 @@ class Trainer:
                 plan=self.plan,
                 step=self.state.step,
             )
-            logger.info("what this run will do\n%s", page.text())
+            logger.info("run plan:\n%s", page.text())
             plan = page.record
         clips = config.data.clips
         chance = self.method.chance(config.data.batch_size, clips.clip_frames, clips.long_frames)
@@ -513,7 +513,7 @@ class Trainer:
         return self.state.step % every == 0 if every else self.state.epoch_step == 0
 
     def _say_graph(self, health: Mapping[str, float], phase: Phase) -> None:
-        """Say in words when the graph becomes the identity, or ceases to be it."""
+        """Log when the graph becomes the identity or stops being it."""
         mass = health.get("graph_off_diagonal_mass")
         used = any(n.startswith("graph_") for n in self.config.method.active(phase.stage))
         if mass is None or not used or not self.world.is_first:
@@ -531,10 +531,10 @@ class Trainer:
                 self.metrics.record("fault", step=self.state.step, **dataclasses.asdict(fault))
 
     def _report(self, interval: _Interval, clock: Clock, batch: Batch) -> None:
-        """Read the interval's figures from the device; the only wait for it outside saving."""
+        """Read the interval's metrics from the device; besides saving, the only wait for it."""
         terms = interval.latest
         assert terms is not None
-        self._judge(interval.findings)
+        self._judge(interval.non_finite)
         losses = self.method.averaged({**terms.terms, "total": terms.total.detach()})
         health = self.method.averaged(terms.health)
         times = clock.interval()
@@ -562,7 +562,7 @@ class Trainer:
             step=self.state.step,
             epoch=batch.epoch,
             stage=phase.stage,
-            # JSON has no NaN; there is one where the last step was left out.
+            # JSON has no NaN, which is the value if the last step was skipped.
             losses={k: v if math.isfinite(v) else None for k, v in losses.items()},
             health={k: v if math.isfinite(v) else None for k, v in health.items()},
             learning_rate=rate,

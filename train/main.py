@@ -31,7 +31,7 @@ from strata.train.run.run_plan import describe_run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank of a pretraining run; returns its exit status."""
+    """Run one rank of a pretraining run and return its exit status."""
     set_up_logging()
     config = parse_config(
         TrainConfig, argv, prog="train/main.py", description="Pretrain a video encoder."
@@ -63,12 +63,12 @@ def main(argv: Sequence[str]) -> int:
         if world.is_first:
             _write_config(config)
         finished = trainer.fit()
-    # Not after a fault: a group that lost a rank may never dissolve.
+    # Not after an error: destroying a group that has lost a rank may hang.
     leave_world()
     if finished:
         return 0
     print(
-        f"stopped at step {trainer.state.step} as a signal asked; go on with --resume auto "
+        f"stopped at step {trainer.state.step} after a signal; resume with --resume auto "
         f"(exit code {EXIT_PREEMPTED})",
         file=sys.stderr,
         flush=True,
@@ -77,10 +77,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write_config(config: TrainConfig) -> None:
-    """Leave the resolved configuration in the run's folder.
+    """Write the resolved configuration to the run's folder.
 
     Raises:
-        ConfigError: The disk takes none.
+        ConfigError: The file cannot be written.
     """
     path = config.run / "config.yaml"
     try:
@@ -90,7 +90,7 @@ def _write_config(config: TrainConfig) -> None:
 
 
 def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
-    """What must be the same on all ranks; where the shards lie may differ between nodes."""
+    """Facts that must be equal on all ranks; the path of the shards may differ by node."""
     facts = {f"setting {k}": repr(v) for k, v in dotted(plain(config)).items()}
     for name in ("data.shards", "probe.gallery", "probe.query"):
         del facts[f"setting {name}"]
@@ -98,7 +98,7 @@ def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
 
 
 def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) -> None:
-    """Say what the run would do; nothing is written, no world is formed."""
+    """Print the run plan without writing files or forming a process group."""
     world = current_world()
     if world.is_first:
         plan = open_plan(reader, config.data, config.seed)

@@ -1,8 +1,8 @@
-"""Does this library compute a 3D convolution right in low precision, here and now?
+"""Self-test: check that this machine computes 3D convolutions correctly in low precision.
 
 Torch 2.14's conv3d on CPUs leaves parts of a bfloat16 weight gradient unwritten (`convolutions.py`
-goes round it), and releases around 2.9 with cuDNN 9.10 to 9.14 took a path on GPUs that is many
-times slower than float32. Neither raises; both would be found after days.
+is a workaround), and releases around 2.9 with cuDNN 9.10 to 9.14 use an implementation on GPUs that
+is many times slower than float32. Neither raises an error, so both could be unnoticed for days.
 """
 
 import time
@@ -29,14 +29,14 @@ _SHAPES = (
     (16, 16, (3, 1, 1), 1, 4, 8),
 )
 _TOLERANCE = 0.05
-"""Largest relative error; bfloat16 has about 0.01 here, a fault 0.1 to NaN."""
+"""Largest allowed relative error; bfloat16 has about 0.01 here, a fault 0.1 to NaN."""
 
 
 def check_conv3d(device: torch.device, dtype: torch.dtype) -> float:
     """Compare forward and backward of conv3d, as training computes it, with float32.
 
     Args:
-        device: Where to compute.
+        device: The device to test.
         dtype: float16 or bfloat16.
 
     Returns:
@@ -52,7 +52,7 @@ def check_conv3d(device: torch.device, dtype: torch.dtype) -> float:
         weight = torch.randn(c_out, c_in, *kernel, generator=generator)
         weight /= (c_in * kernel[0] * kernel[1] * kernel[2]) ** 0.5
         if device.type == "cpu":
-            # What is not written should be seen: memory that is handed out next holds NaN.
+            # Fill freed memory with NaN, so that unwritten results are detected.
             for size in (weight.numel(), clip.numel(), 1 << 20):
                 torch.full((size,), torch.nan)
         right = _conv3d(clip, weight, stride, device, None)

@@ -1,9 +1,9 @@
-"""Weights under other names: torchvision's, and those of the authors' release.
+"""Load and export weights under the names of torchvision and of the authors' release.
 
 Encoders have torchvision's names where the modules are the same (`backbones.py`): the four stages
-of R3D-18, all of S3D but its classifier. R3D-18's stem is another module than torchvision's (7x7x7
-instead of 3x7x7, and a max-pool), so it is neither taken from there nor accepted there, unless
-`stem_frames` is 3.
+of R3D-18 and all of S3D except its classifier. R3D-18's stem differs from torchvision's (7x7x7
+instead of 3x7x7, and a max-pool), so it is neither loaded from nor compatible with torchvision,
+unless `stem_frames` is 3.
 """
 
 import re
@@ -30,24 +30,24 @@ _BACKBONE = "backbone."
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What a file gave a module; names sorted."""
+    """Result of loading a file into a module; names are sorted."""
 
     taken: tuple[str, ...]
-    """Names in the module that got a value."""
+    """Names in the module that were loaded."""
     kept: tuple[str, ...]
     """Names in the module that the file does not have."""
     left: tuple[str, ...]
-    """Names in the file that the module has no place for."""
+    """Names in the file that the module does not have."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: safetensors, or what `torch.save` wrote, without running its code.
+    """Read the tensors of a safetensors or `torch.save` file, without executing its code.
 
-    A state dict inside `state_dict` or `model` is taken out, and the prefix `module.` of data
-    parallelism removed.
+    A state dict inside `state_dict` or `model` is unwrapped, and the prefix `module.` of data
+    parallelism is removed.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds something else.
+        CheckpointError: The file is missing, damaged, or has other content.
     """
     try:
         if path.suffix == ".safetensors":
@@ -85,11 +85,11 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def export_backbone(backbone: Backbone) -> dict[str, Tensor]:
-    """An encoder's weights and buffers for use elsewhere: torchvision's names, RGB input.
+    """Export an encoder's weights and buffers with torchvision's names and RGB input.
 
     Returns:
-        Copies on the CPU, contiguous. A fourth input plane is left out: it is zero and meets only
-        zeros.
+        Contiguous copies on the CPU. A fourth input plane is dropped: its weights and inputs are
+        zero.
     """
     weights = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
     first = _input_name(backbone)
@@ -98,16 +98,16 @@ def export_backbone(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def load_torchvision(backbone: Backbone, weights: Mapping[str, Tensor]) -> Loaded:
-    """Take weights of torchvision's `r3d_18` or `s3d`, or of `export_backbone`.
+    """Load weights of torchvision's `r3d_18` or `s3d`, or of `export_backbone`.
 
-    The classifier is left, and so is torchvision's stem of `r3d_18`: ours keeps its values.
+    The classifier and torchvision's stem of `r3d_18` are ignored: our stem keeps its values.
 
     Args:
         backbone: Changed in place, of three or four input planes.
         weights: A state dict.
 
     Raises:
-        CheckpointError: A weight is missing or of another shape; then nothing is changed.
+        CheckpointError: A weight is missing or has another shape; nothing is changed.
     """
     wanted = {k: v for k, v in weights.items() if not k.startswith(_CLASSIFIERS)}
     optional = ""
@@ -122,18 +122,18 @@ def load_torchvision(backbone: Backbone, weights: Mapping[str, Tensor]) -> Loade
 
 
 def load_release(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
-    """Take a checkpoint of the authors' release (method.md, Part II), on whose names this rests.
+    """Load a checkpoint of the authors' release (method.md, Part II) by its names.
 
-    Motion excitation, heads and prototypes are taken where the model has them; the release's
-    classifier, which it never used, is left. The queue is not in its checkpoints.
+    Motion excitation, heads and prototypes are loaded if the model has them; the release's unused
+    classifier is ignored. The queue is not in its checkpoints.
 
     Args:
         model: A `VideoModel` with an R3D-18, or an `R3D18` alone; changed in place.
         weights: The release's state dict, see `read_weights`.
 
     Raises:
-        CheckpointError: The encoder's weights are not all there, or a weight is of another shape;
-            then nothing is changed.
+        CheckpointError: A weight of the encoder is missing or has another shape; nothing is
+            changed.
     """
     encoder = model if isinstance(model, Backbone) else model.get_submodule("backbone")
     if not isinstance(encoder, R3D18):
@@ -156,7 +156,7 @@ def load_release(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
     return Loaded(taken=taken, kept=kept, left=tuple(sorted(left)))
 
 
-# Facts about the release's modules: what each is called there, and here.
+# Names of modules in the release and here.
 _RELEASE_NAMES = (
     (r"backbone\.conv1\.", "backbone.stem.0."),
     (r"backbone\.bn1\.", "backbone.stem.1."),
@@ -182,11 +182,11 @@ _RELEASE_NAMES = (
 
 
 def _release_name(name: str) -> str | None:
-    """Our name for one of the release's; None where there is nothing of the kind."""
+    """Our name of a weight of the release; None if we do not have it."""
     for pattern, ours in _RELEASE_NAMES:
         renamed, found = re.subn("^" + pattern, ours, name)
         if found:
-            # Of the two layers of a head there, with a ReLU between.
+            # The two layers of a head, with a ReLU between them.
             renamed = re.sub(r"^(.*_heads?(?:\.\w+)?)\.0\.", r"\1.hidden.", renamed)
             return re.sub(r"^(.*_heads?(?:\.\w+)?)\.2\.", r"\1.project.", renamed)
     return None
@@ -200,16 +200,16 @@ def _input_name(backbone: Backbone) -> str:
 def _load(
     module: nn.Module, wanted: Mapping[str, Tensor], required: set[str], first: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy the weights that have a place, after checking all of them.
+    """Check all weights and copy those that the module has.
 
     Args:
         module: Changed in place.
-        wanted: By the module's names.
-        required: Names that must be there.
-        first: The weight that reads clips, which may have a plane more than the file's.
+        wanted: Weights by the module's names.
+        required: Names that must be in the file.
+        first: The weight of the first convolution, which may have one plane more than the file's.
 
     Returns:
-        Names taken, and names kept.
+        Names that were loaded, and names that were kept.
     """
     places = module.state_dict()
     fitting: dict[str, Tensor] = {}
@@ -223,7 +223,7 @@ def _load(
                 "model; use a model of the file's architecture and width"
             )
         fitting[name] = value.reshape(shape)
-    # Files older than this counter are complete without it.
+    # Files from before this counter existed are complete without it.
     missing = {n for n in required - fitting.keys() if not n.endswith("num_batches_tracked")}
     if missing:
         raise CheckpointError(

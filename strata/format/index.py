@@ -1,4 +1,4 @@
-"""The index file beside a shard: where the members of each sample are, in DALI's `wds2idx` form."""
+"""Read and write a shard's index file: the place of each member, in DALI's `wds2idx` form."""
 
 import hashlib
 import re
@@ -20,10 +20,10 @@ __all__ = [
 ]
 
 INDEX_VERSION = "v1.2"
-"""Of DALI's `wds2idx`."""
+"""Version of DALI's `wds2idx`."""
 _BREAKS_LINES = re.compile(r"[\s\x00-\x20\x7f-\xa0\u2028\u2029\ud800-\udfff]")
 _WORDS = 4
-"""Of a member: extension, offset, size, name."""
+"""Words that describe a member: extension, offset, size, name."""
 
 Place = tuple[int, int]
 """Offset in the shard and size, in bytes."""
@@ -32,10 +32,10 @@ SampleMembers = tuple[str, dict[str, Place]]
 
 
 def escape_name(name: str) -> str:
-    """A name or key as the index has it.
+    """Escape a name or key for the index.
 
-    A space, a control character or a byte that is not UTF-8 would break the index's lines: there
-    such characters stand as in a URL, `%20`.
+    A space, a control character or a byte that is not UTF-8 would break the index's lines, so these
+    characters are percent-encoded as in a URL, `%20`.
     """
     return _BREAKS_LINES.sub(
         lambda m: "".join(f"%{b:02X}" for b in m[0].encode("utf-8", "surrogateescape")), name
@@ -43,20 +43,20 @@ def escape_name(name: str) -> str:
 
 
 def index_bytes(lines: Sequence[str]) -> bytes:
-    """The file's content; a line for each sample: `ext offset size name` of its members."""
+    """Make the content of an index from a line for each sample: `ext offset size name` ..."""
     return "".join([f"{INDEX_VERSION} {len(lines)}\n", *(f"{line}\n" for line in lines)]).encode()
 
 
 def parse_index(content: bytes, where: object, num_bytes: int) -> list[SampleMembers]:
-    """Keys and members of all samples.
+    """Parse an index into the keys and members of all samples.
 
     Args:
-        content: The file.
+        content: The bytes of the index file.
         where: Its name, for the message.
         num_bytes: Size of the shard; no member may reach beyond it.
 
     Raises:
-        ShardError: It is not such a file, or a member is not inside the shard.
+        ShardError: It is not an index, or a member is not inside the shard.
     """
     try:
         header, *lines = content.decode("utf-8").removesuffix("\n").split("\n")
@@ -73,7 +73,7 @@ def parse_index(content: bytes, where: object, num_bytes: int) -> list[SampleMem
 def _parse_line(words: list[str], where: object, num_bytes: int) -> SampleMembers:
     if len(words) % _WORDS:
         raise ShardError(f"a line has {len(words)} words")
-    # Keys of shards that others wrote may have dots, so the extension decides where a name parts.
+    # Keys of foreign shards may contain dots, so the extension decides where a name is split.
     key = words[3].removesuffix(f".{words[0]}")
     members: dict[str, Place] = {}
     for k in range(0, len(words), _WORDS):
@@ -91,7 +91,7 @@ def _parse_line(words: list[str], where: object, num_bytes: int) -> SampleMember
 
 
 def read_index(path: Path, entry: ShardEntry, keys: Sequence[str]) -> list[dict[str, Place]]:
-    """Places of the members of all samples of a shard by extension.
+    """Read the places of the members of all samples of a shard, by extension.
 
     Args:
         path: The index file.
@@ -102,7 +102,7 @@ def read_index(path: Path, entry: ShardEntry, keys: Sequence[str]) -> list[dict[
         ShardError: The file is missing, damaged, or lists other samples.
     """
     try:
-        # A member's line is no longer than its header and content in the tar, give or take names.
+        # A member's line is not longer than its header and content in the tar, except for names.
         if path.stat().st_size > 2 * entry.num_bytes:
             raise ShardError(f"index {path} is larger than its shard; copy it again")
         content = path.read_bytes()
@@ -113,7 +113,7 @@ def read_index(path: Path, entry: ShardEntry, keys: Sequence[str]) -> list[dict[
         ) from error
     if entry.index_sha256 is not None and hashlib.sha256(content).hexdigest() != entry.index_sha256:
         raise ShardError(
-            f"index {path} is damaged: its SHA-256 is not what the manifest says; copy it again, "
+            f"index {path} is damaged: its SHA-256 is not that of the manifest; copy it again, "
             "or run the same tools/shard.py again"
         )
     samples = parse_index(content, path, entry.num_bytes)

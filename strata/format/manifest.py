@@ -1,4 +1,4 @@
-"""The data set's table: shards, counts, hashes, and each source's status and reason."""
+"""Read and write the manifest: shards, counts, hashes, and each source video's status."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,7 @@ _MAX_KEY_LENGTH = 1024
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one UTF-8 spelling of a value, for hashing and for files that are compared."""
+    """Encode a value as canonical UTF-8 JSON, for hashing and comparing files."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return encode_text(text)
 
@@ -68,7 +68,7 @@ def _head(manifest: Manifest) -> dict[str, Any]:
 
 
 def digest_of(manifest: Manifest) -> str:
-    """SHA-256 of all that the manifest holds but the digest itself."""
+    """SHA-256 of a manifest's content without the digest itself."""
     digest = hashlib.sha256(canonical_json(_head(manifest)))
     for row in manifest.rows:
         digest.update(b"\n" + _row_json(row))
@@ -85,7 +85,7 @@ def build_manifest(
     settings: dict[str, Any],
     rows: Sequence[SourceRow],
 ) -> Manifest:
-    """A manifest with its digest; the rows in the order of their source names."""
+    """Make a manifest with its digest and its rows ordered by source name."""
     manifest = Manifest(
         dataset=dataset,
         split=split,
@@ -111,7 +111,7 @@ def manifest_json(manifest: Manifest) -> bytes:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write the rows, then the head: with the head's name in place the data set is complete."""
+    """Write the rows, then the head, whose presence marks the data set as complete."""
     write_atomic(folder / SAMPLES_NAME, rows_json(manifest))
     write_atomic(folder / MANIFEST_NAME, manifest_json(manifest))
 
@@ -123,7 +123,7 @@ class _Version:
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     schema: int
     dataset: str
@@ -136,7 +136,7 @@ class _Head:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a shard folder and check all of it: types, ranges, names, digest.
+    """Read the manifest of a shard folder and check its types, ranges, names and digest.
 
     Raises:
         ShardError: The folder or its manifest is missing, damaged, or of another version.
@@ -169,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ShardError as error:
         if str(path) in str(error):
             raise
-        # The normal form checks itself and does not know its file.
+        # The normal form's own check does not know the file.
         raise ShardError(f"{path}: {error}") from error
     raw = decode_json(content, dict[str, Any], path, ShardError)
     missing = {f.name for f in dataclasses.fields(NormalForm)} - raw["form"].keys()
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _digest_of_files(raw: dict[str, Any], rows_content: bytes) -> str:
-    """The digest that the files' bytes have; no row is encoded again for it."""
+    """Compute the digest from the files' bytes, without encoding the rows again."""
     head = {name: value for name, value in raw.items() if name != "digest"}
     digest = hashlib.sha256(canonical_json(head))
     if rows_content:
@@ -199,7 +199,7 @@ def _digest_of_files(raw: dict[str, Any], rows_content: bytes) -> str:
 
 
 def _check_head(manifest: Manifest, path: Path) -> None:
-    """Check the names, and that index files have hashes."""
+    """Check the names of shards, and that index files have hashes."""
     for what, name in (("dataset", manifest.dataset), ("split", manifest.split)):
         checked_text(name, what, path, ShardError)
     for name in manifest.classes:
@@ -212,7 +212,7 @@ def _check_head(manifest: Manifest, path: Path) -> None:
 
 
 def _check_rows(manifest: Manifest, path: Path) -> None:
-    """Check that the written samples are those that the shards are said to hold.
+    """Check that the rows of written samples agree with the shards' entries.
 
     Raises:
         ShardError: A row lacks a field, or names a class or shard that does not exist; or places

@@ -1,22 +1,23 @@
-"""What a sample in a shard is: members, fields, units, version. docs/data-format.md tells it whole.
+"""The shard format: members, fields, units and version. See docs/data-format.md for all of it.
 
 A shard is an uncompressed tar in WebDataset convention with an index file of DALI's `wds2idx` form
-beside it. A sample is a run of members whose names share the part before the first dot, its key:
+beside it. A sample is a sequence of members whose names share the part before the first dot, its
+key:
 
     <key>.000.jpg      the first segment: its frames stacked into one tall baseline JPEG
     <key>.001.jpg      the next segment, if the video is longer than one JPEG can be tall
     <key>.frames.i32   what the loader needs, little-endian int32, see `FrameTable`
     <key>.json         facts for people and other programs, see `SampleFacts`
 
-With the `mp4` payload the segments are `<key>.000.mp4` and so on, short videos of their own.
+With the `mp4` payload the segments are `<key>.000.mp4` and so on, each a short video.
 
 Every frame has a checksum in `frames.i32`, and so have the bytes around the frames, the facts and
-the table itself: the loader checks what it reads, as it reads it.
+the table itself: the loader checks all data that it reads.
 
 Every JPEG has a restart marker exactly at each frame's end and standard Huffman tables, and all
-segments of a data set share their quantisation tables. So the coded bytes of any selection of
-frames, in any order, are a valid JPEG behind the common header: the loader cuts out the frames it
-needs and decodes those alone.
+segments of a data set share their quantisation tables. So the common header followed by the coded
+bytes of any selection of frames, in any order, is a valid JPEG: the loader cuts out the frames that
+it needs and decodes only those.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
-"""What is written."""
+"""The version that is written."""
 READABLE_VERSIONS = (1, 2)
 """Version 1 has no checksums in frame tables and no hashes of index files."""
 MANIFEST_NAME = "manifest.json"
@@ -74,12 +75,12 @@ FRAMES_EXT = "frames.i32"
 FACTS_EXT = "json"
 NO_LABEL = -1
 MAX_JPEG_ROWS = 65_500
-"""The tallest picture that libjpeg writes and reads."""
+"""Most rows of an image that libjpeg writes and reads."""
 MAX_FRAME_SIDE = 2048
 """Largest width and height of a stored frame, in pixels. So no strip decodes to more than 65,500 x
-2,048 pixels, 402 MB, whatever a file says."""
+2,048 pixels, 402 MB, regardless of what a file declares."""
 MAX_FRAMES = 10_000_000
-"""Most frames of a sample: 92 hours at 30 frames a second."""
+"""Most frames of a sample: 92 hours at 30 frames per second."""
 MAX_CLASSES = 100_000
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
@@ -99,32 +100,32 @@ def segment_ext(segment: int, payload: Payload = "jpeg") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NormalForm:
-    """The one form that every sample of a data set has; part of the manifest."""
+    """The frame size and coding that all samples of a data set share; part of the manifest."""
 
     width: int = 176
     """Pixels, a multiple of 16."""
     height: int = 128
     """Pixels, a multiple of 16."""
     fit: Literal["stretch", "crop"] = "stretch"
-    """How another aspect ratio becomes this one: stretched, or the centre cut out."""
+    """How another aspect ratio is converted: stretch, or crop the centre."""
     payload: Payload = "jpeg"
-    """How pictures are stored. `foreign` is what `tools/shard.py index` found: videos of any size,
-    which become this form when they are decoded."""
+    """How frames are stored. `foreign` means shards indexed by `tools/shard.py index`: videos of
+    any size, which are converted to this form when they are decoded."""
     quality: int = 90
     """JPEG quality, 1 to 95."""
     codec: Literal["h264", "vp9", "mjpeg"] = "h264"
-    """Of the mp4 payload."""
+    """Codec of the mp4 payload."""
     quantizer: int = 20
-    """Of the mp4 payload, lower is better: CRF of h264 (0 to 51) and vp9 (0 to 63), qscale of mjpeg
-    (1 to 31)."""
+    """Quality of the mp4 payload, lower is better: CRF of h264 (0 to 51) and vp9 (0 to 63), qscale
+    of mjpeg (1 to 31)."""
     gop: int = 16
-    """Of the mp4 payload: frames from one key frame to the next. Every group is closed."""
+    """Frames from one key frame to the next in the mp4 payload. Every group is closed."""
     segment_frames: int = 0
-    """Most frames in a segment; 0 for as many as one JPEG holds, or 64 for mp4, as DALI decodes
+    """Most frames in a segment; 0 for as many as fit one JPEG, or for mp4 64, because DALI decodes
     from a segment's beginning."""
     min_frames: int = 1
-    """Videos with fewer frames are rejected. Those too short for a pretraining's window belong in
-    the set too: the evaluations use them, and the pretraining leaves them out by itself."""
+    """Videos with fewer frames are rejected. Videos too short for the pretraining window should be
+    in the set too: evaluation uses them, and pretraining skips them automatically."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -162,13 +163,13 @@ class NormalForm:
     @property
     def frames_per_segment(self) -> int:
         """Frames in every segment of a sample but the last."""
-        whole = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 64
-        return self.segment_frames or whole
+        most = MAX_JPEG_ROWS // self.height if self.payload == "jpeg" else 64
+        return self.segment_frames or most
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFacts:
-    """The JSON member of a sample."""
+    """Facts about a sample; its JSON member."""
 
     key: _Text
     source: _Text
@@ -181,11 +182,11 @@ class SampleFacts:
     num_frames: _NumFrames
     """Frames stored."""
     fps: float
-    """Frames per second of the source, kept."""
+    """Frames per second of the source, unchanged."""
     resampled: bool = False
     """Whether the source's rate varied and frames were repeated or dropped to make it constant."""
     deinterlaced: bool = False
-    """Whether the source had interlaced frames, which were made whole."""
+    """Whether the source had interlaced frames, which were deinterlaced."""
     source_width: _Count
     source_height: _Count
     source_codec: _Text
@@ -193,10 +194,10 @@ class SampleFacts:
     rotation_degrees: int
     """Counter-clockwise rotation that the container asked for and that was applied."""
     mirrored: bool = False
-    """Whether left and right were exchanged before that; written only if so."""
+    """Whether the frame was mirrored horizontally before that; written only if true."""
 
     def to_json(self) -> bytes:
-        """Canonical UTF-8 JSON."""
+        """Encode as canonical UTF-8 JSON."""
         facts = dataclasses.asdict(self)
         if not self.mirrored:
             del facts["mirrored"]
@@ -206,24 +207,24 @@ class SampleFacts:
 
 
 def checksum(content: Buffer) -> int:
-    """The lower 32 bits of XXH3-64 with seed 0.
+    """Checksum of a byte string: the lower 32 bits of XXH3-64 with seed 0.
 
-    It finds a random change but once in 2^32, and costs a sixth of zlib's CRC-32, which would be
-    felt beside decoding. It is no protection from a writer with intent: SHA-256 is.
+    It misses a random change with probability 2^-32, and costs a sixth of zlib's CRC-32, whose cost
+    would be noticeable beside decoding. Against deliberate changes only SHA-256 protects.
     """
     return xxhash.xxh3_64_intdigest(content) & 0xFFFF_FFFF  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """What shows that the bytes of a sample are those that were written."""
+    """Checksums of all parts of a sample."""
 
     frames: np.ndarray
-    """Shape `[F]`, uint32: of each frame's coded bytes."""
+    """Shape `[F]`, uint32: checksum of each frame's coded bytes."""
     heads: np.ndarray
-    """Shape `[S]`, uint32: of the bytes around each segment's frames, see `segment_checksums`."""
+    """Shape `[S]`, uint32: checksum of each segment's head, see `segment_checksums`."""
     facts: int
-    """Of the JSON member."""
+    """Checksum of the JSON member."""
 
 
 def segment_checksums(
@@ -232,18 +233,18 @@ def segment_checksums(
     lengths: Sequence[int] | np.ndarray,
     payload: Payload,
 ) -> tuple[np.ndarray, int]:
-    """The checksums of one segment.
+    """Compute the checksums of one segment.
 
     Args:
-        content: The segment.
-        offsets: Shape `[F]`: where its frames begin.
-        lengths: Shape `[F]`.
-        payload: What the segment is.
+        content: The bytes of the segment.
+        offsets: Shape `[F]`: start of each frame in bytes.
+        lengths: Shape `[F]`: length of each frame in bytes.
+        payload: Format of the segment.
 
     Returns:
-        Those of its frames, `[F]`, uint32; and that of its head: the bytes before the first frame
-        and, in mp4, those after the last. After the last frame a JPEG has its end marker, and
-        between frames restart markers: they are the same in all JPEGs, and the loader reads none.
+        The checksums of its frames, `[F]`, uint32; and that of its head: the bytes before the first
+        frame and, in mp4, those after the last. A JPEG also has restart markers between frames and
+        an end marker: they are the same in all JPEGs, and the loader does not read them.
     """
     view = memoryview(content)  # pyright: ignore[reportArgumentType]
     places = [(int(o), int(o) + int(n)) for o, n in zip(offsets, lengths, strict=True)]
@@ -259,8 +260,8 @@ class FrameTable:
     As int32, little-endian: `[schema version, label, F, height, width, S, frames per segment, 0]`,
     then F offsets and F lengths, both in bytes, each offset relative to the start of the frame's
     segment; then as uint32 F checksums of frames, S of segments' heads, one of the facts, and one
-    of all bytes of this member before it. In version 1 the checksums are missing. The header that
-    all selections share is the bytes of segment 0 before its first frame.
+    of all bytes of this member before it. Version 1 has no checksums. The header that all
+    selections share is the bytes of segment 0 before its first frame.
 
     Args:
         label: Index into the manifest's classes, or -1.
@@ -293,23 +294,23 @@ class FrameTable:
         return -(-self.num_frames // self.frames_per_segment)
 
     def segment(self, number: int) -> slice:
-        """The frames of a segment."""
+        """The range of frame numbers of a segment."""
         first = number * self.frames_per_segment
         return slice(first, min(first + self.frames_per_segment, self.num_frames))
 
     def check(self, form: NormalForm, row: "SourceRow") -> None:
-        """Hold the table against what the manifest says of the sample.
+        """Compare the table with the sample's entry in the manifest.
 
         Raises:
             ShardError: They disagree.
         """
         found = (self.num_frames, self.label, self.width, self.height, self.frames_per_segment)
-        told = (row.num_frames, row.label, form.width, form.height, form.frames_per_segment)
-        if found != told:
-            raise ShardError("the frame table is not what the manifest says; shard again")
+        expected = (row.num_frames, row.label, form.width, form.height, form.frames_per_segment)
+        if found != expected:
+            raise ShardError("the frame table does not agree with the manifest; shard again")
 
     def to_bytes(self) -> bytes:
-        """The member's content."""
+        """Encode the table as the member's bytes."""
         sums = self.checksums
         if sums is None:
             raise AssertionError("a frame table without checksums is of an old version")
@@ -333,10 +334,10 @@ class FrameTable:
         """Parse the member and check that it is consistent.
 
         Raises:
-            ShardError: The content is not such a table, is damaged, or of another version.
+            ShardError: The content is no frame table, is damaged, or has another version.
         """
         if len(content) % 4 or len(content) < 4 * cls._NUM_FIXED:
-            raise ShardError(f"frame table: {len(content)} bytes are no table; shard again")
+            raise ShardError(f"frame table: {len(content)} bytes are not a table; shard again")
         table = np.frombuffer(content, "<i4")
         version, label, count, height, width, segments, per_segment, zero = table[
             : cls._NUM_FIXED
@@ -377,7 +378,7 @@ class FrameTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One tar of a data set."""
+    """The manifest's entry of one tar file."""
 
     name: str
     num_samples: Annotated[int, Meta(ge=1, le=1 << 32)]
@@ -385,12 +386,12 @@ class ShardEntry:
     num_bytes: _Count
     sha256: Annotated[str, Digest]
     index_sha256: Annotated[str, Digest] | None = None
-    """Of the index file; None in manifests of version 1."""
+    """SHA-256 of the index file; None in manifests of version 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRow:
-    """What became of one source video; a line of `samples.jsonl`."""
+    """The result of sharding one source video; a line of `samples.jsonl`."""
 
     source: _Text
     status: Literal["written", "rejected", "absent"]
@@ -400,19 +401,19 @@ class SourceRow:
     shard: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
     """Index into the manifest's shards."""
     position: Annotated[int, Meta(ge=0, lt=1 << 32)] | None = None
-    """Place in the shard, from 0."""
+    """Position in the shard, from 0."""
     checksum: _Checksum | None = None
-    """Of the video's bytes, for foreign samples, which have no frame table."""
+    """Checksum of the video's bytes, for foreign samples, which have no frame table."""
     reason: _Text | None = None
-    """A `FaultKind` value, for rejected ones."""
+    """A `FaultKind` value, for rejected videos."""
     detail: _Text | None = None
     notes: Annotated[list[_Text], Meta(max_length=100)] | None = None
-    """What is remarkable about a written one, like a header that promises more frames."""
+    """Notes on a written video, for example that its header declares more frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set's table: what it holds, in which form, and what became of every source."""
+    """The manifest of a data set: its format, shards and the result of every source video."""
 
     schema: int = SCHEMA_VERSION
     """Version of the format."""
@@ -423,19 +424,19 @@ class Manifest:
     """Class names by label index; empty for videos without labels."""
     shards: tuple[ShardEntry, ...]
     settings: dict[str, Any]
-    """What else decided the bytes: seed, samples per shard."""
+    """Other settings that determine the bytes: seed, samples per shard."""
     digest: str
-    """SHA-256 over everything above and all rows: the identity of the data set."""
+    """SHA-256 over all fields above and all rows; identifies the data set."""
     rows: tuple[SourceRow, ...]
-    """Every source, in the order of its source name."""
+    """All source videos, ordered by source name."""
 
     @cached_property
     def written(self) -> tuple[SourceRow, ...]:
-        """The samples in the order in which they stand in the shards."""
+        """The written samples in the order in which the shards store them."""
         rows = [r for r in self.rows if r.status == "written"]
         return tuple(sorted(rows, key=lambda r: (r.shard or 0, r.position or 0)))
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(s.num_samples for s in self.shards)

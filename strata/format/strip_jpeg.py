@@ -1,11 +1,11 @@
-"""Cut frames out of a strip, and join cut frames to a new one, without decoding anything.
+"""Select frames of a strip (a tall JPEG of stacked frames) without decoding it.
 
 A strip is one tall baseline JPEG that holds frames stacked from top to bottom, with a restart
 marker exactly at each frame's end. A restart resets the entropy coder and the DC prediction, so a
-frame's coded bytes mean the same wherever they stand behind the same tables. What libjpeg does
-after decoding is not quite local: its smooth chroma upsampling lets the first and the last row of a
-frame see the chroma of the neighbour in the strip. All other rows of an assembled strip decode to
-the same bits as in the full strip.
+frame's coded bytes decode to the same coefficients at any position after the same tables. Only
+libjpeg's smooth chroma upsampling crosses the border: the first and the last row of a frame use the
+chroma of the adjacent frame in the strip. All other rows of an assembled strip decode to the same
+bits as in the full strip.
 """
 
 import struct
@@ -24,8 +24,8 @@ _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF0, _DHT, _DQT, _DRI, _SOS, _APP0, _COM = 0xC0, 0xC4, 0xDB, 0xDD, 0xDA, 0xE0, 0xFE
 _RESTARTS = tuple(bytes((0xFF, 0xD0 + k)) for k in range(8))
 _MARKERS = frozenset({_SOF0, _DHT, _DQT, _DRI, _SOS, _APP0, _COM})
-"""Those that may stand in a header. Others change colours or the coding, or are parsed by libraries
-for things that no frame needs."""
+"""JPEG markers that are allowed in a header. Others change colours or the coding, or make libraries
+parse data that no frame needs."""
 _ONCE = frozenset({_SOF0, _DRI, _SOS})
 _MAX_HEADER = 1 << 14
 _BLOCK = 16
@@ -33,7 +33,7 @@ _BLOCK = 16
 
 
 def _find_headers(jpeg: bytes) -> dict[int, int]:
-    """The offset of each marker before the coded data, by its second byte; -1 is where they end.
+    """Offset of each header marker by its second byte; key -1 is the start of coded data.
 
     Raises:
         ShardError: The bytes are not the beginning of a JPEG, or it has a marker that is not
@@ -60,7 +60,7 @@ def _find_headers(jpeg: bytes) -> dict[int, int]:
 
 @lru_cache(maxsize=1024)
 def check_head(header: bytes, width: int, height: int) -> int:
-    """Check that a header is the one of a strip, so that it decodes to frames of one size.
+    """Check that a header is that of a strip with frames of the given size.
 
     Args:
         header: The bytes before the first frame.
@@ -68,7 +68,7 @@ def check_head(header: bytes, width: int, height: int) -> int:
         height: Rows of a frame.
 
     Returns:
-        Where the strip's number of rows stands, two bytes.
+        Offset of the strip's number of rows, two bytes.
 
     Raises:
         ShardError: The header is not that of a baseline 4:2:0 JPEG of this width with a restart
@@ -105,7 +105,7 @@ def check_head(header: bytes, width: int, height: int) -> int:
 
 
 def parse_strip(jpeg: Buffer) -> tuple[np.ndarray, np.ndarray]:
-    """Find where each frame's coded bytes are.
+    """Find the coded bytes of each frame of a strip.
 
     Args:
         jpeg: A strip: baseline JPEG, one scan, a restart marker at each frame's end.
@@ -124,7 +124,7 @@ def parse_strip(jpeg: Buffer) -> tuple[np.ndarray, np.ndarray]:
     start = headers[-1]
     if len(coded) < start + 2 or coded[-2:].tobytes() != _EOI:
         raise ShardError("strip: the JPEG is cut off; the shard is damaged, shard the videos again")
-    # In coded data 0xFF is followed by a zero or is a marker, so two bytes decide.
+    # In coded data 0xFF is followed by a zero or is a marker, so two bytes are enough.
     after_ff = np.flatnonzero(coded[start:-2] == 0xFF) + (start + 1)
     restarts = after_ff[(coded[after_ff] & 0xF8) == 0xD0] - 1
     expected = np.arange(len(restarts)) % 8
@@ -138,11 +138,11 @@ def parse_strip(jpeg: Buffer) -> tuple[np.ndarray, np.ndarray]:
 def assemble_strip(
     segments: Sequence[Buffer], table: FrameTable, indices: Sequence[int] | np.ndarray
 ) -> np.ndarray:
-    """Join any selection of a sample's frames to one strip, in the order given.
+    """Build a strip from any selection of a sample's frames, in the given order.
 
     Args:
-        segments: The sample's JPEG members in order; those that no index touches may be empty,
-            but not the first, whose header is used.
+        segments: The sample's JPEG members in order; those without a selected frame may be empty,
+            except the first, whose header is used.
         table: The sample's `frames.i32` member.
         indices: Shape `[N]`, each in [0, F); any order, repeats allowed.
 
@@ -151,8 +151,8 @@ def assemble_strip(
 
     Raises:
         ShardError: An index is out of range, there are none or more than fit one JPEG, the table
-            points outside its segment, a checksum differs, or the header is that of another
-            picture.
+            points outside its segment, a checksum differs, or the header does not match the
+            table.
     """
     chosen = np.asarray(indices, np.int64)
     count = len(chosen)
@@ -201,7 +201,7 @@ def assemble_strip(
         parts.append(_RESTARTS[k & 7])
     parts[-1] = _EOI
     joined = bytearray().join(parts)
-    # A slice beyond a segment's end is silently shorter: one comparison finds it.
+    # A slice beyond a segment's end is silently shorter; one comparison detects it.
     if len(joined) != len(header) + int(lengths.sum()) + 2 * count:
         raise ShardError(
             "strip: the frame table points outside its segment; "

@@ -1,9 +1,9 @@
-"""Cut frames out of mp4 segments and join them to one small mp4, without decoding anything.
+"""Select frames of mp4 segments and put them into one small mp4, without decoding.
 
-DALI's video decoder does not seek: what lies before the first frame of a clip is decoded too. Every
+DALI's video decoder does not seek: it decodes everything before the first frame of a clip. Every
 group of pictures of a segment is closed and no frame is reordered (docs/data-format.md), so the
-packets from a group's key frame to the last frame that is used, group after group, are a valid
-stream. They are put behind a header of a few hundred bytes, and nothing else is decoded.
+packets of each group from its key frame to its last selected frame are a valid stream. They are put
+behind a new header of a few hundred bytes, so that nothing else is decoded.
 """
 
 import struct
@@ -20,10 +20,10 @@ _HEAD = struct.Struct(">I4s")
 _PATH_TO_DESCRIPTION = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
 _UNITY = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 _RATE = 25
-"""Frames a second that the header states; nobody reads it, frames are taken by number."""
+"""Frame rate that the header states; it is not used, frames are selected by number."""
 _MAX_DESCRIPTION = 1 << 16
 _SIZE_AT = 48
-"""In the description's box: width and height of its first entry, 16 bits each."""
+"""Offset in the stsd box of the width and height of its first entry, 16 bits each."""
 
 
 def _box(kind: bytes, *parts: bytes) -> bytes:
@@ -41,10 +41,10 @@ def _table(kind: bytes, *numbers: int) -> bytes:
 
 
 def _description(segment: memoryview) -> bytes:
-    """The box that tells the decoder what the packets are.
+    """The sample description box (stsd), which the decoder needs.
 
     Raises:
-        ShardError: The bytes are not an mp4 that says so.
+        ShardError: The bytes are not an mp4 with this box.
     """
     start, stop = 0, len(segment)
     for wanted in _PATH_TO_DESCRIPTION:
@@ -67,7 +67,7 @@ def _description(segment: memoryview) -> bytes:
 
 
 def _check_description(description: bytes, table: FrameTable) -> None:
-    """Refuse a description of pictures of another size.
+    """Check that a sample description states the frame size of the table.
 
     Raises:
         ShardError: Its size is not the table's, or there is more than one.
@@ -102,7 +102,7 @@ def _check_head(segment: memoryview, number: int, table: FrameTable) -> None:
 
 
 def _parameter_sets(description: bytes) -> bytes:
-    """What H.264 packets cannot be decoded without; other codecs have it in their packets."""
+    """H.264 parameter sets, which the decoder needs; other codecs have them in the packets."""
     place = description.find(b"avcC")
     if place < 0:
         return b""
@@ -113,11 +113,11 @@ def _parameter_sets(description: bytes) -> bytes:
 def chosen_packets(
     table: FrameTable, form: NormalForm, frames: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which packets must be decoded to see some frames.
+    """Find the packets that must be decoded to get the given frames.
 
     Args:
-        table: The sample's.
-        form: Says where key frames are.
+        table: The frame table of the sample.
+        form: The normal form, which states the distance of key frames.
         frames: Shape `[N]`, int64, ascending, each once.
 
     Returns:
@@ -139,17 +139,17 @@ def chosen_packets(
 def assemble_mp4(
     segments: Sequence[Buffer], table: FrameTable, form: NormalForm, frames: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Join what is needed to decode some frames of a sample to one mp4.
+    """Build an mp4 with the packets that are needed to decode the given frames of a sample.
 
     Args:
-        segments: The sample's mp4 members in order; those that no frame touches may be empty.
+        segments: The sample's mp4 members in order; those without a selected frame may be empty.
         table: The sample's `frames.i32` member.
         form: The set's normal form.
         frames: Shape `[N]`, int64, N at least 1, ascending, each once, each in [0, F).
 
     Returns:
-        Shape `[B]`, uint8: an mp4 of one track; `[N]`, int32: which of its frames the chosen ones
-        are; and how many frames it has.
+        Shape `[B]`, uint8: an mp4 of one track; shape `[N]`, int32: the numbers of the given frames
+        in it; and its number of frames.
 
     Raises:
         ShardError: A frame is out of range, a segment is no mp4 of this size, the table points
@@ -205,7 +205,7 @@ def assemble_mp4(
 def _header(
     description: bytes, table: FrameTable, lengths: Sequence[int], keys: np.ndarray
 ) -> bytes:
-    """All that stands before the packets: ISO/IEC 14496-12, one track, one chunk."""
+    """The bytes before the packets, by ISO/IEC 14496-12: one track, one chunk."""
     count = len(lengths)
     brand = _box(b"ftyp", b"isom", struct.pack(">I", 512), b"isomiso2mp41")
     size = struct.pack(">2I", table.width << 16, table.height << 16)
@@ -240,7 +240,7 @@ def _header(
             _UNITY,
             size,
         )
-        whole = _full(
+        movie_header = _full(
             b"mvhd",
             struct.pack(">4I", 0, 0, _RATE, count),
             struct.pack(">IH", 0x10000, 0x100),
@@ -249,8 +249,8 @@ def _header(
             bytes(24),
             struct.pack(">I", 2),
         )
-        return _box(b"moov", whole, _box(b"trak", track, media))
+        return _box(b"moov", movie_header, _box(b"trak", track, media))
 
-    # The place of the packets is a number in the header, whose length it does not change.
+    # The header contains the packets' offset; its value does not change the header's length.
     start = len(brand) + len(movie(0)) + _HEAD.size
     return brand + movie(start) + _HEAD.pack(_HEAD.size + sum(lengths), b"mdat")

@@ -1,4 +1,4 @@
-"""One rank, two and three come to the same figures; samples divide by neither."""
+"""Evaluation results are equal on one, two and three ranks with uneven numbers of samples."""
 
 import dataclasses
 from pathlib import Path
@@ -69,7 +69,7 @@ def probe(world: World, sets: Path, folder: Path) -> tuple[Any, ...]:
 
 
 def finetuned(world: World, sets: Path, folder: Path) -> Any:
-    """The figures of weights that were trained before, by any number of ranks."""
+    """Evaluate weights that were finetuned before, on any number of ranks."""
     config = dataclasses.replace(PROTOCOLS["ours"].finetune, epochs=1, batch_size=6)
     run = ClassifierRun(
         encoder(),
@@ -94,7 +94,7 @@ def test_features_do_not_depend_on_ranks(sets: Path, tmp_path: Path):
         for got in run_ranks(features, num_ranks, sets, tmp_path / str(num_ranks)):
             for level, value in want.items():
                 np.testing.assert_array_equal(got[level], value)
-    # A cache that three ranks wrote serves one.
+    # One rank can use a cache that three ranks wrote.
     (got,) = run_ranks(features, 1, sets, tmp_path / "3")
     np.testing.assert_array_equal(got["mid"], want["mid"])
 
@@ -109,7 +109,7 @@ def test_a_linear_probe_does_not_depend_on_ranks(sets: Path, tmp_path: Path):
 
 
 def test_finetuned_weights_are_tested_alike_on_any_ranks(sets: Path, tmp_path: Path):
-    # Two ranks train; one and three find the training done, and test.
+    # Two ranks train; runs on one and three ranks find the training complete and only test.
     want = run_ranks(finetuned, 2, sets, tmp_path / "run")[0]
     for num_ranks in (1, 3):
         for got in run_ranks(finetuned, num_ranks, sets, tmp_path / "run"):

@@ -1,4 +1,4 @@
-"""An ordinary step never reads a tensor on the host, nor brings a constant to the device."""
+"""A normal training step never waits for the device and copies no constant to it."""
 
 import gc
 import traceback
@@ -19,7 +19,7 @@ from tests.support.commands import TINY
 from tests.support.rank_processes import run_ranks
 
 _ATEN = torch.ops.aten
-# What waits on a GPU: .item(), bool(), float(); shapes that depend on values; torch.tensor(values).
+# Operations that wait for a GPU: .item(), bool(), float(); data-dependent shapes; torch.tensor().
 WAITS = (
     _ATEN._local_scalar_dense.default,
     _ATEN.is_nonzero.default,
@@ -28,8 +28,8 @@ WAITS = (
     _ATEN.masked_select.default,
     _ATEN.lift_fresh.default,
 )
-# torch's Adam counts its steps in tensors on the host where it is not the fused one of GPUs; orders
-# are made on the host, and copied without waiting.
+# torch's Adam has its step counts on the host if it is not the fused one of GPUs; orders are made
+# on the host and copied without waiting.
 ALLOWED = ("/torch/optim/", " in orders")
 
 
@@ -50,7 +50,7 @@ class Watch(TorchDispatchMode):
 
 
 def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str, Any]:
-    """The tiny run of both stages, watched in every step and between steps."""
+    """A small run of both stages, with the operations of and between all steps recorded."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     words = ["--config", str(folder / "tiny.yaml"), "--data.shards", str(shards / "train")]
     words += ["--run", str(folder / "run"), "--monitor.log_every", str(log_every)]
@@ -69,7 +69,7 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
     step, advance = trainer.step, trainer._advance
 
     def watched_step(batch: Any) -> Any:
-        # Constants are brought once; while the queue fills, its length is a shape.
+        # Constants are copied once; while the queue fills, its length is a shape.
         if trainer.state.step == 0 or not trainer.model.queue.is_full:
             return step(batch)
         watched.append(trainer.state.step)
@@ -97,7 +97,7 @@ def test_no_wait_and_no_collection_but_at_chosen_steps(shards: Path, tmp_path: P
     (found,) = run_ranks(train, 1, tmp_path, shards, 1000)
     assert len(found["watched"]) >= 10
     assert not found["waits"], f"{len(found['waits'])} waits, first {found['waits'][0]}"
-    # At first to set the start aside, then at every fourth step of 18.
+    # First to freeze the objects of the start, then at every fourth of 18 steps.
     steps = [step for step, _ in found["collected"] if step < 18]
     assert steps == [1, 4, 8, 12, 16]
     assert all(generation == 2 for _, generation in found["collected"][:5])

@@ -1,4 +1,4 @@
-"""The whole objective on several processes equals the objective on one."""
+"""The complete objective on several processes equals the objective on one process."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 
 
 def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodConfig:
-    """Every term of the method, the graph and L_aug at the high level too."""
+    """Settings with every term of the method, also the graph and L_aug at the high level."""
     return MethodConfig(
         weights=TermWeights(graph_high=1.0, augmentation_high=0.7),
         num_prototypes=6,
@@ -40,7 +40,7 @@ def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodC
 
 
 def build(config: MethodConfig) -> VideoModel:
-    """In float64, batch norms in evaluation mode: their statistics are each rank's own."""
+    """A float64 model with batch norms in evaluation mode, since statistics differ by rank."""
     torch.manual_seed(0)
     # Four steps at the high level, so that L_aug can shuffle them.
     backbone = BackboneConfig(width=8, last_temporal_stride=1)
@@ -68,7 +68,7 @@ def embed(model: VideoModel, rows: slice) -> Embeddings:
 class Step:
     values: dict[str, Tensor]
     grads: dict[str, Tensor]
-    """Averaged over ranks, as the engine averages them."""
+    """Gradients averaged over ranks, as in the engine."""
     queue: Tensor
     assignments: Tensor
     health: dict[str, Tensor]
@@ -92,7 +92,7 @@ def step(world: World, config: MethodConfig) -> Step:
 
 
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest error of a tensor in its norm."""
+    """Largest error of a tensor relative to its norm."""
     assert found.keys() == expected.keys()
     return max(float((found[k] - e).norm() / e.norm()) for k, e in expected.items())
 
@@ -117,7 +117,7 @@ def test_four_processes_give_the_values_and_gradients_of_one(four: list[Step], a
 
 def _assert_equal(ranks: list[Step], alone: Step) -> None:
     assert set(alone.values) == {*vars(recipe().weights), "total"}
-    # Every parameter has a gradient, so that none is compared as nothing with nothing.
+    # Every parameter has a gradient, so that no comparison is empty.
     assert set(alone.grads) == {k for k, _ in build(recipe()).named_parameters()}
     assert alone.health["graph_off_diagonal_mass"] > 0.1
     for found in ranks:
@@ -136,7 +136,7 @@ def test_queue_and_graph_are_the_same_on_all_ranks(four: list[Step], alone: Step
 
 
 def objective(world: World, num_parts: int, with_grad: bool) -> Step:
-    """In one process: each part's anchors against all, others' embeddings with gradient or not."""
+    """In one process: each part's anchors against all, with or without gradient to others."""
     config = recipe()
     model = build(config)
     out = embed(model, slice(None))
@@ -191,9 +191,9 @@ def test_without_gradient_from_other_ranks_exactly_that_part_is_missing(alone: S
 
 def test_shuffles_do_not_depend_on_the_rank():
     model = build(recipe())
-    whole = model.orders(np.arange(8), 3, 0, 16)
+    full = model.orders(np.arange(8), 3, 0, 16)
     for order, low, high in zip(
-        whole,
+        full,
         model.orders(np.arange(3), 3, 0, 16),
         model.orders(np.arange(3, 8), 3, 0, 16),
         strict=True,

@@ -1,4 +1,4 @@
-"""Retrieval while training: rank 0's network on all ranks, each rank's own left as it was."""
+"""Online retrieval uses rank 0's network on all ranks and changes none of them."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder(rank: int) -> Backbone:
-    """The same weights on all ranks, whose batch norms have seen other videos."""
+    """The same weights on all ranks, with different batch norm statistics."""
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(width=8))
     seen = torch.Generator().manual_seed(rank)
@@ -39,7 +39,7 @@ def encoder(rank: int) -> Backbone:
 
 
 def of_the_evaluation(world: World, sets: Path) -> dict[int, float]:
-    """R@k of rank 0's network by the evaluation's own way."""
+    """R@k of rank 0's network computed by the code of the evaluation."""
     features = FeatureConfig(num_clips=2, size=32, clip_frames=8)
     gallery, queries = (
         extract_features(
@@ -58,7 +58,7 @@ def of_the_evaluation(world: World, sets: Path) -> dict[int, float]:
 
 
 def measure(world: World, sets: Path) -> dict[str, Any]:
-    """Figures, and what the probe changed on this rank."""
+    """Measured results, and what the measurement changed on this rank."""
     backbone = encoder(world.rank).train()
     config = ProbeConfig(
         every_epochs=1, gallery=sets / "gallery", query=sets / "query", videos_per_batch=2

@@ -1,4 +1,4 @@
-"""Synchronised batch norm on several processes equals batch norm on one with the global batch."""
+"""Synchronised batch norm on several processes equals that of one with the global batch."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_values_gradients_and_statistics_are_those_of_the_global_batch(kind: str
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10, msg=name)
 
 
-def test_without_it_each_rank_has_its_own_statistics():
+def test_without_synchronisation_each_rank_has_its_own_statistics():
     alone = run_ranks(steps, 1, "clips", False)[0]
     (found, _) = run_ranks(steps, 2, "clips", False)
     assert not torch.allclose(found["mean"], alone["mean"], rtol=1e-6)

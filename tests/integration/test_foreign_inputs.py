@@ -155,7 +155,7 @@ def test_an_index_elsewhere(tmp_path: Path, clip: bytes) -> None:
         assert (theirs / name).read_bytes() == (ours / name).read_bytes()
     np.testing.assert_array_equal(frames_of(ours), frames_of(theirs))
     theirs.rename(tmp_path / "moved")
-    with pytest.raises(ShardError, match=r"is a link to .*theirs/0\.tar, which is not there"):
+    with pytest.raises(ShardError, match=r"is a link to .*theirs/0\.tar, which is missing"):
         ShardReader(ours)
 
 

@@ -102,7 +102,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert f"{number.name}: saving at the end of this step" in group[-1].text()
     (stopped,) = records(run, "stopped")
     assert last(run).name == f"step-{stopped['step']:09d}"
-    assert "go on with --resume auto" in group[0].text()
+    assert "resume with --resume auto" in group[0].text()
     server.finish(*arguments, "--resume", "auto", ranks=ranks)
     assert_same_end(run, whole[ranks])
 
@@ -255,7 +255,7 @@ def test_one_save_may_fail(server: ForkServer, arguments: list[str | Path], tmp_
     said = server.finish(*arguments, hook="tests.support.faults:disk_full_once")
     (failed,) = records(tmp_path / "run", "checkpoint_failed")
     assert "No space left on device" in failed["reason"]
-    assert "tries once more at the next checkpoint" in said
+    assert "tries again at the next checkpoint" in said
     assert [r["step"] for r in records(tmp_path / "run", "checkpoint")] == [6, 18]
 
 
@@ -312,7 +312,7 @@ def test_a_stall_ends_with_stacks(server: ForkServer, arguments: list[str | Path
         hook="tests.support.faults:stall_in_step_4_on_rank_1",
     )
     assert [rank.wait(60) for rank in group] == [5, 5]
-    assert "error (rank 1): nothing moved for 4 s while computing step 4" in group[1].text()
+    assert "error (rank 1): no progress for 4 s while computing step 4" in group[1].text()
     assert "in fit" in group[1].text()
     assert "faulty.py" in group[1].text()
 

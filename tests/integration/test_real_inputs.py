@@ -56,14 +56,14 @@ def test_the_cases(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "s4320x16.mp4": ("written", 40, None),
         "long.mp4": ("written", 120, None),
         "trimcopy.mp4": ("written", 87, None),
-        "nopts.avi": ("written", 120, ["the header promises 240 frames, 120 decode"]),
-        "drop20.avi": ("written", 119, ["the header promises 119 frames, 96 decode"]),
+        "nopts.avi": ("written", 120, ["the header declares 240 frames, 120 decode"]),
+        "drop20.avi": ("written", 119, ["the header declares 119 frames, 96 decode"]),
     }
     for name, shown in (("base.mp4", "RGBW"), ("hflip.mp4", "GRWB"), ("vflip.mp4", "BWRG")):
         assert letters(first_picture(manifest, tmp_path, found[name])) == shown
     said = capsys.readouterr().out
     assert "written with a note" in said
-    assert "14-editlist/nopts.avi: the header promises 240 frames, 120 decode" in said
+    assert "14-editlist/nopts.avi: the header declares 240 frames, 120 decode" in said
 
 
 def test_notes_stand_beside_rejects(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -125,7 +125,7 @@ def test_shards_of_others_have_the_same_notes_and_orientations(
     main(["index", str(folder), "--workers", "1"])
     found = {row.key: row for row in read_manifest(folder).rows}
     assert found["mirrored"].notes is None
-    assert found["promises"].notes == ["the header promises 80 frames, 40 decode"]
+    assert found["promises"].notes == ["the header declares 80 frames, 40 decode"]
     assert found["promises"].num_frames == 40
 
 

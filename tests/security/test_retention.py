@@ -108,7 +108,7 @@ def test_folders_that_the_run_did_not_write_stay_and_are_not_resumed(tmp_path: P
         *("step-000000099", "step-best", "step-000000001-copy", "step-000000006"),
     }
     shutil.rmtree(root / "step-000000006")
-    with pytest.raises(CheckpointError, match="neither it nor one before it is complete"):
+    with pytest.raises(CheckpointError, match="neither it nor an older one is complete"):
         find_checkpoint(tmp_path)
 
 

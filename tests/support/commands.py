@@ -1,4 +1,4 @@
-"""Run the commands of the README as a user does: each in a process of its own."""
+"""Run the commands of the README as a user does, each in its own process."""
 
 import json
 import os
@@ -34,10 +34,10 @@ def free_port() -> int:
 
 
 def run(*words: str | Path, launcher: bool = False, ranks: int = 1) -> subprocess.CompletedProcess:
-    """`python ...`, or `deepspeed ...` with so many CPU ranks."""
+    """Run `python ...`, or `deepspeed ...` with the given number of CPU ranks."""
     command = [sys.executable]
     if launcher:
-        # The installed script's first line breaks in a path with a space; the module does not.
+        # The installed script fails in a path with a space; the module does not.
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         command += ["--master_port", str(free_port())]
     return subprocess.run(
@@ -58,7 +58,7 @@ def succeed(*words: str | Path, launcher: bool = False, ranks: int = 1) -> str:
 
 
 def fail_with_one_line(*words: str | Path) -> str:
-    """The one line of a command that ends with exit code 2 and no traceback."""
+    """Run a command that must end with exit code 2 and one error line, and return the line."""
     done = run(*words)
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
@@ -73,7 +73,7 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def scrape(port: int) -> dict[str, float]:
-    """Every sample of an endpoint by its name with labels."""
+    """Read all samples of a metrics endpoint by name with labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
     pairs = re.findall(r"^(strata_\S+) (\S+)$", text, flags=re.MULTILINE)

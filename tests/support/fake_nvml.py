@@ -1,6 +1,6 @@
-"""NVML as its manual describes it, below pynvml: functions of the C library, by their names.
+"""A fake NVML library for tests, with the functions of the C library that pynvml calls.
 
-pynvml's own wrappers and structures are the real ones; only the pointers into the library are ours.
+pynvml's wrappers and structures are real; only the function pointers of the library are replaced.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ class FakeNvml:
     """A library with one GPU and one MIG device; every answer can be replaced by an error.
 
     Args:
-        monkeypatch: Puts pynvml back afterwards.
+        monkeypatch: Restores pynvml after the test.
         gpm: Whether the GPU has GPM.
         missing: Functions that this driver's library does not have.
     """

@@ -1,4 +1,4 @@
-"""Faults to put into a training process that tests fork: each is called before training starts."""
+"""Faults that tests inject into a training process; each is called before training starts."""
 
 import os
 import time
@@ -17,7 +17,7 @@ def _nan(step: int, rank: str) -> None:
             losses = self.method.losses
 
             def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
-                # The second video of the rank: its embedding, and so the terms that see it.
+                # The second video of the rank: its embedding, and so the terms that use it.
                 factor = torch.ones_like(out.instance)
                 factor[1] = torch.nan
                 object.__setattr__(out, "instance", out.instance * factor)
@@ -62,7 +62,7 @@ def other_code_on_rank_1() -> None:
 
 
 def full_disk() -> None:
-    """No file may grow beyond 64 KB, as if the disk were full; the log stays below."""
+    """Limit files to 64 KB, as if the disk were full; the log is smaller."""
     import resource
     import signal
 
@@ -71,7 +71,7 @@ def full_disk() -> None:
 
 
 def disk_full_once() -> None:
-    """The second checkpoint finds no space, the others do."""
+    """Writing the second checkpoint fails for lack of space; the others succeed."""
     from strata.train.run import checkpoint
 
     original, calls = checkpoint.save_file, []
@@ -86,14 +86,14 @@ def disk_full_once() -> None:
 
 
 def renew_often() -> None:
-    """Locks are renewed many times a second."""
+    """Renew locks many times per second."""
     from strata.files import FolderLock
 
     FolderLock.BEAT_S = 0.05
 
 
 def log_full_from_the_fifth_record() -> None:
-    """The disk of the log takes four records; all else is written."""
+    """Writing the log fails after four records; all other files are written."""
     from strata import logs
 
     original, calls = logs.os.write, []

@@ -1,8 +1,8 @@
 """Run `train/main.py` many times without importing everything each time: fork from here.
 
-Started as `python -m tests.support.fork_server`. Each line of stdin is a request as JSON (`argv`,
-`env`, `output`, `hook`); stdout says `pid` of each, and `pid status` when one has ended. It never
-computes anything itself, so forking is safe.
+Start it by `python -m tests.support.fork_server`. Each line of stdin is a request as JSON (`argv`,
+`env`, `output`, `hook`); stdout has the `pid` of each run, and `pid status` when it has ended. The
+server itself never computes anything, so forking is safe.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def _child(request: dict) -> None:
 
 
 def serve() -> None:
-    """Fork a run for each line; tell of each end."""
+    """Fork a run for each line of stdin, and report the end of each run."""
     import deepspeed  # noqa: F401
     import nvidia.dali.fn
     import nvidia.dali.plugin.pytorch  # noqa: F401
@@ -47,7 +47,7 @@ def serve() -> None:
     while True:
         ready, _, _ = select.select([0], [], [], 0.02)
         if ready:
-            # Not by sys.stdin: its buffer would hide lines from select.
+            # Not sys.stdin: its buffer would hide lines from select.
             line = b""
             while not line.endswith(b"\n"):
                 piece = os.read(0, 1)

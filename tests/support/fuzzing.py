@@ -1,4 +1,4 @@
-"""What the fuzzing tests share: edits of bytes and of JSON values, and what may come of them."""
+"""Helpers of the fuzzing tests: edits of bytes and JSON values, and the allowed outcomes."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ ODD_VALUES = [None, True, "", "x", "../x", "a\n", 0, 1, -1, 2**31, 2**63, 10**30
 
 
 def budget(num_edits: int) -> Any:
-    """So many edits, the same in every run."""
+    """Hypothesis settings for a number of edits, which are the same in every run."""
     return settings(
         max_examples=num_edits,
         derandomize=True,
@@ -28,7 +28,7 @@ def budget(num_edits: int) -> Any:
 
 @st.composite
 def byte_edits(draw: st.DrawFn) -> list[tuple[str, float, int, bytes]]:
-    """One to three edits: what, where as a share of the length, how many bytes, and new ones."""
+    """One to three edits: kind, position as a share of the length, length, and new bytes."""
     one = st.tuples(
         st.sampled_from(["flip", "set", "delete", "insert", "cut", "repeat"]),
         st.floats(0, 1, exclude_max=True),
@@ -62,7 +62,7 @@ def edited(content: bytes, edits: list[tuple[str, float, int, bytes]]) -> bytes:
 
 
 def json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The places of all values within a JSON value."""
+    """Paths of all values within a JSON value."""
     found = [path] if path else []
     items: Any = []
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def json_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def json_edits(draw: st.DrawFn) -> tuple[float, str, Any]:
-    """Where as a share of all values, what, and a new value."""
+    """An edit: position as a share of all values, kind, and a new value."""
     what = draw(st.sampled_from(["set", "set", "set", "delete", "other"]))
     number = st.integers(-5, 70_000)
     new = draw(st.one_of(st.sampled_from(ODD_VALUES), number, st.text(max_size=8)))
@@ -97,7 +97,7 @@ def json_edited(value: Any, edit: tuple[float, str, Any]) -> Any:
             parent[last] = new
         case "delete":
             del parent[last]
-        case "other":  # The value from another place.
+        case "other":  # The value at another path.
             other = paths[int(share * 7919) % len(paths)]
             found = value
             for key in other:
@@ -107,7 +107,7 @@ def json_edited(value: Any, edit: tuple[float, str, Any]) -> Any:
 
 
 def outcome(run: Callable[[], T]) -> T | None:
-    """What `run` returns, or None after an error that a user sees as one line.
+    """Return the result of `run`, or None after an error that a user sees as one line.
 
     Any other exception is a failure of the test.
     """

@@ -1,4 +1,4 @@
-"""What the tests of the graph share: pictures, every augmentation over its range, a graph's run."""
+"""Helpers of the DALI graph's tests: images, augmentation cases, and running a graph."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ HEIGHT, WIDTH, FRAMES, SIZE = 64, 96, 8, 48
 
 
 def encode(frames: np.ndarray) -> np.ndarray:
-    """A strip of smooth moving pictures, as the sharder writes it."""
+    """Encode frames as a strip, as the sharder does."""
     out = io.BytesIO()
     Image.fromarray(np.concatenate(frames)).save(
         out, "JPEG", quality=95, restart_marker_rows=HEIGHT // 16

@@ -1,4 +1,4 @@
-"""A real Chromium without a window, spoken to over its DevTools pipe: no port, no package."""
+"""A headless Chromium, controlled through its DevTools pipe without a port or package."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# By bash, since the browser wants its pipes to be descriptors 3 and 4; sh redirects none above 9.
+# By bash: the browser needs descriptors 3 and 4, and sh cannot redirect descriptors above 9.
 _START = 'exec "$0" "$@" 3<&{read} 4>&{write}'
 
 
@@ -62,7 +62,7 @@ class Browser:
         """Load a page at a window's size.
 
         Returns:
-            What was asked for besides the page itself and pictures that it holds.
+            The requests other than the page itself and its embedded images.
         """
         mobile = width < 600
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
@@ -81,12 +81,12 @@ class Browser:
         return [u for u in asked if u != page.as_uri() and not u.startswith("data:")]
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Evaluate an expression in the page."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         return found["result"]["value"]
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """Write what is in the window, or the whole page, as PNG."""
+        """Write a PNG of the window or of the complete page."""
         shot = self._call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 

@@ -1,4 +1,4 @@
-"""What the tests of the training loader share: the batches that one rank gets."""
+"""Helper of the training loader's tests: the batches of one rank."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def batches(
     count: int | None = None,
     **options,
 ) -> list[Batch]:
-    """All of them, or `count`, with the loader closed again; `options` are the loader's."""
+    """Load all or `count` batches of a rank; `options` are passed to the loader."""
     reader = ShardReader(config.shards)
     loader = TrainLoader(
         reader,

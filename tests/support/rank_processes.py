@@ -1,4 +1,4 @@
-"""Groups of real processes on gloo, for tests: run a function on every rank, get what it returns.
+"""Run a function on every rank of a real gloo process group and return the results.
 
 The processes are forked from a server that has torch imported and has never computed anything, so
 a group of four starts in well under a second after the first.
@@ -30,14 +30,14 @@ def run_ranks(
     Args:
         function: At the top level of an importable module.
         num_ranks: Processes; 1 is a group of one, not this process.
-        args: The same on every rank; must pickle.
-        timeout_s: Until the group is ended and the test fails.
+        args: Arguments, the same on every rank; must be picklable.
+        timeout_s: Seconds until the group is ended and the test fails.
 
     Returns:
-        What each rank returned, in the order of ranks; anything that `torch.save` takes.
+        The result of each rank, in the order of ranks; any value that `torch.save` supports.
 
     Raises:
-        AssertionError: A rank raised (its traceback is the message), died or was too late.
+        AssertionError: A rank raised (its traceback is the message), died or timed out.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -51,7 +51,7 @@ def run_ranks(
         try:
             while any(process.exitcode is None for process in ranks):
                 if any(process.exitcode for process in ranks):
-                    break  # The others wait for one that is gone.
+                    break  # The others wait for the rank that has died.
                 assert time.monotonic() < deadline, f"ranks not done within {timeout_s} s"
                 time.sleep(0.01)
         finally:
@@ -82,7 +82,7 @@ def _rank(
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
         LOCAL_WORLD_SIZE=str(num_ranks),
-        # The group below is formed through a file; DeepSpeed and join_world want these to be set.
+        # The group uses a file, but DeepSpeed and join_world need these variables.
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
         GLOO_SOCKET_IFNAME="lo",

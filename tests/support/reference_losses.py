@@ -1,4 +1,4 @@
-"""The method's terms as slow loops over Python numbers, written from the equations alone.
+"""Reference implementation of the losses as slow loops over numbers, from the equations only.
 
 Nothing here is shared with the code under test. Tensors come in and are read element by element;
 sizes must be small. Sections are those of method.md.

@@ -1,4 +1,4 @@
-"""Edits of a data set that tests make: as a stranger writes it, with the digest right for it."""
+"""Edits of a data set for tests, with correct digests after the edit."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def canonical(value: object) -> bytes:
 
 
 def write_json(folder: Path, head: dict[str, Any], rows: list[Any]) -> None:
-    """Any head and rows, with the digest of docs/data-format.md."""
+    """Write a manifest with any head and rows, with the digest of docs/data-format.md."""
     lines = [canonical(row) for row in rows]
     head.pop("digest", None)
     digest = hashlib.sha256(b"\n".join([canonical(head), *lines])).hexdigest()
@@ -34,7 +34,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any], list[Any]], No
 
 
 def edit_index(folder: Path, shard: int, change: Callable[[bytes], bytes]) -> None:
-    """Change an index file, with its hash right in the manifest."""
+    """Change an index file and update its hash in the manifest."""
 
     def rehash(head: dict[str, Any], _: list[Any]) -> None:
         entry = head["shards"][shard]
@@ -56,7 +56,7 @@ def flip(path: Path, place: int, mask: int = 1) -> None:
 
 
 def place_of(folder: Path, sample: int, ext: str) -> tuple[Path, int, int]:
-    """The tar of a sample's member, and offset and size in it."""
+    """The tar of a sample's member, and the member's offset and size."""
     reader = ShardReader(folder)
     shard, members = reader.members(sample)
     reader.close()
@@ -64,7 +64,7 @@ def place_of(folder: Path, sample: int, ext: str) -> tuple[Path, int, int]:
 
 
 def all_strips(folder: Path) -> list[bytes]:
-    """What the loader reads of every sample of a set of the jpeg payload."""
+    """All strips of a set of the jpeg payload, as the loader reads them."""
     reader = ShardReader(folder)
     try:
         frames = [np.arange(count) for count in reader.num_frames.tolist()]

@@ -1,4 +1,4 @@
-"""Data that tests make: a shard folder written by hand, from the format's description alone."""
+"""Shard folders for tests, written from the description of the format only."""
 
 import hashlib
 import io
@@ -33,7 +33,7 @@ _FULL_BT601: dict[str, Any] = {"format": "yuvj420p", "dst_colorspace": 5, "dst_c
 
 
 def moving_picture(seed: int, num_frames: int, height: int = HEIGHT, width: int = WIDTH):
-    """Smooth noise that slides: `[F, height, width, 3]`, uint8."""
+    """Make frames of smooth moving noise: uint8 `[F, height, width, 3]`."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 9, 3), dtype=np.uint8)
     wide = Image.fromarray(small).resize((width + 2 * num_frames, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(wide)
@@ -41,7 +41,7 @@ def moving_picture(seed: int, num_frames: int, height: int = HEIGHT, width: int 
 
 
 def encode_strip(frames: np.ndarray) -> bytes:
-    """Frames below each other in one JPEG with a restart marker after each."""
+    """Encode vertically stacked frames as one JPEG with a restart marker after each frame."""
     out = io.BytesIO()
     Image.fromarray(np.concatenate(frames)).save(
         out, "JPEG", quality=90, subsampling="4:2:0", restart_marker_rows=frames.shape[1] // 16
@@ -59,9 +59,9 @@ def make_shards(
     form: NormalForm | None = None,
     schema: int = 2,
 ) -> None:
-    """A small labelled data set; video i has 33 + i % 5 frames and the class i % num_classes.
+    """Make a small labelled data set; video i has 33 + i % 5 frames, class i % num_classes.
 
-    With `schema` 1 it has the form that was written before there were checksums.
+    With `schema` 1 it has the older format without checksums.
     """
     folder.mkdir(parents=True)
     form = form or NormalForm(width=WIDTH, height=HEIGHT)
@@ -123,7 +123,7 @@ def make_shards(
 
 
 def rewrite(manifest: Manifest, folder: Path) -> None:
-    """Write a changed manifest with the digest that is right for it."""
+    """Write a changed manifest with its correct digest."""
     write_manifest(replace(manifest, digest=digest_of(manifest)), folder)
 
 
@@ -152,7 +152,7 @@ def table_of(
 
 
 def old_table(table: FrameTable) -> bytes:
-    """The member as version 1 had it, without checksums."""
+    """Encode a frame table as in version 1, without checksums."""
     fixed = [1, table.label, table.num_frames, table.height, table.width, table.num_segments]
     numbers = [np.array([*fixed, table.frames_per_segment, 0]), table.offsets, table.lengths]
     return np.concatenate(numbers).astype("<i4").tobytes()
@@ -161,7 +161,7 @@ def old_table(table: FrameTable) -> bytes:
 def encode_mp4_segments(
     frames: np.ndarray, form: NormalForm
 ) -> tuple[list[bytes], list[tuple[np.ndarray, np.ndarray]]]:
-    """Frames as the mp4 payload, and where the packets are."""
+    """Encode frames as the mp4 payload, and find the packets."""
     full = [VideoFrame.from_ndarray(f, format="rgb24").reformat(**_FULL_BT601) for f in frames]
     planes = np.stack([f.to_ndarray() for f in full])
     segments, places = [], []
@@ -173,7 +173,7 @@ def encode_mp4_segments(
 
 
 def encode_segments(frames: np.ndarray, form: NormalForm) -> tuple[list[bytes], FrameTable]:
-    """Frames as the mp4 payload, with a table that says where the packets are."""
+    """Encode frames as the mp4 payload, with their frame table."""
     segments, places = encode_mp4_segments(frames, form)
     return segments, table_of(segments, places, form)
 

@@ -15,7 +15,7 @@ from tests.support.shard_folders import moving_picture
 
 
 def moving_scene(count: int, width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours that slide; `[F, H, W, 3]`, uint8."""
+    """Make frames of smooth moving colours: uint8 `[F, H, W, 3]`."""
     return moving_picture(seed, count, height, width)
 
 
@@ -52,9 +52,9 @@ def write_video(
     field_order: str | None = None,
     display_matrix: Sequence[int] | None = None,
 ) -> Path:
-    """Encode RGB frames; with colours, times, pixel shape, field order as they are given.
+    """Encode RGB frames with the given colours, timestamps, pixel aspect and field order.
 
-    `display_matrix` is a, b, c, d of ISO/IEC 14496-12, 8.3.2, in whole numbers.
+    `display_matrix` is a, b, c, d of ISO/IEC 14496-12, 8.3.2, as integers.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:

@@ -1,4 +1,4 @@
-"""Real training processes at the price of a fork: for tests that need dozens of them."""
+"""Training processes that are forked, for tests that need many of them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.support.commands import ROOT, free_port
 
 @dataclass
 class Rank:
-    """A running process."""
+    """A running training process."""
 
     pid: int
     output: Path
@@ -25,7 +25,7 @@ class Rank:
     status: int | None = None
 
     def wait(self, timeout_s: float = 120.0) -> int:
-        """Its exit status; negative for a signal."""
+        """Wait for the exit status; negative for a signal."""
         assert self.over.wait(timeout_s), f"not done in {timeout_s} s: {self.text()[-3000:]}"
         assert self.status is not None
         return self.status
@@ -85,7 +85,7 @@ class ForkServer:
         hook: str = "",
         env: dict[str, str] | None = None,
     ) -> list[Rank]:
-        """Start a group in which each rank has arguments of its own."""
+        """Start a group in which each rank has different arguments."""
         group, port, ranks = [], free_port(), len(argvs)
         for rank, argv in enumerate(argvs):
             self._number += 1
@@ -108,7 +108,7 @@ class ForkServer:
         return group
 
     def finish(self, *argv: str | Path, ranks: int = 1, hook: str = "", code: int = 0) -> str:
-        """Run a group to its end; what rank 0 said."""
+        """Run a group to its end and return the output of rank 0."""
         group = self.start(*argv, ranks=ranks, hook=hook)
         codes = [rank.wait() for rank in group]
         assert codes == [code] * ranks, f"{codes}\n" + "\n".join(r.text()[-3000:] for r in group)

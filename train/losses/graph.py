@@ -1,4 +1,4 @@
-"""Distribution graphs of the high level, and the constraint that lower levels follow them.
+"""The graph constraint: lower levels follow the distribution graphs of the high level.
 
 Shape suffixes: B videos of the global batch (rows: first view; columns, also B: second view),
 R anchor videos, V = 2 views, C embedding size.
@@ -16,7 +16,7 @@ __all__ = ["DistributionGraphs", "distribution_graphs", "graph_loss"]
 
 
 class DistributionGraphs(NamedTuple):
-    """What the high level says about which videos are alike. All without gradient."""
+    """Graphs of the similarity of videos at the high level, without gradient."""
 
     instance_BB: Tensor
     """G_ins: similarities of view 1 to view 2, softmax over columns, those below eta set to 0
@@ -24,7 +24,7 @@ class DistributionGraphs(NamedTuple):
     semantic_BB: Tensor
     """G_sem: bool, whether two videos have the same prototype; the diagonal is true."""
     target_BB: Tensor
-    """E: where both agree; rows sum to 1, the diagonal is positive, not symmetric."""
+    """E: the product of both, normalised; rows sum to 1, positive diagonal, not symmetric."""
 
 
 @full_precision
@@ -32,7 +32,7 @@ class DistributionGraphs(NamedTuple):
 def distribution_graphs(
     clips_BVC: Tensor, labels_B: Tensor, *, temperature: float = 0.07, threshold: float = 0.05
 ) -> DistributionGraphs:
-    """G_ins, G_sem and the soft targets E.
+    """Compute G_ins, G_sem and the soft targets E.
 
     As loops, with s(a, b) = <a, b> / tau of vectors at unit length::
 
@@ -77,7 +77,7 @@ def graph_loss(
     anchors: slice | None = None,
     divide_by_batch: bool = False,
 ) -> Tensor:
-    """L_gr, the graph constraint on one level: its distribution over videos follows E.
+    """L_gr, the graph constraint: cross-entropy of a level's distribution over videos and E.
 
     As loops, with s(a, b) = <a, b> / tau of vectors at unit length::
 
@@ -92,9 +92,9 @@ def graph_loss(
 
     Args:
         clips_BVC: `[B, 2, C]`, the level's graph embeddings of the global batch.
-        target_BB: `[B, B]`, E, the whole of it; taken as constant.
+        target_BB: `[B, B]`, the complete E; treated as constant.
         temperature: tau.
-        anchors: Which rows count, a slice of the global batch; all if None.
+        anchors: The rows of the loss, a slice of the global batch; all if None.
         divide_by_batch: The release's extra 1/B.
 
     Returns:

@@ -1,6 +1,6 @@
 """L_ins: two clips of a video attract, clips of other videos repel.
 
-Shape suffixes: B videos of the global batch, R anchor videos (R = B unless a slice is asked for),
+Shape suffixes: B videos of the global batch, R anchor videos (R = B unless a slice is given),
 V = 2 views, C embedding size, M altered clips of each anchor's video.
 """
 
@@ -21,7 +21,7 @@ def pair_contrast(
     altered_RMC: Tensor | None = None,
     anchors: slice | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the other view among all other clips and, if given, altered clips.
+    r"""Contrastive loss of two views, with all other clips and optional altered ones as negatives.
 
     As loops, with s(a, b) = <a, b> / tau of vectors at unit length::
 
@@ -36,13 +36,13 @@ def pair_contrast(
     is O(B^2 + B C) where a pool of negatives per anchor takes O(B^2 C).
 
     Args:
-        clips_BVC: `[B, 2, C]`, embeddings of the whole global batch; any length, normalised here.
+        clips_BVC: `[B, 2, C]`, embeddings of the global batch; normalised here.
         temperature: tau, above 0.
         altered_RMC: `[R, M, C]`, altered clips of the anchors' own videos: more negatives, no more
             anchors. None for L_ins.
         anchors: Which videos are anchors, a slice of the global batch with both ends; all of them
-            if None. With gradient through the gathered batch, the mean over ranks of the ranks'
-            own slices is the loss of the whole batch, at a share of the work.
+            if None. With gradient through the gathered batch, the mean over ranks of the losses of
+            their slices is the loss of the global batch, and each rank does only its share.
 
     Returns:
         Scalar, nats.
@@ -53,11 +53,11 @@ def pair_contrast(
     num_videos, num_views, _ = clips_BVC.shape
     require_pairs(num_videos, "L_ins or L_aug")
     if num_views != 2:
-        # The positive of a clip is THE other clip.
+        # The positive of a clip is the only other clip of its video.
         raise ValueError(f"expected two views in dimension 1, got shape {tuple(clips_BVC.shape)}")
     first, last, _ = (anchors or slice(None)).indices(num_videos)
 
-    # Video-major rows: the two views of a video are neighbours, so a positive is at row XOR 1.
+    # Video-major rows: the views of a video are adjacent, so the positive is at row XOR 1.
     clips = unit_length(clips_BVC).flatten(0, 1)
     row = torch.arange(2 * first, 2 * last, device=clips.device)
     anchor = clips[2 * first : 2 * last]

@@ -1,4 +1,4 @@
-"""Full precision for the losses, whatever the autocast: similarities over tau do not fit 8 bits."""
+"""Full precision for the losses under any autocast: similarities over tau need over 8 bits."""
 
 import functools
 from collections.abc import Callable
@@ -16,14 +16,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 EPSILON = 1e-6
-"""Vectors shorter than this are not stretched to unit length: it bounds the gradient of a zero
-vector at 1/EPSILON, where torch's own 1e-12 would let one dead clip outweigh the batch."""
+"""Vectors shorter than this are not scaled to unit length: it bounds the gradient of a zero vector
+by 1/EPSILON; with torch's default 1e-12 one dead clip would dominate the batch."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """A half-precision tensor in float32; others, float64 too, as they are."""
+    """Convert a half-precision tensor to float32; others, also float64, are unchanged."""
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
@@ -34,11 +34,11 @@ def _widen(value: Any) -> Any:
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` with autocast off and its half-precision tensors widened to float32.
 
-    Float64 passes through, so that `gradcheck` means something. At tau = 0.07 a rounding of 2^-9 in
+    Float64 is unchanged, so that `gradcheck` works. At tau = 0.07 a rounding of 2^-9 in
     a cosine (bfloat16) is 0.03 in a logit, and exp(1/0.07) overflows float16.
 
     Args:
-        function: Takes at least one tensor, directly as an argument.
+        function: A function with at least one tensor as a direct argument.
 
     Returns:
         The same function, with the same signature.
@@ -55,12 +55,12 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unit_length(vectors: Tensor) -> Tensor:
-    """Vectors along the last dimension at length one; those shorter than `EPSILON` stay short."""
+    """Normalise vectors along the last dimension; those below `EPSILON` stay shorter than 1."""
     return functional.normalize(vectors, dim=-1, eps=EPSILON)
 
 
 def require_pairs(num_videos: int, what: str) -> None:
-    """Refuse a batch that has nothing to contrast.
+    """Check that the global batch has at least two videos to contrast.
 
     Raises:
         ConfigError: Fewer than two videos.

@@ -1,4 +1,4 @@
-"""L_pro: a clip predicts the prototype assignment of the other clip; Sinkhorn makes the targets.
+"""L_pro: a clip predicts the prototype assignment of the other clip, computed by Sinkhorn.
 
 Shape suffixes: B videos of the batch, S videos given to Sinkhorn (the queue's rows, the current
 batch last), V = 2 views, K prototypes.
@@ -16,16 +16,16 @@ __all__ = ["hard_labels", "prototype_loss", "sinkhorn"]
 @full_precision
 @torch.no_grad()
 def sinkhorn(scores_SVK: Tensor, *, epsilon: float = 0.05, num_iterations: int = 3) -> Tensor:
-    """Assignments to prototypes, used equally often over the samples; no gradient.
+    """Assign samples to prototypes so that all are used equally often, without gradient.
 
-    As loops, for each view by itself, with Q = exp(scores / epsilon)::
+    As loops, for each view separately, with Q = exp(scores / epsilon)::
 
         for _ in range(num_iterations):
             for k: Q[:, k] /= sum(Q[:, k])     # every prototype has the same mass
             for s: Q[s, :] /= sum(Q[s, :])     # every sample has the same mass
 
-    in the log domain: nothing under- or overflows, whatever epsilon. Factors common to a row or a
-    column (the 1/K and 1/S of the usual form) cancel in the next step and are left out.
+    in the log domain, without under- or overflow for any epsilon. Factors common to a row or a
+    column (the 1/K and 1/S of the usual form) cancel in the next step and are omitted.
 
     Source: method.md 4.2; Caron et al., SwAV, arXiv 2006.09882, section 3.1 and appendix A;
     Cuturi, arXiv 1306.0895.
@@ -33,14 +33,14 @@ def sinkhorn(scores_SVK: Tensor, *, epsilon: float = 0.05, num_iterations: int =
     Args:
         scores_SVK: `[S, V, K]`, cosines with the prototypes; the global batch or the queue, so that
             all ranks compute the same.
-        epsilon: Regularisation, above 0; small is close to one-hot.
-        num_iterations: At least 1.
+        epsilon: Regularisation, above 0; a small value gives nearly one-hot assignments.
+        num_iterations: Number of iterations, at least 1.
 
     Returns:
         `[S, V, K]`, each row sums to 1.
 
     Raises:
-        ConfigError: Fewer than two samples: their equipartition is uniform and teaches nothing.
+        ConfigError: Fewer than two samples, for which the assignment is always uniform.
     """
     require_pairs(scores_SVK.shape[0], "Sinkhorn")
     log_q = scores_SVK / epsilon
@@ -52,7 +52,7 @@ def sinkhorn(scores_SVK: Tensor, *, epsilon: float = 0.05, num_iterations: int =
 
 @torch.no_grad()
 def hard_labels(assignments_BVK: Tensor) -> Tensor:
-    """The prototype that both views together favour: y_i = argmax_k of the sum (method.md 4.2).
+    """Hard label of a video: argmax over prototypes of the views' summed assignments (4.2).
 
     Returns:
         `[B]`, int64.
@@ -74,13 +74,13 @@ def prototype_loss(
 
     Source: method.md 4.2; SwAV, arXiv 2006.09882, eq. 2. Deviation from the release: log_softmax
     instead of log(p + 1e-10), which drops the gradient of the worst predictions (its item 10).
-    There is no term between samples: a rank may give its own videos only.
+    There is no term between samples, so a rank may pass only its own videos.
 
     Args:
         scores_BVK: `[B, 2, K]`, with gradient.
         assignments_BVK: `[B, 2, K]`, the rows of `sinkhorn` for the same videos; taken as
             constants.
-        temperature: Of the prediction, above 0; the release's 0.1, not tau.
+        temperature: Temperature of the prediction, above 0; the release's 0.1, not tau.
 
     Returns:
         Scalar, nats; chance level log K.

@@ -23,9 +23,9 @@ def augmentation_loss(
     temperature: float = 0.07,
     anchors: slice | None = None,
 ) -> Tensor:
-    """L_aug: L_ins with the temporally altered clips of the same video as further negatives.
+    """L_aug: L_ins with temporally altered clips of the same video as additional negatives.
 
-    `instance.pair_contrast` tells it as loops. Anchors and positives are originals only; altered
+    `instance.pair_contrast` has it as loops. Anchors and positives are originals only; altered
     clips of other videos are not used; gradient flows into both branches. If the alterations are
     invisible to the features, the loss cannot fall below log(1 + 2A): log 3 for reversal, log 5 for
     reversal and shuffle.
@@ -54,7 +54,7 @@ def augmentation_loss(
 
 @full_precision
 def retrieval_loss(short_BVTC: Tensor, long_BLC: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """L_ret: each time step of the long clip finds the step of the short clips it overlaps.
+    """L_ret: match each time step of the long clip with the overlapping short-clip step.
 
     As loops, with unit-length steps and S the short clips' steps, pooled so that there are L of
     them, joined along time::
@@ -66,14 +66,14 @@ def retrieval_loss(short_BVTC: Tensor, long_BLC: Tensor, *, temperature: float =
 
     A dense long clip (all 32 frames, TEXT 2) has L = 2T steps, and nothing is pooled. A strided one
     (every second frame, the release) has L = T, and neighbouring steps of the short clips are
-    averaged. Which of them it is follows from the shapes. Negatives are other steps of the same
+    averaged. The shapes decide between the two. Negatives are other steps of the same
     video only, so a rank may give its own videos.
 
     Source: method.md 4.5; the dense form Part I.
 
     Args:
         short_BVTC: `[B, 2, T, C]`, embeddings of the short clips' steps, the first view earlier.
-        long_BLC: `[B, L, C]`, L = 2T or a divisor of it that pools whole steps.
+        long_BLC: `[B, L, C]`, L = 2T or a divisor of it that pools complete steps.
         temperature: tau.
 
     Returns:
@@ -90,7 +90,7 @@ def retrieval_loss(short_BVTC: Tensor, long_BLC: Tensor, *, temperature: float =
             f"L_ret: {num_views} short clips of {num_steps} steps cannot be lined up with a long "
             f"clip of {num_long}; let the long clip span both, densely or at twice the stride"
         )
-    # [B, V, T/pool, pool, C]: averages of neighbours, never across the two clips.
+    # [B, V, T/pool, pool, C]: averages of adjacent steps, never across the two clips.
     short = short_BVTC.unflatten(2, (num_steps // pool, pool)).mean(dim=3).flatten(1, 2)
     logits = unit_length(short) @ unit_length(long_BLC).transpose(1, 2) / temperature
     step = torch.arange(num_long, device=logits.device).expand(len(logits), -1)

@@ -1,1 +1,1 @@
-"""The method: its network and loss terms, schedules, and the queue of scores."""
+"""The method: its network, loss terms, schedules and the queue of prototype scores."""

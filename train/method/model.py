@@ -1,7 +1,7 @@
-"""Multi-level feature optimization: views to features to named loss terms to the weighted total.
+"""Multi-level feature optimization: from views to features, loss terms and their sum.
 
-Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/method.md says
-what is followed. Shape suffixes: b videos of this rank, B of the global batch, V = 2 short views,
+Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/method.md states
+the deviations. Shape suffixes: b videos of this rank, B of the global batch, V = 2 short views,
 A alterations, T time steps of a level, L those of the long sequence, C channels, D embedding size,
 K prototypes.
 """
@@ -71,7 +71,7 @@ _NUM_VIEWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TermWeights:
-    """Weight of each term in the total; 0 leaves the term and its head out. Default: `paper`."""
+    """Weight of each loss term; 0 disables the term and its head. Default: `paper`."""
 
     instance: float = 1.0
     """L_ins at the high level."""
@@ -88,8 +88,8 @@ class TermWeights:
     augmentation_mid: float = 0.5
     """L_aug at the mid level."""
     augmentation_high: float = 0.0
-    """L_aug at the high level, with a motion excitation of its own. A clip of 16 frames has two
-    steps there, which can be reversed but not shuffled (method.shuffle)."""
+    """L_aug at the high level, with a separate motion excitation. A clip of 16 frames has two steps
+    there, which can be reversed but not shuffled (method.shuffle)."""
     retrieval_low: float = 0.3
     """L_ret at the low level."""
     retrieval_mid: float = 0.5
@@ -112,7 +112,7 @@ class TermWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """The rows of the recipe table; the defaults are the `paper` recipe (method.md Part I)."""
+    """Settings of the method; the defaults are the `paper` recipe (method.md Part I)."""
 
     weights: TermWeights = field(default_factory=TermWeights)
     """Weight of each term."""
@@ -125,15 +125,15 @@ class MethodConfig:
     num_prototypes: int = 1000
     """K. TEXT: 1000."""
     queue_length: int = 1024
-    """Videos whose scores are kept for Sinkhorn. TEXT: 1024."""
+    """Length of the queue of scores for Sinkhorn, in videos. TEXT: 1024."""
     graph_threshold: float = 0.05
     """eta of G_ins. TEXT: 0.05."""
     shuffle: bool = True
     """Whether L_aug also has randomly shuffled clips as negatives (TEXT), or reversed ones only."""
     temporal_from_stage: Literal[1, 2] = 2
-    """Stage in which L_aug and L_ret begin. TEXT: 2; release: 1."""
+    """First stage with L_aug and L_ret. TEXT: 2; release: 1."""
     gather_with_grad: bool = True
-    """Whether gradient flows to the embeddings of other ranks; the release's does not."""
+    """Whether gradient flows to the embeddings of other ranks; in the release it does not."""
     graph_divides_by_batch: bool = False
     """Whether the graph constraint is divided by B once more, as in the release."""
     embedding_size: int = 128
@@ -159,7 +159,7 @@ class MethodConfig:
         return getattr(self.weights, f"{term}_{level}", 0.0) > 0
 
     def active(self, stage: int) -> frozenset[str]:
-        """Names of the terms of a stage, those of `TermWeights`; the others are not computed."""
+        """Names of the terms of a stage, as in `TermWeights`; others are not computed."""
         first_stage = {
             "instance": 1,
             "prototype": 1,
@@ -177,12 +177,12 @@ class MethodConfig:
         """Check that the short clips' time steps line up with the long sequence's.
 
         Args:
-            clip_frames: Of a short clip.
-            long_frames: Of the long sequence.
-            strides: Of the encoder.
+            clip_frames: Frames of a short clip.
+            long_frames: Frames of the long sequence.
+            strides: Temporal strides of the encoder's levels.
 
         Raises:
-            ConfigError: L_ret could not tell which steps belong together.
+            ConfigError: The steps cannot be matched for L_ret.
         """
         for level in _LEVELS:
             stride = getattr(strides, level)
@@ -203,7 +203,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """What the model says of a rank's videos; entries that the stage does not use are absent."""
+    """Embeddings of a rank's videos; those that the stage does not use are absent."""
 
     instance: Tensor
     """`[b, V, D]`: for L_ins and the graph."""
@@ -230,27 +230,27 @@ class LossTerms:
     terms: dict[str, Tensor]
     """Each term before its weight, detached."""
     health: dict[str, Tensor]
-    """Health of the representation, where it was asked for."""
+    """Health of the representation, if requested."""
 
 
 @cache
 def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kept on the device: to bring a constant there in every step is to wait for it every time."""
+    """Constants, cached on the device: a copy in every step would wait each time."""
     mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
     return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
 
 
 def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decoded clips as the input of the first convolution.
+    """Convert decoded clips to the input of the first convolution.
 
     Args:
         clips: `[N, T, H, W, 3]`, uint8.
         in_channels: 3, or 4 to add a plane of zeros.
-        dtype: Of the result.
+        dtype: The dtype of the result.
 
     Returns:
-        `[N, in_channels, T, H, W]`, by ImageNet's mean and deviation; the memory keeps channels
-        last, so nothing is transposed.
+        `[N, in_channels, T, H, W]`, normalised by ImageNet's mean and deviation; channels stay last
+        in memory, so nothing is transposed.
     """
     mean, scale = _mean_and_scale(clips.device)
     values = ((clips - mean) * scale).to(dtype)
@@ -263,9 +263,9 @@ class VideoModel(nn.Module):
     """Backbone, motion excitation, heads, prototypes and the queue of scores.
 
     Args:
-        backbone: Which encoder.
-        config: Which terms there are.
-        clip_frames: Frames of a short clip; checked against what the alterations need.
+        backbone: Settings of the encoder.
+        config: Settings of the loss terms.
+        clip_frames: Frames of a short clip; enough for the alterations, which is checked.
 
     Raises:
         ConfigError: The clips are too short for the shuffle.
@@ -309,7 +309,7 @@ class VideoModel(nn.Module):
                 )
 
     def groups(self) -> list[ParameterGroup]:
-        """The parameters, by what is frozen together."""
+        """The groups of parameters that are frozen together."""
 
         def group(name: str, *modules: nn.Module) -> ParameterGroup:
             return ParameterGroup(name, [p for m in modules for p in m.parameters()])
@@ -326,7 +326,7 @@ class VideoModel(nn.Module):
         return [g for g in groups if g.parameters]
 
     def frozen_groups(self, phase: Phase) -> set[str]:
-        """The groups that a phase leaves alone, because none of its terms uses them."""
+        """The groups that a phase freezes, because none of its terms uses them."""
         active = self.config.active(phase.stage)
         moving = {"backbone"}
         if "instance" in active:
@@ -340,10 +340,10 @@ class VideoModel(nn.Module):
         return {g.name for g in self.groups()} - moving
 
     def orders(self, samples: np.ndarray, epoch: int, seed: int, clip_frames: int) -> list[Tensor]:
-        """The orders in which each level's steps are read, drawn by sample and view.
+        """Draw the orders of time steps of each level, by sample and view.
 
-        There is an order for the long sequence too: where it is encoded together with the short
-        clips, its altered copies take part in the statistics of motion excitation.
+        The long sequence has an order too: if it is encoded together with the short clips, its
+        altered copies contribute to the statistics of motion excitation.
 
         Args:
             samples: `[b]`, sample indices.
@@ -382,11 +382,11 @@ class VideoModel(nn.Module):
         orders_high: Tensor,
         phase: Phase,
     ) -> Embeddings:
-        """Embed a rank's videos as a phase needs it.
+        """Compute the embeddings of a rank's videos that a phase needs.
 
         A long sequence of as many frames as a short clip (data.clips.long_stride 2) is encoded in
         one pass with the short clips, as the release does: one set of batch statistics for all
-        three, also in the heads and in motion excitation. A longer one has a pass of its own.
+        three, also in the heads and in motion excitation. A longer one has a separate pass.
 
         Args:
             short: `[b, V, T, S, S, 3]`, uint8.
@@ -394,10 +394,10 @@ class VideoModel(nn.Module):
             orders_low: See `orders`.
             orders_mid: See `orders`.
             orders_high: See `orders`.
-            phase: Of the epoch.
+            phase: Phase of the epoch.
 
         Returns:
-            Embeddings; not normalised but for the scores.
+            Embeddings; only the scores are normalised.
         """
         num_videos = short.shape[0]
         active = self.config.active(phase.stage)
@@ -449,7 +449,7 @@ class VideoModel(nn.Module):
         return self.backbone(self._seen(clips, second_of))
 
     def _seen(self, clips: Tensor, second_of: int) -> Tensor:
-        """`[N, T, S, S, 3]` for the encoder; the second of every `second_of` as differences."""
+        """Input `[N, T, S, S, 3]` of the encoder; every second of `second_of` as differences."""
         weight = self.backbone.input_conv().weight
         seen = normalise(clips, self.in_channels, weight.dtype)
         if second_of:
@@ -457,19 +457,19 @@ class VideoModel(nn.Module):
         return seen
 
     def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
-        """`[A', N, T, C]`: averages over space; those of the high level are not excited."""
+        """Averages over space, `[A', N, T, C]`; the high level has no motion excitation."""
         if level == "high":
             return pool_space(maps)[None]
         return self.motion[level](maps, orders)
 
 
 class Method:
-    """Embeddings to loss terms over the global batch.
+    """Computes the loss terms over the global batch from embeddings.
 
     Args:
-        model: Holds the queue.
-        config: The recipe.
-        world: This rank and its peers.
+        model: The model, which has the queue.
+        config: Settings of the method.
+        world: This rank and the world size.
     """
 
     def __init__(self, model: VideoModel, config: MethodConfig, world: World) -> None:
@@ -477,13 +477,13 @@ class Method:
         self._gather = gather_with_grad if config.gather_with_grad else gather_keeping_own_grad
 
     def losses(self, out: Embeddings, phase: Phase, *, with_health: bool) -> LossTerms:
-        """All terms of a step, outside autocast.
+        """Compute all terms of a step, outside autocast.
 
         The queue takes the global batch's scores before the assignment, as in the release.
 
         Args:
             out: This rank's embeddings.
-            phase: Of the epoch.
+            phase: Phase of the epoch.
             with_health: Whether to measure the health of the representation too.
 
         Returns:
@@ -549,7 +549,7 @@ class Method:
         )
 
     def chance(self, num_videos: int, clip_frames: int, long_frames: int) -> dict[str, float]:
-        """What each term is at chance, in nats, by the term's name."""
+        """Value of each term at chance, in nats, by name."""
         by_kind = chance_levels(
             num_videos=num_videos,
             num_prototypes=self._config.num_prototypes,
@@ -568,7 +568,7 @@ class Method:
 
     @staticmethod
     def averaged(values: dict[str, Tensor]) -> dict[str, float]:
-        """Mean over ranks of named scalars, on the host: one transfer, and all ranks call it."""
+        """Mean over ranks of named scalars, on the host, by one transfer. All ranks call it."""
         if not values:
             return {}
         mean = mean_over_ranks(torch.stack([v.float() for v in values.values()])).tolist()

@@ -1,4 +1,4 @@
-"""What changes during a run, as pure functions of the epoch: no state, so nothing to restore."""
+"""Schedules of a run as pure functions of the epoch, without state to restore."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +10,18 @@ __all__ = ["Phase", "ScheduleConfig", "phase_at"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Epochs at which something changes, counted from 0. Defaults: TEXT and release for UCF101."""
+    """Epochs of the schedule, counted from 0. Defaults: TEXT and release for UCF101."""
 
     epochs: int = 300
-    """Length of the run. TEXT: 300 on UCF101, 100 on Kinetics-400."""
+    """Number of epochs. TEXT: 300 on UCF101, 100 on Kinetics-400."""
     lr_drop_epochs: tuple[int, ...] = (200,)
-    """Epochs at whose start the learning rate falls. TEXT: 200, or 70 on Kinetics-400."""
+    """Epochs at whose start the learning rate drops. TEXT: 200, or 70 on Kinetics-400."""
     lr_drop_factor: float = 0.1
-    """What the learning rate is multiplied with at each drop."""
+    """Factor of the learning rate at each drop."""
     second_stage_epoch: int = 50
     """First epoch of the second stage. Release: 50, or 20 on Kinetics-400."""
     queue_epoch: int = 10
-    """First epoch whose prototype assignment uses the queue of scores. Release: 10."""
+    """First epoch in which the prototype assignment uses the queue of scores. Release: 10."""
     frozen_prototype_epochs: int = 1
     """Epochs at the start in which the prototypes are not updated. Release: 1."""
 
@@ -42,18 +42,18 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What holds during one epoch."""
+    """Values of the schedule in one epoch."""
 
     stage: Literal[1, 2]
     lr_factor: float
-    """Learning rate over its initial value."""
+    """Learning rate relative to its initial value."""
     queue: bool
-    """Whether Sinkhorn sees the queue's scores beside the batch's."""
+    """Whether Sinkhorn uses the queue's scores in addition to the batch's."""
     prototypes_frozen: bool
 
 
 def phase_at(config: ScheduleConfig, epoch: int) -> Phase:
-    """The phase of an epoch, counted from 0."""
+    """Compute the phase of an epoch, counted from 0."""
     drops = sum(epoch >= drop for drop in config.lr_drop_epochs)
     return Phase(
         stage=2 if epoch >= config.second_stage_epoch else 1,

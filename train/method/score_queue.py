@@ -1,4 +1,4 @@
-"""The queue of prototype scores: more samples for Sinkhorn than one batch has; persistent state.
+"""The queue of prototype scores, which gives Sinkhorn more samples than one batch has.
 
 Shape suffixes: Q rows of the queue, B videos of the global batch, S filled rows, V = 2 views, K
 prototypes.
@@ -13,15 +13,15 @@ __all__ = ["ScoreQueue"]
 
 
 class ScoreQueue(nn.Module):
-    """The scores of the last Q videos, oldest first, the current batch last (method.md 4.3).
+    """Queue of the scores of the last Q videos, the newest last (method.md 4.3).
 
-    Scores are kept as they were computed, with the prototypes of their time. Deviation from the
-    release: it starts with random content, different on each rank, which takes part until it is
-    pushed out; here only rows that were pushed are ever used. Pushed is the global batch, so the
-    queue is the same on all ranks; its buffers are saved with the model.
+    Scores are stored as computed, with the prototypes of that step. Deviation from the release: its
+    queue starts with random content, different on each rank, which is used until it is pushed out;
+    here only pushed rows are used. The global batch is pushed, so the queue is the same on all
+    ranks; its buffers are saved with the model.
 
     Args:
-        num_rows: Q.
+        num_rows: Q, the length of the queue.
         num_prototypes: K.
         num_views: V.
 
@@ -38,10 +38,10 @@ class ScoreQueue(nn.Module):
         super().__init__()
         if num_rows < 1:
             raise ConfigError(f"score queue: {num_rows} rows; use at least the global batch")
-        # Infinity where nothing was pushed: whoever reads it sees it, and it equals itself.
+        # Infinity in empty rows: a wrong read shows, and unlike NaN it equals itself.
         self.register_buffer("scores", torch.full((num_rows, num_views, num_prototypes), torch.inf))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
-        # The same count on the host, so that reading it makes no device wait.
+        # The same count on the host, so that reading it does not wait for the device.
         self._num_filled = 0
         self.register_load_state_dict_post_hook(_count_rows)
 
@@ -51,7 +51,7 @@ class ScoreQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, scores_BVK: Tensor) -> None:
-        """Append the global batch's scores at the end; the oldest rows leave.
+        """Append the global batch's scores at the end and drop the oldest rows.
 
         Args:
             scores_BVK: `[B, V, K]`, the same on all ranks; gradient is dropped.
@@ -72,19 +72,19 @@ class ScoreQueue(nn.Module):
 
     @property
     def is_full(self) -> bool:
-        """Whether each push drops rows from now on."""
+        """Whether the queue is full, so that each push drops rows."""
         return self._num_filled == self.scores.shape[0]
 
     def recount(self) -> None:
-        """Bring the count on the host in line with the buffer, after a step was taken back."""
+        """Copy the count from the buffer to the host, after a step was undone."""
         self._num_filled = int(self.filled)
 
     def rows(self) -> Tensor:
-        """The filled rows, `[S, V, K]`, the latest last; a view of the buffer."""
+        """The filled rows, `[S, V, K]`, the newest last; a view of the buffer."""
         return self.scores[self.scores.shape[0] - self._num_filled :]
 
 
 def _count_rows(queue: nn.Module, _: object) -> None:
-    """After a load, bring the count on the host in line with the saved one."""
+    """After loading a state, copy its count to the host."""
     assert isinstance(queue, ScoreQueue)
     queue.recount()

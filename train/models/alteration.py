@@ -31,10 +31,10 @@ def alter_time(features: Tensor, orders_NT: Tensor) -> Tensor:
 
 
 def draw_permutations(uniforms_N2: Tensor, num_steps: int) -> Tensor:
-    """Uniform draws among the orders other than the identity and the reversal.
+    """Draw permutations uniformly among those other than the identity and the reversal.
 
-    Those two are the first and the last in lexicographic order, so a uniform rank between them is
-    unranked by its factorial digits: no rejection, hence a fixed number of draws for each clip.
+    These two are the first and the last in lexicographic order, so a uniform rank between them is
+    converted by its factorial digits, without rejection and with a fixed number of draws per clip.
 
     Args:
         uniforms_N2: `[N, 2]`, float64 in [0, 1), two draws of 32 random bits for each clip, as
@@ -63,7 +63,7 @@ def draw_permutations(uniforms_N2: Tensor, num_steps: int) -> Tensor:
         columns.append(rank_N // weight)
         rank_N = rank_N % weight
     orders_NT = torch.stack(columns, dim=1)
-    # A digit counts among the steps not yet used: make room for it among those that follow.
+    # A digit counts only unused steps: later equal or larger digits increase by one.
     for position in reversed(range(num_steps - 1)):
         later = orders_NT[:, position + 1 :]
         later += later >= orders_NT[:, position, None]
@@ -78,17 +78,17 @@ def time_orders(
     permutations_NT: Tensor | None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The orders in which a level is read: as it is, then altered.
+    """The orders of time steps of a level: the original, then the altered ones.
 
     Args:
         num_clips: N.
         num_steps: T.
         reverse: Whether to add the reversal.
-        permutations_NT: `[N, T]`, added as they are; None for no shuffle.
-        device: Where the result shall be.
+        permutations_NT: `[N, T]`, the shuffled orders; None for no shuffle.
+        device: Device of the result.
 
     Returns:
-        `[A, N, T]`, int64: the identity, then the reversal and the permutations as asked for.
+        `[A, N, T]`, int64: the identity, then the reversal and the permutations if requested.
     """
     identity = torch.arange(num_steps, device=device).expand(num_clips, -1)
     orders = [identity]

@@ -1,4 +1,4 @@
-"""Video encoders that give three levels: R3D-18 and S3D, from torchvision's own blocks.
+"""Video encoders with feature maps at three levels: R3D-18 and S3D of torchvision's blocks.
 
 Shape suffixes: N clips, C channels, T frames or time steps, H rows, W columns.
 """
@@ -47,7 +47,7 @@ class LevelWidths(NamedTuple):
 
 
 class LevelStrides(NamedTuple):
-    """Frames of a clip to a time step of each level."""
+    """Frames of a clip per time step of each level."""
 
     low: int
     mid: int
@@ -64,21 +64,21 @@ class BackboneConfig:
     """Channels of the stem, a positive multiple of 8; all other widths are in proportion. 64 is
     the published size, less is for small machines."""
     input: InputChoice = "rgb"
-    """What the first convolution sees. TEXT: rgb. difference: frame differences, computed by the
-    encoder from the RGB clips that it is given. both: differences of the second short clip while
-    pretraining and RGB of all else, so that the two learn to agree; afterwards RGB."""
+    """Input of the first convolution. TEXT: rgb. difference: frame differences, which the encoder
+    computes from RGB clips. both: in pretraining, differences for the second short clip and RGB for
+    all others, so that their embeddings learn to agree; afterwards RGB."""
     in_channels: Literal[3, 4] = 3
-    """Channels of a clip. 4 stands for RGB and a plane of zeros, which changes no result and
-    suits the kernels of GPUs better; exported weights have 3."""
+    """Channels of a clip. 4 is RGB and a plane of zeros, which changes no result and is faster on
+    GPUs; exported weights have 3."""
     bn_momentum: float = 0.1
     """Weight of a batch in the running statistics of batch norm, in (0, 1]. torchvision's S3D has
     0.001, at which short runs end with statistics of the initial weights."""
 
     fold_stem: bool = False
     """Whether R3D-18's first convolution is computed with 2x2 pixels folded into channels: the same
-    result. Alone it was 2.4 times as fast on an H200; in a whole step it was not measured."""
+    result. Alone it was 2.4 times as fast on an H200; in a complete step it was not measured."""
     stem_pool: bool = True
-    """Whether R3D-18's stem ends in a max-pool, as in TEXT's shapes; torchvision's has none, and
+    """Whether R3D-18's stem ends with a max-pool, as in TEXT's shapes; torchvision's has none, and
     its levels have four times the positions."""
     stem_frames: Literal[3, 7] = 7
     """Frames of R3D-18's first kernel: 7 is Hara's, 3 torchvision's."""
@@ -119,12 +119,12 @@ class BackboneConfig:
 
     @property
     def is_variant(self) -> bool:
-        """Whether R3D-18 has another stem or last stage than in TEXT."""
+        """Whether R3D-18's stem or last stage differs from TEXT."""
         return (self.stem_pool, self.stem_frames, self.last_temporal_stride) != (True, 7, 2)
 
     @property
     def time_strides(self) -> LevelStrides:
-        """Frames of a clip to a step of each level."""
+        """Frames of a clip per time step of each level."""
         return LevelStrides(2, 4, 4 * self.last_temporal_stride)
 
 
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
 
     Attributes:
         widths: Channels of each level.
-        differences: Whether it sees the frame differences of its clips instead of the clips.
+        differences: Whether its input is the frame differences of the clips.
     """
 
     widths: LevelWidths
@@ -153,23 +153,23 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _seen(self, clips_NCTHW: Tensor) -> Tensor:
-        """What the first convolution reads."""
+        """The input of the first convolution."""
         return frame_differences(clips_NCTHW) if self.differences else clips_NCTHW
 
     def channels_last(self) -> None:
-        """Lay the convolutions' weights out as the clips are: channels last, no copies between."""
+        """Store the weights of convolutions channels last, as the clips, to avoid copies."""
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 weight = module.weight.data
                 module.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
 
     def input_conv(self) -> nn.Conv3d:
-        """The convolution that reads the clips."""
+        """The first convolution, whose input is the clips."""
         raise NotImplementedError
 
     @property
     def in_channels(self) -> int:
-        """Channels of the clips that it takes, 3 or 4."""
+        """Number of input channels, 3 or 4."""
         return self.input_conv().in_channels
 
 
@@ -259,7 +259,7 @@ class S3D(Backbone):
     Source: Xie et al., arXiv 1712.04851.
 
     Args:
-        width: Channels of the stem; a multiple of 8, so that all widths stay whole in proportion.
+        width: Channels of the stem; a multiple of 8, so that all widths are integers.
         in_channels: 3 or 4, see `BackboneConfig`.
         bn_momentum: See `BackboneConfig`.
     """
@@ -290,7 +290,7 @@ class S3D(Backbone):
             mixed(512, 128, 128, 256, 24, 64, 64),
             mixed(512, 112, 144, 288, 32, 64, 64),
             mixed(528, 256, 160, 320, 32, 128, 128),
-            # Windows that begin in the map but end beyond it: "SAME" for kernel 2, stride 2.
+            # Windows that start in the map but end outside of it: "SAME" for kernel 2, stride 2.
             nn.MaxPool3d(kernel_size=2, stride=2, ceil_mode=True),
             mixed(832, 256, 160, 320, 32, 128, 128),
             mixed(832, 384, 192, 384, 48, 128, 128),
@@ -313,7 +313,7 @@ _AFTER_MIXED_4F = 13
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
-    """The encoder that the configuration names."""
+    """Build the encoder that the configuration names."""
     in_channels, momentum = config.in_channels, config.bn_momentum
     match config.name:
         case "r3d18":
@@ -347,7 +347,7 @@ def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
 
 
 def _keep_time(stage: nn.Sequential) -> None:
-    """Let a stage keep its time steps: temporal stride 1, and dilation 2 in its place."""
+    """Make a stage keep its time steps: temporal stride 1 and dilation 2 instead of stride 2."""
     block: Any = stage[0]
     first, shortcut = block.conv1[0], block.downsample[0]
     first.stride, first.padding, first.dilation = (1, 2, 2), (2, 1, 1), (2, 1, 1)
@@ -361,8 +361,8 @@ def _first_conv(module: nn.Module) -> nn.Conv3d:
 def _finish(backbone: Backbone, in_channels: int, bn_momentum: float) -> None:
     """Set the momentum, and widen the first convolution by zero planes to `in_channels`.
 
-    The zero plane stays zero in training: it meets only zeros, so its gradient is zero, and weight
-    decay leaves zero where it is. Padding after initialisation keeps the other planes' draws.
+    The zero plane stays zero in training: its input is zero, so its gradient is zero, and weight
+    decay does not change zero. Padding after initialisation keeps the draws of the other planes.
     """
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm3d):

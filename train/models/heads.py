@@ -14,7 +14,7 @@ __all__ = ["GlobalHead", "StepHead", "pool_space"]
 
 
 def pool_space(maps_NCTHW: Tensor) -> Tensor:
-    """Average over rows and columns, time kept; summed and returned in float32 at least.
+    """Average over rows and columns in at least float32; time is kept.
 
     Returns:
         `[N, T, C]`.
@@ -24,13 +24,13 @@ def pool_space(maps_NCTHW: Tensor) -> Tensor:
 
 
 class StepHead(nn.Module):
-    """Two linear layers with a ReLU between, no norm, on each time step (method.md 3).
+    """Projection head of each time step: linear, ReLU, linear, no norm (method.md 3).
 
     Args:
         width: C; also the hidden width.
         embedding_size: D.
-        average_steps: Whether the embeddings are averaged over time: for L_ins, L_aug and the
-            graph yes, for L_ret no. Parameters are the same.
+        average_steps: Whether the embeddings are averaged over time: true for L_ins, L_aug and the
+            graph, false for L_ret. The parameters are the same.
     """
 
     def __init__(self, width: int, embedding_size: int = 128, *, average_steps: bool) -> None:
@@ -40,7 +40,7 @@ class StepHead(nn.Module):
         self.average_steps = average_steps
 
     def forward(self, steps_NTC: Tensor) -> Tensor:
-        """Embed steps.
+        """Compute the embeddings of time steps.
 
         Args:
             steps_NTC: `[..., T, C]`; leading dimensions are free.
@@ -50,13 +50,13 @@ class StepHead(nn.Module):
         """
         hidden = functional.relu(self.hidden(steps_NTC))
         if self.average_steps:
-            # The mean goes through the second layer, which is linear: T times less work.
+            # The second layer is linear, so the mean is taken before it: T times less work.
             hidden = hidden.mean(dim=-2)
         return self.project(hidden)
 
 
 class GlobalHead(nn.Module):
-    """Linear, batch norm, ReLU, linear, unit length: what is compared with prototypes.
+    """Projection head of a clip for prototypes: linear, batch norm, ReLU, linear, unit length.
 
     Source: method.md 3, the tenth head.
 
@@ -72,7 +72,7 @@ class GlobalHead(nn.Module):
         self.project = nn.Linear(width, embedding_size)
 
     def forward(self, steps_NTC: Tensor) -> Tensor:
-        """Embed clips.
+        """Compute the embeddings of clips.
 
         Args:
             steps_NTC: `[N, T, C]`, averaged over time first.

@@ -1,4 +1,4 @@
-"""What the first convolution sees of a clip: its RGB frames, or what changes between them."""
+"""Inputs of the first convolution: RGB frames, or differences of consecutive frames."""
 
 from typing import Literal
 
@@ -11,22 +11,22 @@ InputChoice = Literal["rgb", "difference", "both"]
 INPUTS: tuple[InputChoice, ...] = ("rgb", "difference", "both")
 
 DIFFERENCE_SCALE = 3.0
-"""Differences of neighbouring frames are small; this brings them nearer to unit variance."""
+"""Scale of the small differences of consecutive frames, for a variance closer to one."""
 
 
 def frame_differences(clips_NCTHW: Tensor) -> Tensor:
-    """Frame t + 1 minus frame t, times `DIFFERENCE_SCALE`; the last difference is repeated.
+    """Differences of consecutive frames times `DIFFERENCE_SCALE`; the last one is repeated.
 
-    Of clips normalised by ImageNet's mean and deviation this is the difference over the deviation:
-    the mean cancels. What stands still, and with it most of the background and of the colour by
-    which a network could tell videos apart, is zero. Source: residual frames, Tao et al., IIC, ACM
-    MM 2020 (arXiv 2008.02531), there without the scale.
+    For clips normalised by ImageNet's mean and deviation this is the difference over the deviation:
+    the mean cancels. Static pixels are zero, so most of the background and colour, by which a
+    network could distinguish videos, is removed. Source: residual frames, Tao et al., IIC, ACM MM
+    2020 (arXiv 2008.02531), there without the scale.
 
     Args:
         clips_NCTHW: `[N, C, T, H, W]`.
 
     Returns:
-        `[N, C, T, H, W]`; a clip of one frame has no change and gives zeros. Strides are kept.
+        `[N, C, T, H, W]`; a clip of one frame gives zeros. Strides are kept.
     """
     num_frames = clips_NCTHW.shape[2]
     result = torch.zeros_like(clips_NCTHW)

@@ -1,4 +1,4 @@
-"""Motion excitation: channels weighted by how features change from one time step to the next.
+"""Motion excitation: weights channels by the change of features between time steps.
 
 Shape suffixes: A orders in which the steps are read, N clips, C channels, Q = C / reduction
 squeezed channels, T time steps, H rows, W columns.
@@ -17,7 +17,7 @@ __all__ = ["MotionExcitation"]
 
 
 class MotionExcitation(nn.Module):
-    r"""The side branch on the low and mid levels, with the average over space that follows it.
+    r"""The motion excitation branch of a level, and the average over space that follows it.
 
     For maps x of a clip, frames taken as images (method.md 2.2; Li et al., TEA, arXiv 2004.01398)::
 
@@ -26,22 +26,22 @@ class MotionExcitation(nn.Module):
         w[t] = sigmoid(BN(conv1x1(mean_hw(d[t])))) - 0.5              Q -> C channels
         out[t] = mean_hw(x[t] + w[t] * x[t])
 
-    Everything after u is needed only as averages over space, and so is computed on them:
+    Everything after u is needed only as averages over space, and is therefore computed on them:
 
     * mean_hw of a depth-wise convolution is a weighted sum of u, whose weights are the transposed
       convolution of ones;
     * mean_hw(x + w x) = (1 + w) mean_hw(x), w having no space;
     * a clip with its steps reordered has the same frames, hence the same u and the same batch
       statistics of u (its running variance differs in the factor n / (n - 1) alone). So all orders
-      of a clip are read off the same averages, and no map is copied or convolved twice.
+      of a clip use the same averages, and no map is copied or convolved twice.
 
-    The weights w depend on the order through d only: without it, the average over steps of a
-    reversed clip is exactly that of the original. The branch leaves the main path alone.
+    The weights w depend on the order only through d: without it, the average over steps of a
+    reversed clip is exactly that of the original. The branch does not change the main path.
 
     Args:
         width: C.
         reduction: C / Q; 16 in the source. Q is rounded down, and at least 1.
-        excite: False sets w to 0: the control which shows where the temporal signal comes from.
+        excite: False sets w to 0, a control experiment for the source of the temporal signal.
 
     Raises:
         ConfigError: The reduction is not positive.
@@ -56,7 +56,7 @@ class MotionExcitation(nn.Module):
         self.squeeze = nn.Conv3d(width, squeezed, kernel_size=1, bias=False)
         self.squeeze_norm = nn.BatchNorm3d(squeezed)
         self.depthwise_weight = nn.Parameter(torch.empty(squeezed, 1, 3, 3))
-        # The default of a depth-wise Conv2d, of which this is the weight.
+        # The default initialisation of a depth-wise Conv2d's weight.
         nn.init.kaiming_uniform_(self.depthwise_weight, a=math.sqrt(5))
         self.expand = nn.Linear(squeezed, width, bias=False)
         self.expand_norm = nn.BatchNorm1d(width)
@@ -66,8 +66,8 @@ class MotionExcitation(nn.Module):
 
         Args:
             maps_NCTHW: `[N, C, T, H, W]`.
-            orders_ANT: `[A, N, T]`, int64, see `alteration.time_orders`; None reads the steps once,
-                as they are.
+            orders_ANT: `[A, N, T]`, int64, see `alteration.time_orders`; None uses the steps once,
+                in their order.
 
         Returns:
             `[A, N, T, C]`, float32 at least; A = 1 without orders. The batch statistics of w are
@@ -77,7 +77,7 @@ class MotionExcitation(nn.Module):
         if not self.excite:
             return _reorder(steps_NTC, orders_ANT)
         squeezed = self.squeeze_norm(self.squeeze(maps_NCTHW))
-        # Differences of neighbouring steps are small against the steps: no half precision here.
+        # Differences of steps are small relative to the steps: no half precision here.
         with torch.autocast(maps_NCTHW.device.type, enabled=False):
             ahead_NTQ, here_NTQ = self._averages(squeezed)
             ahead_ANTQ = _reorder(ahead_NTQ, orders_ANT)
@@ -89,7 +89,7 @@ class MotionExcitation(nn.Module):
             return _reorder(steps_NTC, orders_ANT) * (1 + weight_ANTC)
 
     def _averages(self, squeezed_NQTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, T, Q]` twice: mean over space after the depth-wise convolution, and before it."""
+        """Mean over space after the depth-wise convolution and before it, both `[N, T, Q]`."""
         dtype = torch.promote_types(squeezed_NQTHW.dtype, torch.float32)
         num_channels, (height, width) = squeezed_NQTHW.shape[1], squeezed_NQTHW.shape[3:]
         kernel = self.depthwise_weight.to(dtype)
@@ -101,7 +101,7 @@ class MotionExcitation(nn.Module):
 
 
 def _reorder(steps_NTC: Tensor, orders_ANT: Tensor | None) -> Tensor:
-    """`[A, N, T, C]`: the steps in each of the orders."""
+    """The steps in each of the orders, `[A, N, T, C]`."""
     if orders_ANT is None:
         return steps_NTC[None]
     return torch.take_along_dim(steps_NTC[None], orders_ANT[..., None], dim=2)

@@ -1,4 +1,4 @@
-"""Prototypes: unit vectors to which clips are compared.
+"""Prototypes: learned unit vectors with which clips are compared.
 
 Shape suffixes: N clips, D embedding size, K prototypes.
 """
@@ -17,15 +17,16 @@ def _scores(embeddings: Tensor, weight_KD: Tensor) -> Tensor:
 
 
 class Prototypes(nn.Module):
-    """K directions: rows of a parameter, normalised, with gradient, wherever they are used.
+    """K prototypes: rows of a parameter that are normalised at each use, with gradient.
 
-    The release writes unit rows back into the parameter before each step (method.md 3). That means
-    something else under each optimiser: ZeRO keeps its own copy of the parameter and overwrites
-    what was written. Normalised in use, a score depends on directions alone, on any engine, and
-    checkpoints need no repair (the release's item 14). Two consequences, both small: the gradient
-    lacks the part along the row, which could not change a score; and a row's length grows, since
-    steps across it are never taken back, which shortens the angle of an Adam step (estimated for
-    steps without memory, lr 1e-3: by 1.6 over the UCF101 schedule, by 3 over that of Kinetics-400).
+    The release writes unit rows back into the parameter before each step (method.md 3). The effect
+    of this depends on the optimiser: ZeRO has its own copy of the parameter and overwrites the
+    rows. With normalisation at each use, a score depends only on directions, under any engine, and
+    checkpoints need no correction (the release's item 14). There are two small consequences: the
+    gradient has no component along the row, which could not change a score; and the length of a row
+    grows, because steps orthogonal to it add up, which reduces the angle of an Adam step (estimated
+    for independent steps, lr 1e-3: by 1.6 over the UCF101 schedule, by 3 over that of
+    Kinetics-400).
 
     Args:
         num_prototypes: K.
@@ -34,16 +35,16 @@ class Prototypes(nn.Module):
 
     def __init__(self, num_prototypes: int = 1000, embedding_size: int = 128) -> None:
         super().__init__()
-        # Gaussian rows: directions uniform on the sphere, which a uniform cube is not.
+        # Gaussian rows have directions uniform on the sphere, unlike rows uniform in a cube.
         weight = torch.randn(num_prototypes, embedding_size)
         self.weight = nn.Parameter(unit_length(weight))
 
     def forward(self, embeddings_ND: Tensor, *, frozen: bool = False) -> Tensor:
-        """Cosines with all prototypes, in float32 at least whatever the autocast.
+        """Cosines with all prototypes, in at least float32 under any autocast.
 
         Args:
             embeddings_ND: `[..., D]`, unit length (`GlobalHead` gives it).
-            frozen: Whether to keep the gradient from the prototypes, as in the first epoch. The
+            frozen: Whether the prototypes get no gradient, as in the first epoch. The
                 optimiser must skip them too: with L2 in the gradient, Adam moves a parameter of
                 zero gradient by nearly lr in each element.
 
@@ -55,5 +56,5 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def unit_rows(self) -> Tensor:
-        """The prototypes themselves, `[K, D]`, unit length, without gradient."""
+        """The normalised prototypes, `[K, D]`, without gradient."""
         return unit_length(self.weight)

@@ -1,4 +1,4 @@
-"""The stem's convolution with 2x2 pixels as channels: the same sum, in a shape that GPUs like.
+"""The stem's convolution with 2x2 pixels folded into channels, which is faster on GPUs.
 
 A convolution over 3 or 4 channels leaves most of a tensor core idle. Shape suffixes: N clips, C
 channels, T frames, H rows, W columns, O output channels.
@@ -16,7 +16,7 @@ _BEFORE, _AFTER = 2, 1
 
 
 def fold_pixels(clips_NCTHW: Tensor) -> Tensor:
-    """2x2 pixels as channels, padded for the folded kernel.
+    """Fold 2x2 pixels into channels, with padding for the folded kernel.
 
     Args:
         clips_NCTHW: `[N, C, T, H, W]`, H and W even.
@@ -33,7 +33,7 @@ def fold_pixels(clips_NCTHW: Tensor) -> Tensor:
 
 
 def fold_weight(weight_OCTHW: Tensor) -> Tensor:
-    """The kernel for folded pixels.
+    """Convert a 7x7 kernel to the kernel for folded pixels.
 
     Args:
         weight_OCTHW: `[O, C, T, 7, 7]`.
@@ -41,7 +41,7 @@ def fold_weight(weight_OCTHW: Tensor) -> Tensor:
     Returns:
         `[O, 4 C, T, 4, 4]`, channels last in memory.
     """
-    # A zero tap before the first makes the extent even: pixel 2 p + r meets tap p of phase r.
+    # A zero tap before the first makes the size even: pixel 2 p + r uses tap p of phase r.
     even = functional.pad(weight_OCTHW, (1, 0, 1, 0))
     split = even.unflatten(4, (-1, _FOLD)).unflatten(3, (-1, _FOLD))
     # [O, C, T, 4, 2, 4, 2] -> [O, 4 C, T, 4, 4]
@@ -52,8 +52,8 @@ def fold_weight(weight_OCTHW: Tensor) -> Tensor:
 class FoldedStem(nn.Conv3d):
     """A convolution of 7x7 pixels with stride (1, 2, 2) and padding 3, computed on folded pixels.
 
-    Parameters, names and results are those of the plain convolution; clips with an odd number of
-    rows or columns are convolved plainly.
+    Parameters, names and results are those of the plain convolution, which is used for clips with
+    an odd number of rows or columns.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Batch norm with the statistics of all ranks.
 
-On GPUs it is torch's own. That one refuses tensors on a CPU, where `HostSyncedNorm` takes its
-place, so that a recipe with synchronised batch norm trains on any machine.
+On GPUs this is torch's `SyncBatchNorm`. It does not support CPU tensors, for which `HostSyncedNorm`
+is used, so that a recipe with synchronised batch norm trains on any machine.
 
 Shape suffixes: N clips, C channels.
 """
@@ -24,7 +24,7 @@ class HostSyncedNorm(_BatchNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions after channels, as `nn.SyncBatchNorm`."""
+        """Accept any number of dimensions after channels, as `nn.SyncBatchNorm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `[N, C, ...]`."""
@@ -55,13 +55,13 @@ class HostSyncedNorm(_BatchNorm):
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
-    """Let every batch norm below a module have the statistics of all ranks; changed in place.
+    """Replace every batch norm in a module by one with the statistics of all ranks, in place.
 
     Parameters and buffers stay the same tensors, under the same names.
 
     Args:
-        model: No batch norm itself.
-        device: Where it will compute.
+        model: The module, which must not be a batch norm itself.
+        device: The device on which it will compute.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -1,1 +1,1 @@
-"""What a run measures about itself: time, bottleneck, cost, health."""
+"""Measurements of a run: time, bottleneck, cost and health of the representation."""

@@ -1,22 +1,22 @@
-"""What holds a run back: data, compute, communication, host or checkpoint, from measured times.
+"""Find the bottleneck of a run from measured times: data, compute, network, host, checkpoint.
 
-All ranks wait for the slowest, so the parts are those of the rank whose own time (the interval
-without communication) is the largest. What the others spend in collectives is mostly waiting for it
-and says nothing about the network; that rank's own communication does.
+All ranks wait for the slowest, so the shares are those of the rank whose own time (the interval
+without communication) is the largest. The other ranks' time in collectives is mostly waiting for
+it, so only the communication of the slowest rank measures the network.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
-__all__ = ["DATA_PARTS", "PARTS", "RankTimes", "Utilisation", "Verdict", "judge"]
+__all__ = ["DATA_PARTS", "PARTS", "Bottleneck", "RankTimes", "Utilisation", "find_bottleneck"]
 
 PARTS = ("data", "compute", "communication", "host", "checkpoint")
 DATA_PARTS = ("read", "decode", "graph")
 _STRAGGLES = 1.2
-"""Own time over the median of the others from which a rank is called slow."""
+"""Own time relative to the median of the others from which a rank is a straggler."""
 _SATURATED = 0.9
-"""Utilisation from which a decoding engine of the GPU is the loader's limit."""
+"""Utilisation from which a decoding engine of the GPU counts as the loader's bottleneck."""
 
 
 _DATA_WORDS = {
@@ -36,11 +36,11 @@ class RankTimes:
     host_s: float
     checkpoint_s: float
     optimizer_s: float
-    """Of `compute_s`, the update."""
+    """The part of `compute_s` in the optimizer's update."""
     read_s: float
-    """The loader's thread, getting coded bytes."""
+    """Seconds of the loader's thread to read coded bytes."""
     graph_s: float
-    """The loader's thread, decoding and augmenting."""
+    """Seconds of the loader's thread to decode and augment."""
 
     @property
     def wall_s(self) -> float:
@@ -49,11 +49,11 @@ class RankTimes:
 
     @property
     def own_s(self) -> float:
-        """Without communication: what this rank would take alone."""
+        """Seconds without communication: the time that this rank would need alone."""
         return self.wall_s - self.communication_s
 
     def values(self) -> list[float]:
-        """As numbers, to be gathered from the ranks."""
+        """The times as numbers, to be gathered from the ranks."""
         return [getattr(self, f.name) for f in fields(self)]
 
     @classmethod
@@ -62,14 +62,14 @@ class RankTimes:
         return cls(**{f.name: v for f, v in zip(fields(cls), values, strict=True)})
 
     def __add__(self, other: "RankTimes") -> "RankTimes":
-        """The two intervals together."""
+        """Sum of two intervals."""
         pairs = zip(self.values(), other.values(), strict=True)
         return RankTimes.from_values([a + b for a, b in pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utilisation:
-    """What the GPU's engines did, from 0 to 1; None where it is not known."""
+    """Utilisation of the GPU's engines, from 0 to 1; None if unknown."""
 
     gpu: float | None = None
     decoder: float | None = None
@@ -77,34 +77,34 @@ class Utilisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What held an interval back, with the numbers that led to it."""
+class Bottleneck:
+    """The bottleneck of an interval, with the times that it was derived from."""
 
     bound_by: str
     """One of `PARTS`."""
     data_by: str
-    """The longer part of the loader, one of `DATA_PARTS`: `read`; `graph`, which decodes and
-    augments; of that `decode`, where a decoding engine is saturated."""
+    """The slowest part of the loader, one of `DATA_PARTS`: `read`; `graph`, which decodes and
+    augments; or `decode`, if a decoding engine is saturated."""
     shares: dict[str, float]
-    """Of the slowest rank's time, by part; they sum to 1."""
+    """Shares of the slowest rank's time by part; they sum to 1."""
     slowest_rank: int
     straggler_ratio: float | None
-    """Own time of the slowest rank over the median of the others; None with one rank."""
+    """Own time of the slowest rank relative to the median of the others; None on one rank."""
     optimizer_share: float
-    """Share of the interval in the update, which is in that of compute."""
+    """Share of the interval in the optimizer's update, which is part of compute."""
     read_share: float
-    """Share of the interval in which the slowest rank's loader got coded bytes."""
+    """Share of the interval in which the slowest rank's loader read coded bytes."""
     graph_share: float
-    """Share of the interval in which it decoded and augmented."""
+    """Share of the interval in which the slowest rank's loader decoded and augmented."""
     utilisation: Utilisation
 
     @property
     def straggles(self) -> bool:
-        """Whether the others wait for one slow rank."""
+        """Whether the other ranks wait for one slow rank."""
         return self.straggler_ratio is not None and self.straggler_ratio >= _STRAGGLES
 
     def text(self) -> str:
-        """One line for a person, with the numbers."""
+        """The bottleneck and its numbers as one line of text."""
         what = self.bound_by
         if what == "data":
             what += f" ({_DATA_WORDS[self.data_by]})"
@@ -123,13 +123,15 @@ class Verdict:
         return line
 
 
-def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) -> Verdict:
-    """Say what held an interval back.
+def find_bottleneck(
+    ranks: Sequence[RankTimes], utilisation: Utilisation | None = None
+) -> Bottleneck:
+    """Find the bottleneck of an interval.
 
     Args:
         ranks: Times of all ranks, in their order.
-        utilisation: Of this rank's GPU over the interval. Time in which the GPU had kernels issued
-            but did not run any is the host's, not the device's: launches came late.
+        utilisation: Utilisation of this rank's GPU in the interval. If the GPU was idle in time
+            measured as compute, kernels were launched late and that time counts as the host's.
     """
     utilisation = utilisation or Utilisation()
     slowest = max(range(len(ranks)), key=lambda r: ranks[r].own_s)
@@ -146,7 +148,7 @@ def judge(ranks: Sequence[RankTimes], utilisation: Utilisation | None = None) ->
         engines = max(utilisation.decoder or 0.0, utilisation.jpeg or 0.0)
         data_by = "decode" if engines >= _SATURATED else "graph"
     others = [r.own_s for n, r in enumerate(ranks) if n != slowest]
-    return Verdict(
+    return Bottleneck(
         bound_by=max(shares, key=lambda part: shares[part]),
         data_by=data_by,
         shares=shares,

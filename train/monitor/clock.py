@@ -1,7 +1,7 @@
-"""Where the time of an interval of steps went, and how many operations the device did in it.
+"""A clock for training steps: time of each part of an interval, and the peak of the device.
 
-A part's time is taken on the device where there is one (CUDA events, read once an interval), else
-on the host. Nothing here makes the host wait for the device.
+The time of a part is measured on the GPU (CUDA events, read once per interval) or, without a GPU,
+on the host. Measuring does not make the host wait for the device.
 """
 
 import time
@@ -27,39 +27,39 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "RTX 4090": 165.2e12,
 }
-"""Dense bf16 operations a second, from NVIDIA's data sheets; the first name found counts."""
+"""Dense bf16 operations per second, from NVIDIA's data sheets; the first match counts."""
 
 _HOST_PARTS = ("inside", "outside", "optimizer", "checkpoint", "wait", "step")
-"""What is timed on the host; `inside` and `outside` of steps, in collectives."""
+"""Parts timed on the host; `inside` and `outside` are collectives in and between steps."""
 _Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The peak of a GPU at bf16 by its name, or None where it is not in the table."""
+    """Peak bf16 operations per second of a GPU by its name; None if it is not in the table."""
     words = f" {device_name} ".replace("-", " ")
     return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalTimes:
-    """What an interval of steps took; the parts and `host_s` add up to `wall_s`."""
+    """Seconds of each part of an interval; the parts and `host_s` add up to `wall_s`."""
 
     wall_s: float
     num_steps: int
     data_wait_s: float
-    """The device (the host, on CPUs) had nothing to do and the batch was not there."""
+    """Seconds in which the device (or CPU) was idle because the batch was not ready."""
     compute_s: float
-    """Forward, backward and update, without communication."""
+    """Seconds of forward, backward and update, without communication."""
     optimizer_s: float
     """Of `compute_s`, the update."""
     communication_s: float
-    """In collectives, waiting for slower ranks included."""
+    """Seconds in collectives, including the wait for slower ranks."""
     checkpoint_s: float
-    """Training stood still for a checkpoint."""
+    """Seconds in which training waited for a checkpoint."""
 
     @property
     def host_s(self) -> float:
-        """The rest: Python, reports, launches that came late."""
+        """The remaining seconds: Python, reports, late kernel launches."""
         used = self.data_wait_s + self.compute_s + self.communication_s + self.checkpoint_s
         return max(self.wall_s - used, 0.0)
 
@@ -69,7 +69,7 @@ class IntervalTimes:
         return self.data_wait_s / self.wall_s if self.wall_s > 0 else 0.0
 
     def rate(self, items_per_step: int) -> float:
-        """Items a second."""
+        """Items per second."""
         return items_per_step * self.num_steps / self.wall_s if self.wall_s > 0 else 0.0
 
 
@@ -77,7 +77,7 @@ class Clock:
     """Measures steps: `data_arrived`, the step, `step_done`, and so on; `interval` reads it.
 
     Args:
-        device: Where steps are computed.
+        device: The device on which steps are computed.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -101,19 +101,19 @@ class Clock:
         return event
 
     def data_arrived(self) -> None:
-        """The batch is here; what came before was waiting."""
+        """Mark the arrival of the batch; the time before it was waiting."""
         self._arrived = time.perf_counter()
         self.last_wait_s = self._arrived - self._mark
         self._host_s["wait"] += self.last_wait_s
         self._in_step = True
         if self._on_gpu:
             self._waits_s.append(self.last_wait_s)
-            # The end follows in step_done.
+            # step_done records the end.
             event = self._event()
             self._steps.append((event, event))
 
     def step_done(self) -> None:
-        """The step is issued."""
+        """Mark the end of issuing a step."""
         now = time.perf_counter()
         self.last_step_s = self.last_wait_s + now - self._arrived
         self._host_s["step"] += now - self._arrived
@@ -124,15 +124,15 @@ class Clock:
             self._steps[-1] = (self._steps[-1][0], self._event())
 
     def waiting(self) -> None:
-        """Waiting for the next batch begins; what came since the step was the host's own work."""
+        """Mark the start of waiting for a batch; the time since the step was the host's."""
         self._mark = time.perf_counter()
 
     @contextmanager
     def communication(self) -> Iterator[None]:
-        """Encloses a collective; collectives inside collectives count once."""
+        """Time a collective; nested collectives count once."""
         self._depth += 1
         start = time.perf_counter()
-        # Between steps, collectives are the hosts' own and the device has no part in them.
+        # Collectives between steps are only on the host, not on the device.
         on_device = self._on_gpu and self._in_step
         begun = self._event() if on_device and self._depth == 1 else None
         try:
@@ -147,7 +147,7 @@ class Clock:
 
     @contextmanager
     def optimizer(self) -> Iterator[None]:
-        """Encloses the update of the weights."""
+        """Time the update of the weights."""
         start = time.perf_counter()
         begun = self._event() if self._on_gpu else None
         try:
@@ -160,7 +160,7 @@ class Clock:
 
     @contextmanager
     def checkpoint(self) -> Iterator[None]:
-        """Encloses what of a checkpoint keeps training waiting."""
+        """Time the part of saving a checkpoint for which training waits."""
         start = time.perf_counter()
         try:
             yield
@@ -169,7 +169,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Encloses what is no part of training; the interval leaves it out, collectives too.
+        """Exclude work that is not training from the interval, with its collectives.
 
         It first waits for the device, whose work so far belongs to the interval.
         """
@@ -184,9 +184,9 @@ class Clock:
             self._start += time.perf_counter() - start
 
     def interval(self) -> IntervalTimes:
-        """Times since the last call; starts the next interval.
+        """Return the times since the last call and start the next interval.
 
-        Call it where the device was waited for already: it reads events that must be over.
+        Call it after the host waited for the device: all events must be complete.
         """
         now = time.perf_counter()
         host = self._host_s
@@ -196,7 +196,7 @@ class Clock:
             wait_s, step_s, inside_s, idle_s = self._read_events()
             optimizer_s = sum(begin.elapsed_time(end) for begin, end in self._optimizer) / 1000
             self._optimizer = []
-            # The host waits for its peers while the device still has work.
+            # The host waits for other ranks while the device still has work.
             outside_s = min(outside_s, idle_s)
         times = IntervalTimes(
             wall_s=now - self._start,
@@ -212,17 +212,17 @@ class Clock:
         return times
 
     def _read_events(self) -> tuple[float, float, float, float]:
-        """Seconds on the device's own time line.
+        """Seconds measured by the device's events.
 
         Returns:
-            Waiting for data, steps, communication in steps, and idle for another reason.
+            Waiting for data, steps, communication in steps, and idle for other reasons.
         """
         steps, waits = self._steps, self._waits_s
         steps[-1][1].synchronize()
         wait_s = idle_s = 0.0
         before = self._last_end
         for (begin, end), waited in zip(steps, waits, strict=True):
-            # The device may have had work while the host waited; both must have been idle.
+            # The device may have had work while the host waited; count only if both were idle.
             idle = waited if before is None else before.elapsed_time(begin) / 1000
             wait_s += min(idle, waited)
             idle_s += max(idle - waited, 0.0)

@@ -1,8 +1,8 @@
-"""What a step costs, counted before it is run: operations and memory, on torch's meta device.
+"""Cost model of a step: operations and memory, counted on torch's meta device before a run.
 
-Nothing is allocated or computed: the encoder is run forward and backward on shapes alone, so the
-counts hold for every batch, size and machine. Heads, losses and optimizer are left out: they add
-less than 0.1 % to the operations of an encoder of the published width.
+Nothing is allocated or computed: the encoder is run forward and backward on shapes only, so this
+works for every batch, size and machine. Heads, losses and optimizer are not counted: they add less
+than 0.1 % to the operations of an encoder of the published width.
 """
 
 from dataclasses import dataclass
@@ -24,37 +24,37 @@ _ADAM_MOMENTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """One rank's share of one step of the encoder."""
+    """Cost of the encoder in one step on one rank."""
 
     forward_flops: int
     """Additions and multiplications of convolutions and matrix products."""
     backward_flops: int
     saved_floats: int
-    """Floating-point numbers that the forward pass leaves behind for the backward pass."""
+    """Floating-point numbers that the forward pass stores for the backward pass."""
     saved_bytes: int
-    """Bytes of everything else that it leaves: places of maxima, orders."""
+    """Bytes of everything else that it stores: positions of maxima, orders."""
     parameters: int
-    """Of the model, with those that the stage leaves alone."""
+    """Number of parameters of the model, including those frozen in the stage."""
 
     @property
     def flops(self) -> int:
-        """Forward and backward."""
+        """Operations of forward and backward together."""
         return self.forward_flops + self.backward_flops
 
 
 def step_cost(config: TrainConfig, *, videos: int, stage: int) -> StepCost:
-    """Count a step.
+    """Count the cost of a step.
 
     Args:
         config: The run's settings.
-        videos: Of this rank.
+        videos: Number of videos of this rank.
         stage: 1 or 2.
     """
     clips = config.data.clips
     passes = [(2 * videos, clips.clip_frames)]
     if config.method.wants_long(stage):
         passes.append((videos, clips.long_frames))
-    # Initialisation on the meta device draws nothing, but this must not rest on it.
+    # The random state is restored, even if initialisation draws numbers.
     state = torch.get_rng_state()
     with torch.device("meta"):
         model = VideoModel(config.model, config.method, clips.clip_frames).train()
@@ -73,13 +73,13 @@ def step_cost(config: TrainConfig, *, videos: int, stage: int) -> StepCost:
 def _count(
     backbone: Backbone, number: int, frames: int, config: TrainConfig
 ) -> tuple[int, int, int, int]:
-    """Operations forward and backward, and floats and other bytes kept between, of some clips."""
+    """Operations of forward and backward, and the stored floats and other bytes, of clips."""
     size, planes = config.data.size, config.model.in_channels
     saved: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Held, so that no other storage takes its place.
+        # The reference keeps the storage's address from being reused.
         saved[storage._cdata] = (storage, tensor.dtype)
         return tensor
 
@@ -98,34 +98,34 @@ def _count(
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of a rank, by what they are for."""
+    """Memory of a rank in bytes, by purpose."""
 
     weights: int
     gradients: int
     adam: int
     activations: int
     batches: int
-    """Clips, as uint8: those made ahead, the one being made and the one in use."""
+    """Clips as uint8: the prefetched batches, the one being made and the one in use."""
 
     @property
     def total(self) -> int:
-        """All of it, without the libraries' own work space."""
+        """Total without the work space of libraries."""
         return sum(vars(self).values())
 
 
 def memory_estimate(
     config: TrainConfig, cost: StepCost, *, videos: int, ranks: int, stage: int, autocast: bool
 ) -> MemoryEstimate:
-    """Where a rank's memory goes.
+    """Estimate the memory of a rank by purpose.
 
-    Weights, gradients and Adam's two moments are float32. Activations are as many bytes as autocast
-    makes them; with it the weights are there once more in 16 bits.
+    Weights, gradients and Adam's two moments are float32. Activations have the size of autocast's
+    dtype; with autocast there is also a 16-bit copy of the weights.
 
     Args:
         config: The run's settings.
-        cost: Of a step of this stage and number of videos.
-        videos: Of this rank.
-        ranks: In the world.
+        cost: Cost of a step of this stage and number of videos.
+        videos: Number of videos of this rank.
+        ranks: Number of ranks.
         stage: 1 or 2.
         autocast: Whether the backbone computes in 16 bits.
     """
@@ -136,7 +136,7 @@ def memory_estimate(
     copies = config.data.prefetch + 2
     return MemoryEstimate(
         weights=parameters * (_FP32 + (2 if autocast else 0)),
-        # Averaging over ranks flattens the gradients into a copy.
+        # Averaging over ranks makes a flat copy of the gradients.
         gradients=parameters * _FP32 * (2 if ranks > 1 else 1),
         adam=_ADAM_MOMENTS * parameters * _FP32 // shards,
         activations=cost.saved_floats * (2 if autocast else _FP32) + cost.saved_bytes,

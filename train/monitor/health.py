@@ -1,7 +1,8 @@
-"""Label-free health of the representation: what the losses alone do not show.
+"""Label-free measures of the representation's health, which the losses do not show.
 
-Every function returns scalars on the device of its input and waits for nothing (except
-`embedding_health`, see there); read them every N steps. method.md, end of Part I, says why.
+Every function returns scalars on the device of its input without waiting for the device (except
+`embedding_health`, see there); read them every N steps. The reasons are in method.md, end of
+Part I.
 
 Shape suffixes: B videos, S videos in the queue, N clips, V = 2 views, A alterations, C embedding
 size, K prototypes.
@@ -26,15 +27,15 @@ __all__ = [
 ]
 
 IDENTITY_MASS = 1e-3
-"""Off-diagonal mass of E below which the graph counts as the identity."""
+"""Off-diagonal mass of E below which the graph is treated as the identity."""
 
 
 @torch.no_grad()
 def graph_health(graphs: DistributionGraphs) -> dict[str, Tensor]:
-    """How far the graph is from the identity, at which the constraint is a mere InfoNCE.
+    """Distance of the graph from the identity, at which the constraint is only an InfoNCE.
 
     Returns:
-        `graph_off_diagonal_mass`: mean over rows of what E gives to other videos, in [0, 1);
+        `graph_off_diagonal_mass`: mean over rows of E's weight of other videos, in [0, 1);
         `graph_semantic_partners`: other videos of the same prototype, mean over rows;
         `graph_instance_partners`: other videos above eta, mean over rows.
     """
@@ -48,11 +49,11 @@ def graph_health(graphs: DistributionGraphs) -> dict[str, Tensor]:
 
 
 def graph_in_words(mass: float) -> str:
-    """What `graph_off_diagonal_mass` means for the graph constraint."""
+    """Describe the meaning of `graph_off_diagonal_mass` for the graph constraint."""
     if mass < IDENTITY_MASS:
         return (
-            "the graph is the identity: no video has another one as its neighbour, and L_gr tells "
-            "a video's two views from other videos, no more"
+            "the graph is the identity: no video is connected to another one, and L_gr only "
+            "separates a video's two views from other videos"
         )
     return f"the graph gives {mass:.1%} of a video's weight to other videos"
 
@@ -60,14 +61,14 @@ def graph_in_words(mass: float) -> str:
 @full_precision
 @torch.no_grad()
 def prototype_health(scores_SVK: Tensor, assignments_SVK: Tensor) -> dict[str, Tensor]:
-    """How many prototypes are used, before and after Sinkhorn evens them out.
+    """Number and entropy of the used prototypes, before and after Sinkhorn.
 
-    Sinkhorn spreads even a collapsed representation over all prototypes; the nearest prototypes
-    show the collapse.
+    Sinkhorn distributes even a collapsed representation over all prototypes; only the nearest
+    prototypes show the collapse.
 
     Args:
-        scores_SVK: `[S, V, K]`, what Sinkhorn was given.
-        assignments_SVK: `[S, V, K]`, what it returned.
+        scores_SVK: `[S, V, K]`, the input of Sinkhorn.
+        assignments_SVK: `[S, V, K]`, its result.
 
     Returns:
         `prototypes_in_use`: distinct prototypes among the samples' largest scores; and
@@ -78,7 +79,7 @@ def prototype_health(scores_SVK: Tensor, assignments_SVK: Tensor) -> dict[str, T
     health: dict[str, Tensor] = {}
     for prefix, values in (("", scores_SVK), ("assigned_", assignments_SVK)):
         nearest = values.argmax(dim=2).flatten()
-        # Not bincount: it waits for the device to learn the largest index.
+        # Not bincount: it waits for the device to read the largest index.
         counts = values.new_zeros(values.shape[2])
         counts.scatter_add_(0, nearest, values.new_ones(()).expand_as(nearest))
         health[f"{prefix}prototypes_in_use"] = (counts > 0).sum().to(values.dtype)
@@ -90,7 +91,7 @@ def prototype_health(scores_SVK: Tensor, assignments_SVK: Tensor) -> dict[str, T
 @full_precision
 @torch.no_grad()
 def alteration_health(clips_BVC: Tensor, altered_BAVC: Tensor) -> dict[str, Tensor]:
-    """Cosine between a clip's embedding and that of the same clip altered; 1 means time-blind.
+    """Cosine between a clip's embedding and that of the altered clip; 1 means blind to time.
 
     Args:
         clips_BVC: `[B, V, C]`.
@@ -107,10 +108,10 @@ def alteration_health(clips_BVC: Tensor, altered_BAVC: Tensor) -> dict[str, Tens
 @full_precision
 @torch.no_grad()
 def embedding_health(embeddings_NC: Tensor) -> dict[str, Tensor]:
-    """Spread and effective rank of embeddings brought to unit length.
+    """Spread and effective rank of normalised embeddings.
 
-    The eigenvalues are the one place where a CUDA device is waited for: the solver checks its
-    result. Of a C x C matrix, once every N steps.
+    Only the eigenvalues wait for a CUDA device, because the solver checks its result: of a C x C
+    matrix, once every N steps.
 
     Args:
         embeddings_NC: `[N, C]`, any length.
@@ -126,11 +127,11 @@ def embedding_health(embeddings_NC: Tensor) -> dict[str, Tensor]:
     centred = unit - unit.mean(dim=0)
     num_clips, size = unit.shape
     variance = centred.square().mean(dim=0)
-    # The solver raises on NaN; that a loss is not finite is the loop's to say.
+    # The solver raises on NaN; the training loop reports losses that are not finite.
     covariance = (centred.T @ centred / num_clips).nan_to_num()
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = eigenvalues.sum()
-    # Rounding leaves a collapsed covariance at about eps^2, not at 0.
+    # By rounding, a collapsed covariance is about eps^2 and not 0.
     collapsed = total <= torch.finfo(unit.dtype).eps ** 2 * size
     share = torch.where(collapsed, torch.zeros_like(eigenvalues), eigenvalues / total)
     rank = torch.special.entr(share).sum().exp()
@@ -148,17 +149,17 @@ def chance_levels(
     num_long_steps: dict[str, int],
     divide_by_batch: bool = False,
 ) -> dict[str, float]:
-    """What each contrastive loss is if all its candidates look alike, in nats.
+    """Value of each contrastive loss in nats if all its candidates are equal.
 
     Args:
         num_videos: B, the global batch.
         num_prototypes: K.
         num_alterations: A, altered copies of each clip in L_aug.
         num_long_steps: Time steps of the long clip for each level, by the level's name.
-        divide_by_batch: As given to `graph_loss`.
+        divide_by_batch: As in `graph_loss`.
 
     Returns:
-        By the names `instance`, `prototype`, `augmentation`, `graph`, `retrieval_<level>`.
+        Values by the names `instance`, `prototype`, `augmentation`, `graph`, `retrieval_<level>`.
     """
     graph = math.log(num_videos)
     return {

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes: counters, times, the verdict. Nothing here decides."""
+"""Monitoring of a running training: counters, times and the bottleneck, as metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +20,10 @@ from strata.train.config import TrainConfig
 from strata.train.monitor.bottleneck import (
     DATA_PARTS,
     PARTS,
+    Bottleneck,
     RankTimes,
     Utilisation,
-    Verdict,
-    judge,
+    find_bottleneck,
 )
 from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
 from strata.train.monitor.cost_model import step_cost
@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 
 
 def count_starts(log: Path) -> int:
-    """How often the run of a log.jsonl was started before."""
+    """Number of previous starts of a run, from its log.jsonl."""
     if not log.exists():
         return 0
     with log.open(encoding="utf-8", errors="replace") as lines:
@@ -42,7 +42,7 @@ def count_starts(log: Path) -> int:
 
 
 def _open_run(config: TrainConfig, world: World) -> Metrics:
-    """Make the run's folder and open its log, with the number of starts before; all ranks call it.
+    """Create the run's folder and log, and count previous starts. All ranks call it.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -59,7 +59,7 @@ def _open_run(config: TrainConfig, world: World) -> Metrics:
         if config.monitor.tensorboard and world.is_first:
             metrics.tell(TensorBoard(config.run / "tensorboard"))
     except OSError as error:
-        wrong = f"the run's folder cannot be written: {error}; choose another --run, or mend it"
+        wrong = f"the run's folder cannot be written: {error}; choose another --run, or fix it"
     wrong = broadcast_object(wrong)
     if metrics is None or wrong:
         raise ConfigError(wrong)
@@ -68,7 +68,7 @@ def _open_run(config: TrainConfig, world: World) -> Metrics:
 
 @contextmanager
 def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
-    """The metrics of one rank: served, listed for Prometheus, taken off the list when all is well.
+    """Serve the metrics of one rank and list them for Prometheus until the run ends normally.
 
     Args:
         config: The run's settings.
@@ -85,14 +85,14 @@ def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
 
 
 class RunMonitor:
-    """Puts the figures of a rank's steps into its metrics.
+    """Updates the metrics of a rank from its steps.
 
     Args:
         config: The run's settings.
         world: This rank and its peers.
         device: Where steps are computed.
-        metrics: Where figures go.
-        clock: The times of the steps.
+        metrics: The metrics to update.
+        clock: The clock of the steps.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class RunMonitor:
     ) -> None:
         self._config, self._world, self._device = config, world, device
         self._metrics, self._clock = metrics, clock
-        # Counted now: in the loop it would look like a slow host.
+        # Counted at start: in the loop this time would count as the host's.
         self._flops_per_sample = {s: step_cost(config, videos=2, stage=s).flops / 2 for s in (1, 2)}
         self._peak: float | None = None
         self._gpu: GpuCollector | None = None
         self._loader_s = {"read": 0.0, "graph": 0.0}
         self._sums: list[RankTimes] = []
-        self.verdict: Verdict | None = None
+        self.bottleneck: Bottleneck | None = None
         metrics.add_collector(ProcessCollector())
         if world.local_rank == 0:
             places = {"run": config.run}
@@ -123,14 +123,14 @@ class RunMonitor:
             properties = torch.cuda.get_device_properties(device)
             uuid = str(properties.uuid)
             metrics.add_collector(GpuCollector(uuid))
-            # Its own, since GPM tells means since the last reading.
+            # A separate reader, since GPM reports means since the last reading.
             self._gpu = GpuCollector(uuid)
             if config.engine.precision in ("auto", "bf16"):
                 self._peak = peak_flops(properties.name)
         watch_collectives(clock.communication)
 
     def count(self, batch: Batch, queue_depth: int) -> None:
-        """Count a step that was issued; touches no device."""
+        """Count an issued step without using the device."""
         metrics, clock, num = self._metrics, self._clock, len(batch.samples)
         metrics.add("strata_steps_total", 1)
         metrics.add("strata_samples_total", num)
@@ -145,11 +145,11 @@ class RunMonitor:
             self._loader_s[part] += seconds
 
     def report(self, times: IntervalTimes, stage: int) -> None:
-        """Set what an interval's times say; all ranks call it at the same step.
+        """Set the metrics of an interval's times; all ranks call it at the same step.
 
         Args:
-            times: Of this rank.
-            stage: Of the interval's last step.
+            times: Times of this rank.
+            stage: Stage of the interval's last step.
         """
         metrics = self._metrics
         metrics.add("strata_device_seconds_total", times.compute_s)
@@ -178,31 +178,31 @@ class RunMonitor:
         self._sums = (
             [a + b for a, b in zip(self._sums, ranks, strict=True)] if self._sums else ranks
         )
-        # The same sums on every rank, so all judge at the same step.
+        # The sums are the same on every rank, so all report at the same step.
         if self._sums[0].wall_s >= self._config.monitor.verdict_s:
             self._judge()
 
     def _judge(self) -> None:
-        verdict = judge(self._sums, self._utilisation())
-        self._sums, self.verdict = [], verdict
+        bottleneck = find_bottleneck(self._sums, self._utilisation())
+        self._sums, self.bottleneck = [], bottleneck
         metrics = self._metrics
-        metrics.set_one("strata_bound", verdict.bound_by, PARTS, "by")
-        metrics.set_one("strata_data_bound_by", verdict.data_by, DATA_PARTS, "part")
-        for part, share in verdict.shares.items():
+        metrics.set_one("strata_bound", bottleneck.bound_by, PARTS, "by")
+        metrics.set_one("strata_data_bound_by", bottleneck.data_by, DATA_PARTS, "part")
+        for part, share in bottleneck.shares.items():
             metrics.set("strata_time_share_ratio", share, part=part)
-        if verdict.straggler_ratio is not None:
-            metrics.set("strata_straggler_ratio", verdict.straggler_ratio)
-            metrics.set("strata_straggler_rank", verdict.slowest_rank)
+        if bottleneck.straggler_ratio is not None:
+            metrics.set("strata_straggler_ratio", bottleneck.straggler_ratio)
+            metrics.set("strata_straggler_rank", bottleneck.slowest_rank)
         record: dict[str, Any] = {
-            "bound_by": verdict.bound_by,
-            "data_by": verdict.data_by,
-            "shares": verdict.shares,
-            "optimizer_share": verdict.optimizer_share,
-            "slowest_rank": verdict.slowest_rank,
-            "straggler_ratio": verdict.straggler_ratio,
+            "bound_by": bottleneck.bound_by,
+            "data_by": bottleneck.data_by,
+            "shares": bottleneck.shares,
+            "optimizer_share": bottleneck.optimizer_share,
+            "slowest_rank": bottleneck.slowest_rank,
+            "straggler_ratio": bottleneck.straggler_ratio,
         }
         metrics.record("verdict", **record)
-        logger.info("%s", verdict.text())
+        logger.info("%s", bottleneck.text())
 
     def _utilisation(self) -> Utilisation:
         if self._gpu is None:
@@ -215,5 +215,5 @@ class RunMonitor:
         )
 
     def close(self) -> None:
-        """Let collectives go unwatched."""
+        """Stop timing collectives."""
         watch_collectives(None)

@@ -1,1 +1,1 @@
-"""A network's features over a set, and what they are worth without training."""
+"""Features of a network over a data set, and their evaluation without training."""

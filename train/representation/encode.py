@@ -1,4 +1,4 @@
-"""Run a network over every video of a set exactly once, whatever the number of ranks."""
+"""Run a network over every video of a set exactly once, on any number of ranks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,20 +32,20 @@ LEVELS = ("low", "mid", "high")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoClips:
-    """The clips of a video that a network is tested on."""
+    """Settings of the clips of a video for evaluation."""
 
     num_clips: int
-    """Placed uniformly, the first at the video's start and the last at its end."""
+    """Number of clips, placed uniformly: the first at the video's start, the last at its end."""
     stride: int
-    """Distance of a clip's neighbouring frames, in source frames."""
+    """Distance of a clip's consecutive frames, in source frames."""
     size: int
     """Rows and columns."""
     clip_frames: int
-    """Frames of a clip; the loader wants an even number."""
+    """Frames of a clip, an even number."""
     crop: float = 1.0
     """Side of a crop over the shorter side of the frame."""
     num_crops: Literal[1, 10] = 1
-    """1: the centre. 10: the centre and the corners, each as it is and mirrored."""
+    """1: the centre. 10: the centre and the corners, each also mirrored."""
     videos_per_batch: int
     """Videos that a rank encodes at a time; changes memory, not results."""
 
@@ -84,21 +84,21 @@ def over_videos(
     shown: str | None,
     metrics: Metrics | None = None,
 ) -> dict[str, np.ndarray]:
-    """What a function says of every video. All ranks call it and get the same.
+    """Compute a function of every video. All ranks call it and get the same result.
 
-    The ranks share the videos; those that fill up the last batch are dropped after gathering.
+    The videos are divided among ranks; padding of the last batch is dropped after gathering.
 
     Args:
-        compute: Takes uint8 `[n, clips a video, T, S, S, 3]`, returns tensors of n rows.
+        compute: Function of uint8 `[n, clips per video, T, S, S, 3]` to tensors of n rows.
         reader: The data set.
-        clips: Which clips of a video.
-        world: This rank and its peers.
-        device: Where to compute.
+        clips: Settings of the clips.
+        world: This rank and the world size.
+        device: The device to compute on.
         shown: Text of the progress bar of rank 0; None for no bar.
-        metrics: Where to count what was read and decoded.
+        metrics: Receives the counts of read and decoded data.
 
     Returns:
-        By name, one row a video, in the order of the data set.
+        Tensors by name, one row per video, in the order of the data set.
 
     Raises:
         ShardError: A video does not decode, or was not computed exactly once.
@@ -146,15 +146,15 @@ def over_videos(
 def encode_levels(
     backbone: Backbone, device: torch.device, *, backwards: bool = False
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """For `over_videos`: each level's average over time and space of every clip.
+    """Make a function for `over_videos`: each level's average over time and space per clip.
 
     Args:
-        backbone: On the device, in evaluation mode.
-        device: Where it is.
-        backwards: Whether it sees the clips reversed in time.
+        backbone: The encoder, on the device and in evaluation mode.
+        device: The device of the encoder.
+        backwards: Whether clips are reversed in time.
 
     Returns:
-        A function from clips to `[n, clips a video, C]` by level, float32.
+        A function from clips to `[n, clips per video, C]` by level, float32.
     """
     in_channels = backbone.in_channels
 

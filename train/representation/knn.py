@@ -1,4 +1,4 @@
-"""Nearest videos by cosine similarity, and R@k."""
+"""Nearest neighbours by cosine similarity, and retrieval recall R@k."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ __all__ = ["RECALL_AT", "chance_recall", "nearest_by_cosine", "recall_at"]
 
 RECALL_AT = (1, 5, 10, 20, 50)
 _TIE = 10
-"""Similarities equal to so many decimals are ties; sums in another order differ by 1e-15."""
+"""Decimals to which equal similarities are ties; the order of sums changes 1e-15."""
 _BLOCK = 1024
 """Queries compared at a time: 80 MB a block for the 9,537 training videos of UCF101."""
 
@@ -21,12 +21,12 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def nearest_by_cosine(
     queries: np.ndarray, gallery: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest gallery videos of each query.
+    """Find the nearest gallery videos of each query.
 
     Args:
         queries: Shape `[Q, C]`; a vector of zeros has the similarity 0 with all.
         gallery: Shape `[G, C]`.
-        count: How many to return.
+        count: Number of videos to return per query.
 
     Returns:
         Gallery indices and similarities, `[Q, min(count, G)]` each: nearest first, ties by the
@@ -43,7 +43,7 @@ def nearest_by_cosine(
             f"{gallery.shape[1:]}; encode both with one network"
         )
     if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
-        raise ConfigError("retrieval: features are not finite; is the checkpoint sound?")
+        raise ConfigError("retrieval: features are not finite; check the checkpoint")
     queries, gallery = _unit(queries.astype(np.float64)), _unit(gallery.astype(np.float64))
     count = min(count, len(gallery))
     places = np.zeros((len(queries), count), np.int64)
@@ -66,7 +66,7 @@ def recall_at(
 ) -> dict[int, float]:
     """R@k: the share of queries with a video of their class among the k nearest.
 
-    A k larger than the gallery counts the whole gallery; a query whose class the gallery does not
+    A k larger than the gallery uses the complete gallery; a query whose class the gallery does not
     have is a miss at every k.
 
     Args:
@@ -92,7 +92,7 @@ def chance_recall(
     gallery_labels: np.ndarray,
     counts: tuple[int, ...] = RECALL_AT,
 ) -> dict[int, float]:
-    """What R@k is in expectation if the gallery's order is random.
+    """Expected R@k for a random order of the gallery.
 
     For a class with m of G gallery videos: 1 - C(G - m, k) / C(G, k).
     """

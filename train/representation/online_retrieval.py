@@ -1,4 +1,4 @@
-"""Retrieval and simple classifiers on a labelled set during pretraining; leaves no trace."""
+"""Retrieval and simple classifiers on a labelled set, during and without effect on training."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,18 +27,18 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Retrieval and simple classifiers during pretraining, docs/evaluation.md."""
+    """Settings of retrieval and simple classifiers during pretraining, docs/evaluation.md."""
 
     every_epochs: int = 0
-    """Epochs between measurements, the first before training and one at the end; 0 does none."""
+    """Epochs between measurements, which include start and end of training; 0 for none."""
     gallery: Path | None = None
-    """Shards of a labelled training set. Training does not see the labels."""
+    """Shards of a labelled training set. Training does not use the labels."""
     query: Path | None = None
-    """Shards of its test set. Whoever chooses settings by these figures has chosen on it."""
+    """Shards of its test set. Settings chosen by these results are tuned on the test set."""
     num_clips: int = 2
     """Clips placed uniformly along each video. The evaluation (TEXT) has 10."""
     stride: int = 1
-    """Distance of a clip's neighbouring frames, in source frames."""
+    """Distance of a clip's consecutive frames, in source frames."""
     videos_per_batch: int = 8
     """Videos that a rank encodes at a time; changes memory, not results."""
 
@@ -62,28 +62,28 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeFigures:
-    """Shares in [0, 1]."""
+    """Results of a measurement, as shares in [0, 1]."""
 
     recall: dict[int, float]
     """R@k."""
     accuracy: dict[str, float]
-    """Top-1: `knn`, by a vote of the nearest; `linear`, by logistic regression."""
+    """Top-1: `knn`, by k-nearest neighbours; `linear`, by logistic regression."""
     chance: dict[int, float]
-    """R@k at chance."""
+    """R@k at chance level."""
 
 
 class OnlineProbe:
-    """Measures R@k and Top-1 of an encoder that is being trained.
+    """Measures R@k and Top-1 of an encoder during its training.
 
-    Weights, buffers, random state and the order of batches are afterwards what they were before.
+    Weights, buffers, random state and the order of batches are unchanged afterwards.
 
     Args:
-        config: With both sets.
-        size: Rows and columns of a clip: the pretraining's.
-        clip_frames: Frames of a clip: the pretraining's.
+        config: Settings with both sets.
+        size: Rows and columns of a clip, as in pretraining.
+        clip_frames: Frames of a clip, as in pretraining.
 
     Raises:
-        ConfigError: The sets do not fit each other.
+        ConfigError: The sets have different classes or payloads.
         ShardError: A set is missing, empty, or has no labels.
     """
 
@@ -112,12 +112,12 @@ class OnlineProbe:
         )
 
     def digests(self) -> dict[str, str]:
-        """What identifies the sets."""
+        """Digests that identify the sets."""
         names = ("probe gallery manifest", "probe query manifest")
         return {n: r.manifest.digest for n, r in zip(names, self._sets, strict=True)}
 
     def is_due(self, *, epoch: int, epoch_step: int, last_epoch: int) -> bool:
-        """Whether to measure before the step at this position."""
+        """Whether a measurement is due before the step at this position."""
         return epoch_step == 0 and (epoch % self._every == 0 or epoch == last_epoch)
 
     def measure(
@@ -128,13 +128,13 @@ class OnlineProbe:
         device: torch.device,
         beat: Callable[[str], None],
     ) -> ProbeFigures:
-        """All figures. All ranks call it and get the same.
+        """Measure all results. All ranks call it and get the same.
 
         Args:
             backbone: The encoder.
-            world: This rank and its peers.
-            device: Where to compute.
-            beat: Called with what is done, before each batch.
+            world: This rank and the world size.
+            device: The device to compute on.
+            beat: Called before each batch with a description of the work.
         """
         encode = encode_levels(backbone, device)
 
@@ -171,7 +171,7 @@ class OnlineProbe:
         metrics: Metrics,
         beat: Callable[[str], None],
     ) -> None:
-        """Measure, and tell the log and the metrics. All ranks call it."""
+        """Measure, and write the results to log and metrics. All ranks call it."""
         start = time.perf_counter()
         found = self.measure(backbone, world=world, device=device, beat=beat)
         took_s = time.perf_counter() - start
@@ -211,10 +211,10 @@ def _count(reader: ShardReader) -> str:
 
 @contextmanager
 def _as_saved(backbone: Backbone) -> Iterator[None]:
-    """For evaluation, with rank 0's batch statistics on all ranks: what a checkpoint holds.
+    """Context manager: evaluation mode with rank 0's batch statistics on all ranks.
 
-    Without it the ranks would encode with different networks: each has the statistics of its own
-    share of the batches.
+    These are the statistics that a checkpoint has. Otherwise the ranks would encode with different
+    networks, because each rank has the statistics of its own part of the batches.
     """
     training = backbone.training
     buffers = list(backbone.buffers())

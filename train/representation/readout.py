@@ -1,4 +1,4 @@
-"""What simple classifiers read from features: a vote of the nearest, and logistic regression."""
+"""Accuracy of simple classifiers on features: k-nearest neighbours and logistic regression."""
 
 import numpy as np
 import torch
@@ -10,17 +10,17 @@ from strata.train.representation.knn import nearest_by_cosine
 __all__ = ["LINEAR_L2", "NUM_VOTERS", "knn_accuracy", "linear_accuracy"]
 
 NUM_VOTERS = 20
-"""Nearest training videos that vote on a class."""
+"""Number of nearest training videos that vote on a class."""
 _VOTE_TEMPERATURE = 0.07
 """Wu et al., CVPR 2018 (arXiv 1805.01978): a neighbour's vote is exp(cosine / 0.07)."""
 LINEAR_L2 = 1e-3
-"""Penalty on half the squared norm of the weights, beside the mean cross-entropy."""
+"""Penalty on half the squared norm of the weights, added to the mean cross-entropy."""
 
 
 def knn_accuracy(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Share of test videos whose class has the largest vote of the nearest training videos.
+    """Accuracy of a weighted k-nearest-neighbour classifier on the test videos.
 
     Args:
         train: Shape `[N, C]`.
@@ -36,7 +36,7 @@ def knn_accuracy(
     votes = np.zeros((len(test), len(classes)))
     rows = np.arange(len(test))
     for place in range(nearest.shape[1]):
-        # Differences count, so the largest exponent is brought to 0.
+        # Only differences matter, so the largest exponent is shifted to 0.
         vote = np.exp((cosines[:, place] - cosines[:, 0]) / _VOTE_TEMPERATURE)
         votes[rows, which[nearest[:, place]]] += vote
     return float((classes[votes.argmax(axis=1)] == test_labels).mean())
@@ -45,10 +45,10 @@ def knn_accuracy(
 def linear_accuracy(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Share of test videos that logistic regression on the training videos tells right.
+    """Accuracy of logistic regression, fitted on the training videos, on the test videos.
 
-    Features are brought to the training set's mean and deviation. The loss is convex and solved
-    from zeros, so nothing is drawn.
+    Features are standardised by the training set's mean and deviation. The loss is convex and
+    minimised from zeros, so there is no randomness.
 
     Args:
         train: Shape `[N, C]`.
@@ -68,7 +68,7 @@ def linear_accuracy(
 def _logistic_regression(
     rows_NC: Tensor, classes_N: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights `[C, K]` and biases `[K]`, float64."""
+    """Fit weights `[C, K]` and biases `[K]`, float64."""
     weight = rows_NC.new_zeros(rows_NC.shape[1], num_classes, requires_grad=True)
     bias = rows_NC.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(

@@ -1,1 +1,1 @@
-"""The state of a run: saved, resumed, stopped, and what it does about bad steps."""
+"""State of a run: checkpoints, resume, graceful shutdown, watchdog and non-finite steps."""

@@ -1,4 +1,4 @@
-"""What is state, and how it is written: complete or not at all.
+"""Checkpoints: what they contain, and how they are written atomically and read.
 
 A checkpoint is a folder `<run>/checkpoints/step-<n>/`:
 
@@ -7,15 +7,15 @@ A checkpoint is a folder `<run>/checkpoints/step-<n>/`:
     state.json            position, loss scale, config, digests
     complete.json         SHA-256 of every file; written last
 
-It is written under a temporary name and renamed, then the pointer `latest` is moved, also by a
-rename, and only then older ones go (train/run/history.py). A folder without `complete.json` is
-never read, nor one whose `complete.json` lacks a file's hash. Nothing in it is pickled, and nothing
-in it depends on the number of ranks or ZeRO's stage: DeepSpeed's own format has both faults, and
-would write the weights twice.
+It is written under a temporary name and renamed, then the pointer `latest` is replaced, also by a
+rename, and only then older checkpoints are removed (train/run/history.py). A folder without
+`complete.json` is never read, nor one whose `complete.json` lacks a file's hash. Nothing in it is
+pickled, and nothing depends on the number of ranks or ZeRO's stage. DeepSpeed's own format is
+pickled, depends on both, and would store the weights twice.
 
 The state is copied to the host's memory between two steps (all ranks take part), and rank 0 writes
-the copy in a thread while training goes on: the copy is nobody else's, so what is written cannot
-depend on when.
+the copy in a thread while training continues. Nothing else uses the copy, so the files do not
+depend on when it is written.
 """
 
 import dataclasses
@@ -78,9 +78,9 @@ class CheckpointConfig:
     every_steps: int = 0
     """Steps between checkpoints; 0 writes one at each epoch's end."""
     keep: int = 3
-    """How many to keep, the newest of those that the run continues."""
+    """How many to keep: the newest of `latest` and its ancestors."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
+    """Checkpoints whose step is a multiple of this are never removed; 0 for none."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -97,7 +97,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands; with the weights, all that the future depends on."""
+    """Position of a run; with weights and optimizer state, all that its future depends on."""
 
     step: _Count
     """Optimizer steps done since the run's start."""
@@ -111,13 +111,13 @@ class RunState:
     config: dict[str, Any]
     """The resolved configuration."""
     num_skipped: _Count = 0
-    """Steps left out since the run's start because something was not finite."""
+    """Steps skipped since the run's start because a loss or gradient was not finite."""
     loss_scale: dict[str, float] = field(default_factory=dict)
-    """State of fp16's loss scaling; empty without."""
+    """State of fp16's loss scaling; empty for other precisions."""
 
 
 class Saver:
-    """Writes checkpoints of one run, one at a time, in a thread of rank 0.
+    """Writes the checkpoints of a run, one at a time, in a thread of rank 0.
 
     Args:
         run: The run's folder.
@@ -131,7 +131,7 @@ class Saver:
         self._written: Written | None = None
 
     def begin(self, snapshot: Snapshot, state: RunState) -> None:
-        """Start to write; waits for the one before."""
+        """Start to write a checkpoint, after waiting for the previous one."""
         self._join()
         self._thread = threading.Thread(
             target=self._work, args=(snapshot, state), name="strata-saver"
@@ -152,11 +152,11 @@ class Saver:
             self._thread = None
 
     def close(self) -> None:
-        """Let what was begun come to its end; a failure that nobody took is dropped."""
+        """Wait for the checkpoint that is being written; its failure is not reported."""
         self._join()
 
     def finish(self) -> "Written | None":
-        """Wait for the writing and take its result.
+        """Wait for the checkpoint that is being written and return its result.
 
         Raises:
             NotSavedError: It could not be written.
@@ -165,7 +165,7 @@ class Saver:
         return self.take()
 
     def take(self) -> "Written | None":
-        """What was written since the last call, without waiting.
+        """The checkpoint written since the last call, if any, without waiting.
 
         Raises:
             NotSavedError: It could not be written.
@@ -182,12 +182,12 @@ class Saver:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is complete."""
+    """A complete checkpoint."""
 
     path: Path
     step: int
     took_s: float
-    """From the copy in memory to the pointer on the disk."""
+    """Seconds from the copy in memory to the pointer on disk."""
 
 
 def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConfig) -> Path:
@@ -195,7 +195,7 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
 
     Args:
         snapshot: The engine's state.
-        state: The position.
+        state: The position of the run.
         run: The run's folder.
         config: How many to keep.
 
@@ -203,7 +203,7 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
         The checkpoint's folder.
 
     Raises:
-        NotSavedError: The disk refused; nothing is left of the attempt, and the others stay.
+        NotSavedError: The disk failed; partial files are removed, other checkpoints kept.
     """
     root, name = run / FOLDER, name_of(state.step)
     writing = root / f"{_TEMPORARY}{state.step:09d}"
@@ -240,7 +240,7 @@ def _seal(writing: Path) -> None:
 
 
 def _give_name(writing: Path, final: Path) -> None:
-    """Rename; another checkpoint of this name is moved aside, and removed later."""
+    """Rename; a checkpoint that has this name is moved aside first and removed later."""
     if final.exists():
         aside = final.with_name(f"{_REPLACED}{final.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -267,7 +267,7 @@ def read_marker(folder: Path) -> str:
 
 
 def _check_hashes(folder: Path) -> None:
-    """Compare every file with its hash.
+    """Compare every file of a checkpoint with its hash.
 
     Raises:
         CheckpointError: A hash or a file is missing, or a file is altered.
@@ -293,14 +293,14 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path} is not readable: {error}; use another") from error
+        raise CheckpointError(f"{path} is not readable: {error}; use another checkpoint") from error
 
 
 def read_state(folder: Path) -> RunState:
-    """The position that a checkpoint holds.
+    """Read the position of a run from a checkpoint.
 
     Raises:
-        CheckpointError: The file is missing or of another form.
+        CheckpointError: The file is missing or damaged.
     """
     path = folder / _STATE
     content = _read(path)
@@ -308,10 +308,10 @@ def read_state(folder: Path) -> RunState:
 
 
 def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
-    """Load everything from a checkpoint after comparing all its hashes. All ranks call it.
+    """Load weights, optimizer and random state after checking all hashes. All ranks call it.
 
     Args:
-        engine: What holds the optimizer.
+        engine: The engine with the optimizer.
         model: The module inside the engine.
         folder: A complete checkpoint.
 
@@ -338,7 +338,7 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
 
 
 def load_backbone(folder: Path) -> Backbone:
-    """The encoder of a checkpoint, built from its own config; nothing in the file is executed.
+    """Load the encoder of a checkpoint, built from its own config; no code in it is executed.
 
     Raises:
         CheckpointError: A file is missing, altered or damaged.
@@ -359,7 +359,7 @@ def load_backbone(folder: Path) -> Backbone:
 
 
 def build_for_file(config: BackboneConfig, path: Path) -> Backbone:
-    """An encoder whose weights are about to be read; never larger than the file could fill.
+    """Build the encoder for a weights file; refuse one that is larger than the file.
 
     Raises:
         CheckpointError: The encoder has far more weights than the file.
@@ -380,7 +380,7 @@ def build_for_file(config: BackboneConfig, path: Path) -> Backbone:
 
 
 def backbone_config(config: dict[str, Any]) -> BackboneConfig:
-    """The encoder's part of a run's resolved configuration.
+    """Parse the encoder's settings of a run's resolved configuration.
 
     Raises:
         CheckpointError: The configuration is of another version.
@@ -393,7 +393,7 @@ def backbone_config(config: dict[str, Any]) -> BackboneConfig:
         return msgspec.convert(described, BackboneConfig)
     except (msgspec.ValidationError, ConfigError) as error:
         raise CheckpointError(
-            f"the checkpoint's config does not describe an encoder: {error}; use another"
+            f"the checkpoint's config does not describe an encoder: {error}; use another one"
         ) from error
 
 
@@ -402,7 +402,7 @@ class _ClipPart(msgspec.Struct, frozen=True):
 
 
 class TrainedClips(msgspec.Struct, frozen=True):
-    """The clips that an encoder was trained on; the part of a config that others read."""
+    """Settings of the clips that an encoder was trained on, read from a run's config."""
 
     size: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
     """Rows and columns."""
@@ -415,10 +415,10 @@ class TrainedClips(msgspec.Struct, frozen=True):
 
 
 def trained_clips(config: dict[str, Any]) -> TrainedClips:
-    """The clips that a run's resolved configuration describes.
+    """Parse the clip settings of a run's resolved configuration.
 
     Raises:
-        CheckpointError: It describes none.
+        CheckpointError: It has no valid clip settings.
     """
     try:
         return msgspec.convert(config.get("data"), TrainedClips)
@@ -429,7 +429,7 @@ def trained_clips(config: dict[str, Any]) -> TrainedClips:
 
 
 def _check_architecture(path: Path, model: nn.Module) -> None:
-    """Compare names and shapes, to name the first that differs.
+    """Compare the names and shapes of a file and a model, and report the first difference.
 
     Raises:
         CheckpointError: The file is not readable, or belongs to another architecture.

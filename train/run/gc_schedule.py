@@ -1,8 +1,8 @@
-"""Python's garbage collected at chosen steps, the same on all ranks.
+"""Python's garbage collection at fixed steps, at the same time on all ranks.
 
-Left to itself the collector runs when some rank's counters say so; that rank is late, and in a
-collective all others wait for it. What exists after the first step (modules, graphs, DeepSpeed) is
-set aside, so that a collection looks only at what later steps leave behind.
+By default the collector runs when a rank's counters reach a threshold; that rank is then late, and
+all others wait for it in the next collective. Objects that exist after the first step (modules,
+graphs, DeepSpeed) are frozen, so that a collection looks only at what later steps allocate.
 """
 
 import gc
@@ -11,10 +11,10 @@ __all__ = ["StepGarbage"]
 
 
 class StepGarbage:
-    """Takes collecting over from Python with the first step that is done.
+    """Disables automatic garbage collection after the first step and runs it at fixed steps.
 
     Args:
-        every_steps: Steps between collections; 0 leaves collecting to Python.
+        every_steps: Steps between collections; 0 keeps Python's automatic collection.
     """
 
     def __init__(self, every_steps: int) -> None:
@@ -22,10 +22,10 @@ class StepGarbage:
         self._in_charge = False
 
     def step_done(self, step: int) -> None:
-        """Collect if it is time.
+        """Collect garbage if this is one of the chosen steps.
 
         Args:
-            step: Steps since the run's start, the same on all ranks.
+            step: Steps done since the run's start, the same on all ranks.
         """
         if not self._every_steps:
             return
@@ -38,7 +38,7 @@ class StepGarbage:
             gc.collect()
 
     def close(self) -> None:
-        """Give it back to Python."""
+        """Restore Python's automatic collection."""
         if self._in_charge:
             gc.unfreeze()
             gc.enable()

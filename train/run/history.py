@@ -1,9 +1,9 @@
-"""Which checkpoints a run wrote, which of them it continues, and which may go.
+"""The history of a run's checkpoints: which to resume and which to remove.
 
 `checkpoints/history.json` lists what the run wrote, in the order of writing, each with the
-checkpoint that it continued. So after `latest` was moved back to an older one, what was written
-after that is known to be an abandoned branch, whatever its name: it is never resumed by itself, and
-it does not count among the newest. Folders that the run did not write are never touched.
+checkpoint that it continued. So if a user moves `latest` back to an older checkpoint, those written
+after that one are known to be an abandoned branch: they are never resumed automatically and do not
+count among the newest. Folders that the run did not write are never touched.
 """
 
 import re
@@ -24,7 +24,7 @@ __all__ = ["COMPLETE", "History", "find_checkpoint", "name_of"]
 logger = get_logger(__name__)
 
 COMPLETE = "complete.json"
-"""The file that a checkpoint gets last."""
+"""The completeness marker: the file that is written last into a checkpoint."""
 FOLDER = "checkpoints"
 _LATEST = "latest"
 _HISTORY = "history.json"
@@ -35,7 +35,7 @@ _Name = Annotated[str, msgspec.Meta(pattern=_PATTERN)]
 
 
 def name_of(step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """Folder name of a step's checkpoint."""
     return f"step-{step:09d}"
 
 
@@ -45,16 +45,16 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class History:
-    """The checkpoints of a run.
+    """The list of a run's checkpoints and the pointer `latest`.
 
-    A run of an older version has no list: its checkpoints are taken to continue each other by
-    their steps.
+    A run of an older version has no list: its checkpoints are assumed to continue each other in
+    the order of their steps.
 
     Args:
-        root: The folder of the checkpoints; need not exist.
+        root: The folder of the checkpoints; it may be absent.
 
     Raises:
-        CheckpointError: The list or the pointer is of another form.
+        CheckpointError: The list or the pointer is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -80,11 +80,11 @@ class History:
         return checked_name(text, "checkpoint", path, CheckpointError)
 
     def is_complete(self, name: str) -> bool:
-        """Whether a checkpoint was written to its end."""
+        """Whether a checkpoint has its completeness marker."""
         return (self.root / name / COMPLETE).is_file()
 
     def line(self, name: str) -> list[str]:
-        """A checkpoint and those that it continues, the newest first."""
+        """A checkpoint and its ancestors, the newest first."""
         found = []
         following: str | None = name
         while following is not None and following not in found:
@@ -93,33 +93,33 @@ class History:
         return found
 
     def find(self) -> str | None:
-        """The checkpoint to resume: what `latest` names, or the next older one that is complete.
+        """The checkpoint to resume: `latest`, or its newest complete ancestor.
 
         Raises:
-            CheckpointError: `latest` names what was never written, or nothing complete is left.
+            CheckpointError: `latest` names an unknown checkpoint, or none is complete.
         """
         if self.latest is None:
-            # A kill came between the first checkpoint and the pointer.
+            # The run was killed between its first checkpoint and writing the pointer.
             return next(filter(self.is_complete, reversed(self._continues)), None)
         if self.is_complete(self.latest):
             return self.latest
         if self._recorded and self.latest not in self._continues:
             raise CheckpointError(
                 f"{self.root / _LATEST} names {self.latest}, which the run did not write; write "
-                "the name of a folder that is there"
+                "the name of an existing folder"
             )
         line = self.line(self.latest) if self._recorded else list(reversed(self._continues))
         found = next(filter(self.is_complete, line), None)
         if found is None:
             raise CheckpointError(
-                f"{self.root / _LATEST} names {self.latest}, and neither it nor one before it is "
+                f"{self.root / _LATEST} names {self.latest}, and neither it nor an older one is "
                 f"complete; remove {self.root} to start from the beginning"
             )
         warn_once(logger, f"checkpoint {self.root / self.latest} is not complete; using {found}")
         return found
 
     def add(self, name: str) -> None:
-        """Record a checkpoint before it gets its name; it continues what `find` gives.
+        """Record a checkpoint before its folder is renamed; its parent is what `find` returns.
 
         Raises:
             OSError: The list cannot be written.
@@ -132,7 +132,7 @@ class History:
         self._write()
 
     def point_to(self, name: str) -> None:
-        """Move `latest`.
+        """Point `latest` to a checkpoint.
 
         Raises:
             OSError: It cannot be written.
@@ -141,14 +141,14 @@ class History:
         self.latest = name
 
     def drop(self, keep: int, keep_every: int) -> None:
-        """Remove what need not be kept; what `latest` names always stays.
+        """Remove old checkpoints; the one that `latest` names is always kept.
 
         Args:
-            keep: How many to keep of the line that `latest` continues, the newest.
-            keep_every: Those whose step this divides stay, on any branch; 0 for none.
+            keep: How many to keep of `latest` and its ancestors, the newest.
+            keep_every: Checkpoints whose step is a multiple are kept on any branch; 0 for none.
 
         Raises:
-            OSError: One cannot be removed.
+            OSError: A folder cannot be removed.
         """
         if self.latest is None:
             raise AssertionError("the pointer is moved before anything is removed")
@@ -158,7 +158,7 @@ class History:
         gone = [name for name in self._continues if name not in kept]
         for name in gone:
             if (self.root / name).exists():
-                # A kill while files are removed must not leave a folder that looks complete.
+                # If the run is killed while removing files, the folder must not look complete.
                 (self.root / name / COMPLETE).unlink(missing_ok=True)
                 rmtree(self.root / name)
         if gone:
@@ -188,10 +188,10 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a run continues, or the given checkpoint itself.
+    """The checkpoint to resume from a run's folder, or the given checkpoint itself.
 
     Args:
-        path: A run's folder, or a checkpoint's.
+        path: The folder of a run or of a checkpoint.
 
     Returns:
         A folder with a completeness marker; None where the run has none yet.

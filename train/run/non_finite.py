@@ -1,4 +1,4 @@
-"""What was not finite in a step: found on the device, read only when a step was left out."""
+"""Reports on non-finite steps: collected on the device, read only if the step was skipped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from strata.dataload.loader import Batch
 from strata.distributed import gather_objects
 from strata.train.method.model import LossTerms
 
-__all__ = ["Finding", "Report", "mean_terms"]
+__all__ = ["NonFiniteFlags", "Report", "mean_terms"]
 
 _SHOWN = 8
-"""Samples named in a message; the log has all."""
+"""Number of samples that a message names; the log has all of them."""
 
 
 def mean_terms(parts: Sequence[LossTerms]) -> LossTerms:
-    """The mean of each figure over the parts of an accumulated batch."""
+    """Average the loss terms and metrics over the micro-batches of an accumulated batch."""
     if len(parts) == 1:
         return parts[0]
 
@@ -33,11 +33,11 @@ def mean_terms(parts: Sequence[LossTerms]) -> LossTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One rank's view of one step; what is a tensor stays on the device."""
+class NonFiniteFlags:
+    """Non-finite flags of one step on one rank; the tensors stay on the device."""
 
     step: int
-    """Steps done before it."""
+    """Number of steps done before this one."""
     epoch: int
     epoch_step: int
     terms: tuple[str, ...]
@@ -47,7 +47,7 @@ class Finding:
     bad_samples: Tensor
     """bool `[b]`: the sample's embedding was not finite."""
     skipped: Tensor
-    """bool, the same on all ranks."""
+    """bool, whether the gradient is not finite; the same on all ranks."""
 
     @staticmethod
     def of(
@@ -57,13 +57,13 @@ class Finding:
         skipped: Tensor,
         step: int,
         batch: Batch,
-    ) -> "Finding":
-        """Gather the flags of a step's parts, without waiting for the device."""
+    ) -> "NonFiniteFlags":
+        """Compute the flags of a step from its micro-batches without waiting for the device."""
         names = (*parts[0].terms, "total")
         values = torch.stack(
             [torch.stack([*part.terms.values(), part.total.detach()]) for part in parts]
         )
-        return Finding(
+        return NonFiniteFlags(
             step=step,
             epoch=batch.epoch,
             epoch_step=batch.step,
@@ -77,34 +77,34 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What all ranks say of a step that was left out."""
+    """The joint report of all ranks on a skipped step."""
 
     step: int
-    """Its number, from 1."""
+    """Number of the step, from 1."""
     epoch: int
     epoch_step: int
     terms: dict[int, list[str]]
-    """By rank, the terms that were not finite; all empty where only the gradient was not."""
+    """Non-finite loss terms of each rank; all empty if only the gradient was not finite."""
     samples: dict[int, list[str]]
-    """By rank, the samples whose embeddings were not finite."""
+    """Samples of each rank with embeddings that were not finite."""
     batches: dict[int, list[str]]
-    """By rank, the samples of the batch."""
+    """All samples of each rank's batch."""
 
     @staticmethod
-    def gathered(finding: Finding, rank: int, keys: Sequence[str]) -> "Report":
-        """Join the ranks' findings. All ranks call it."""
-        bad = finding.bad_samples.cpu().numpy()
+    def gathered(flags: NonFiniteFlags, rank: int, keys: Sequence[str]) -> "Report":
+        """Join the flags of all ranks. All ranks call it."""
+        bad = flags.bad_samples.cpu().numpy()
         mine = (
             rank,
-            [t for t, b in zip(finding.terms, finding.bad_terms.tolist(), strict=True) if b],
-            [keys[s] for s in finding.samples[bad]],
-            [keys[s] for s in finding.samples],
+            [t for t, b in zip(flags.terms, flags.bad_terms.tolist(), strict=True) if b],
+            [keys[s] for s in flags.samples[bad]],
+            [keys[s] for s in flags.samples],
         )
         every = gather_objects(mine)
         return Report(
-            step=finding.step + 1,
-            epoch=finding.epoch,
-            epoch_step=finding.epoch_step,
+            step=flags.step + 1,
+            epoch=flags.epoch,
+            epoch_step=flags.epoch_step,
             terms={r: terms for r, terms, _, _ in every},
             samples={r: samples for r, _, samples, _ in every if samples},
             batches={r: batch for r, _, _, batch in every},
@@ -112,19 +112,19 @@ class Report:
 
     @property
     def ranks(self) -> list[int]:
-        """Where it began: ranks whose own embeddings are at fault, else those with bad terms."""
+        """Ranks with non-finite embeddings; if there are none, ranks with non-finite terms."""
         return sorted(self.samples) or [r for r, terms in self.terms.items() if terms]
 
     def concerns(self, rank: int) -> bool:
-        """Whether a rank's batch is worth a look; all are where only the gradient is at fault."""
+        """Whether a rank's batch may be the cause; all may if only the gradient is not finite."""
         return not self.ranks or rank in self.ranks
 
     def __str__(self) -> str:
-        """One line: step, terms, ranks, samples."""
+        """One line with step, terms, ranks and samples."""
         where = f"step {self.step} (epoch {self.epoch}, step {self.epoch_step} of it)"
         terms = sorted({term for some in self.terms.values() for term in some} - {"total"})
         if not self.ranks:
-            return f"{where}: the gradient is not finite, though all losses are"
+            return f"{where}: the gradient is not finite, although all losses are"
         what = f"loss terms {', '.join(terms)}" if terms else "the total loss"
         places = []
         for rank in self.ranks:

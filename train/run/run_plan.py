@@ -1,4 +1,4 @@
-"""What a run will do, said before it does it: one block for people, one record for programs."""
+"""The run plan: a summary of a run that is printed and logged before it starts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,29 +16,29 @@ from strata.train.engine import derive_deepspeed
 from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_estimate, step_cost
 
-__all__ = ["StartPage", "describe_run", "stage_epochs"]
+__all__ = ["RunPlan", "describe_run", "stage_epochs"]
 
 _NAMED = 5
-"""Keys of videos that a line names; the log has all."""
+"""Number of videos that a line names; the log has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartPage:
-    """The page; `lines` is what rank 0 prints, `record` what the run's log keeps."""
+class RunPlan:
+    """The summary of a run; rank 0 prints `lines`, and the run's log gets `record`."""
 
     lines: tuple[tuple[str, str], ...]
     """Name and text of each line."""
     record: dict[str, Any]
-    """The same as numbers."""
+    """The same facts as numbers."""
 
     def text(self) -> str:
-        """One block, names aligned."""
+        """The lines as one block with aligned names."""
         width = max(len(name) for name, _ in self.lines)
         return "\n".join(f"  {name.ljust(width)}  {text}".rstrip() for name, text in self.lines)
 
 
 def stage_epochs(schedule: ScheduleConfig) -> dict[int, tuple[int, int]]:
-    """First epoch and the one after the last of each stage that the run reaches."""
+    """For each stage that the run reaches: its first epoch and the one after its last."""
     switch = min(schedule.second_stage_epoch, schedule.epochs)
     spans = {1: (0, switch), 2: (switch, schedule.epochs)}
     return {stage: span for stage, span in spans.items() if span[0] < span[1]}
@@ -52,19 +52,19 @@ def describe_run(
     reader: ShardReader,
     plan: Plan,
     step: int = 0,
-) -> StartPage:
-    """The page of a run.
+) -> RunPlan:
+    """Make the summary of a run.
 
     Args:
         config: The run's settings.
-        world: This rank and its peers.
-        device: Where to compute.
+        world: This rank and the world size.
+        device: The device to compute on.
         reader: The data set, opened.
-        plan: The order.
-        step: Steps already done, of a run that goes on.
+        plan: The order of samples.
+        step: Steps already done, if the run is resumed.
 
     Raises:
-        ConfigError: The device does not have the precision.
+        ConfigError: The device does not support the precision.
     """
     data, clips, schedule = config.data, config.data.clips, config.schedule
     derived = derive_deepspeed(
@@ -140,7 +140,7 @@ def describe_run(
             for stage, cost in costs.items()
         },
     }
-    return StartPage(lines=tuple(lines), record=record)
+    return RunPlan(lines=tuple(lines), record=record)
 
 
 def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:
@@ -151,7 +151,7 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
 
 
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
-    """How many videos the order leaves out, by which rule, and the first of them by name."""
+    """How many videos are too short for the window and are skipped, and the first names."""
     if not plan.left_out:
         return []
     lengths = reader.num_frames[np.array(plan.left_out)]
@@ -184,28 +184,28 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
 
 
 def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
-    """What to expect of the graph, where the run uses it."""
+    """What to expect of the graph term, if the run uses it."""
     method, videos = config.method, config.data.batch_size
     if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
         return []
     others = (videos - 1) / method.num_prototypes
     expected = (
-        "so few that the graph may be the identity, where L_gr tells a video's two views from "
-        "other videos, no more"
+        "so few that the graph may be the identity; L_gr then only separates a video's two views "
+        "from other videos"
         if others < 1
-        else "so it can name other videos than a row's own"
+        else "so it can connect a video to other videos"
     )
     return [
         (
             "graph",
-            f"{videos} videos and {method.num_prototypes} prototypes: {others:.2g} other videos on "
-            f"a video's prototype if all are used alike, {expected}; see graph_off_diagonal_mass",
+            f"{videos} videos and {method.num_prototypes} prototypes: {others:.2g} other videos "
+            f"for each prototype if all are used equally, {expected}; see graph_off_diagonal_mass",
         )
     ]
 
 
 def _rates(config: TrainConfig) -> str:
-    """Learning rates with the epoch at which each begins."""
+    """Learning rates with the epoch at which each starts."""
     schedule = config.schedule
     begins = sorted({0, *(e for e in schedule.lr_drop_epochs if e < schedule.epochs)})
     return ", ".join(

@@ -1,4 +1,4 @@
-"""The wish to stop: SIGTERM and SIGUSR1 are noted, and obeyed at the next step's end."""
+"""Graceful shutdown: after SIGTERM or SIGUSR1 the run saves and stops at the next step."""
 
 import os
 import signal
@@ -13,9 +13,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While entered, notes the signals that clusters send before they take a machine away.
+    """Context manager that records SIGTERM and SIGUSR1, which clusters send before a preemption.
 
-    Outside of it they end the process at once, as they do by default: there is nothing to save.
+    Outside of the context they end the process at once, the default: there is nothing to save.
     """
 
     def __init__(self) -> None:

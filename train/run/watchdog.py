@@ -1,4 +1,4 @@
-"""End a process in which nothing moves, with the stacks of all threads."""
+"""A watchdog that ends a process without progress and prints the stacks of all threads."""
 
 import faulthandler
 import os
@@ -14,14 +14,15 @@ __all__ = ["Watchdog"]
 
 
 class Watchdog:
-    """While entered, ends the process if `beat` is not called for `limit_s` seconds.
+    """Context manager that ends the process if `beat` is not called for `limit_s` seconds.
 
-    It does not raise: a thread that waits in a collective cannot be interrupted. The process leaves
-    with `EXIT_LOST_PEER`, after one line of what it was doing and the stacks of all threads.
+    It does not raise, because a thread that waits in a collective cannot be interrupted. The
+    process exits with `EXIT_LOST_PEER` after printing the stacks of all threads and one line that
+    says what it was doing.
 
     Args:
         limit_s: Seconds between beats.
-        advice: What to do, the end of the line.
+        advice: What the user should do; the end of the line.
     """
 
     def __init__(self, limit_s: float, advice: str) -> None:
@@ -31,7 +32,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="strata-watchdog", daemon=True)
 
     def beat(self, what: str) -> None:
-        """Something moved; `what` comes next."""
+        """Report progress; `what` is the work that starts now."""
         self._what, self._since = what, time.monotonic()
 
     def _watch(self) -> None:
@@ -43,7 +44,7 @@ class Watchdog:
         rank = launch.rank_text() or "0"
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(
-            f"error (rank {rank}): nothing moved for {self._limit_s:g} s while {self._what} (the "
+            f"error (rank {rank}): no progress for {self._limit_s:g} s while {self._what} (the "
             f"stacks of all threads are above); {self._advice}",
             file=sys.stderr,
             flush=True,

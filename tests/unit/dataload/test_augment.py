@@ -1,4 +1,4 @@
-"""The distribution and the identity of augmentation parameters."""
+"""Distribution and reproducibility of augmentation parameters."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def test_gray_and_jitter_are_drawn_for_each_frame_where_the_release_does():
         values = getattr(view, name)
         assert 0.5 <= values.min() < 0.51
         assert 1.49 < values.max() <= 1.5
-        # As different between the frames of a clip as between clips.
+        # The frames of a clip differ as much as clips do.
         assert abs(values.var(axis=1, ddof=1).mean() - 1 / 12) < 0.003
     assert abs((view.gray >= 0).mean() - 0.5) < 0.01
     counts = np.bincount(view.gray[view.gray >= 0], minlength=3) / (view.gray >= 0).sum()
@@ -140,14 +140,14 @@ def test_colour_as_one_map_is_the_steps_one_by_one(gray: int, rng: np.random.Gen
 
 
 def test_parameters_depend_on_seed_epoch_sample_and_view_alone():
-    whole = draw(64)
+    full = draw(64)
     part = draw_view(AugmentSpec(), samples=np.array([40, 3]), **PLACE)
-    for field in dataclasses.fields(whole):
-        got, want = getattr(part, field.name), getattr(whole, field.name)
+    for field in dataclasses.fields(full):
+        got, want = getattr(part, field.name), getattr(full, field.name)
         np.testing.assert_array_equal(got, want[[40, 3]])
     changes: tuple[dict[str, Any], ...] = ({"seed": 1}, {"epoch": 1}, {"view": 1})
     for change in changes:
-        assert (draw(64, **change).brightness != whole.brightness).all()
+        assert (draw(64, **change).brightness != full.brightness).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Frame indices against plain loops, and at the ends of their ranges."""
+"""Frame indices compared with plain loops, and at the limits of their ranges."""
 
 import math
 

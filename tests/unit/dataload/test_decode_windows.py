@@ -1,4 +1,4 @@
-"""The mp4 payload trains and evaluates as the jpeg one does, and refuses what it cannot decode."""
+"""Loading of the mp4 payload, and errors for codecs that cannot be decoded."""
 
 import itertools
 import shutil
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_for(folder: Path) -> DataConfig:
-    # Strides up to 33 / 32, and an odd window, so that frames repeat and segments are crossed.
+    # Strides up to 33 / 32 and an odd window, so that frames repeat and cross segments.
     return DataConfig(
         shards=folder, batch_size=2, size=32, threads=1, clips=ClipSpec(clip_frames=16)
     )
@@ -60,8 +60,8 @@ def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Ba
     return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
-def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
-    """All frames by PyAV, segment after segment, without cutting."""
+def full_video(reader: ShardReader, sample: int) -> np.ndarray:
+    """Decode all frames of all segments by PyAV."""
     frames = []
     for k in range(-(-int(reader.num_frames[sample]) // 18)):
         content = reader.member(sample, f"{k:03d}.mp4")
@@ -92,11 +92,11 @@ def test_batches_are_those_of_the_reference(folders: dict[str, Path], codec: str
             view=view,
         )
         for row, sample in enumerate(samples.tolist()):
-            frames = whole_video(reader, sample)[windows[row]]
+            frames = full_video(reader, sample)[windows[row]]
             want = reference_view(frames, cut, parameters, row, 32, photometric=True)
             got = batch.short[row, view] if view < 2 else batch.long[row]
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
-            # One level more than a strip: the decoder's conversion to RGB rounds by itself.
+            # One level more than a strip: the decoder's conversion to RGB rounds differently.
             assert gap.max() <= 5
             assert gap.mean() <= 0.6
 
@@ -114,19 +114,19 @@ def test_evaluation_shows_the_frames_it_should(folders: dict[str, Path], codec: 
     # A clip of 46 frames ends beyond these videos: their last frame repeats.
     assert (frames[:, :, -1] == frames[:, :, -2]).all()
     for row, clip in itertools.product(range(3), range(2)):
-        shown = whole_video(reader, row)[frames[row, clip]]
+        shown = full_video(reader, row)[frames[row, clip]]
         want = reference_view(shown, ViewSlice(0, 16), crop, 0, 32, photometric=False)
         gap = np.abs(batch.clips[row, clip].numpy().astype(int) - want.astype(int))
         assert gap.max() <= 2
 
 
 def test_streams_are_equal_after_a_stop_and_on_two_ranks(folders: dict[str, Path]):
-    whole = batches(folders["vp9"])
-    assert len(whole) == 3
+    full = batches(folders["vp9"])
+    assert len(full) == 3
     (last,) = batches(folders["vp9"], start_step=2)
-    assert torch.equal(last.short, whole[2].short)
+    assert torch.equal(last.short, full[2].short)
     parts = [batches(folders["vp9"], rank=r, size=2, count=1)[0] for r in range(2)]
-    assert torch.equal(whole[0].short, torch.cat([p.short for p in parts]))
+    assert torch.equal(full[0].short, torch.cat([p.short for p in parts]))
 
 
 def test_only_what_is_needed_is_decoded(folders: dict[str, Path]):
@@ -150,10 +150,10 @@ def test_mixed_payloads_are_refused(folders: dict[str, Path], shards: Path):
         refuse_mixed_payloads([readers["mjpeg"], readers["vp9"]])
 
 
-def test_a_gpu_without_video_decoder_is_said_once_or_refused(
+def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """The question to the GPU is answered here; tests/gpu asks a real one."""
+    """The GPU's answer is simulated here; tests/gpu uses a real one."""
     monkeypatch.setattr(
         "strata.dataload.decode_windows.video_decoder_fault", lambda *_: "no libnvcuvid"
     )

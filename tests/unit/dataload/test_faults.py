@@ -1,4 +1,4 @@
-"""Samples that do not decode: named, bounded, replaced the same way on every rank and resume."""
+"""Faulty samples are reported, limited, and replaced independently of ranks and resume."""
 
 import itertools
 import shutil
@@ -20,7 +20,7 @@ SEED = 5
 
 
 def change(folder: Path, sample: int, at: bytes, offset: int, new: bytes) -> None:
-    """Overwrite bytes behind the first occurrence of `at` in a sample's strip."""
+    """Overwrite bytes after the first occurrence of `at` in a sample's strip."""
     shard, members = ShardReader(folder).members(sample)
     start, size = members["000.jpg"]
     path = folder / f"shard-{shard:06d}.tar"
@@ -37,7 +37,7 @@ def damage(folder: Path, samples: Sequence[int]) -> None:
 
 
 def break_code(folder: Path, sample: int) -> None:
-    """Number a Huffman table as none may be: only the decoder sees it."""
+    """Give a Huffman table an invalid number, which only the decoder detects."""
     change(folder, sample, b"\xff\xc4", 4, b"\x2f")
 
 
@@ -81,14 +81,14 @@ def test_a_damaged_sample_ends_the_run_by_name(folder: Path, how: str):
 
 
 def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, shards: Path):
-    whole = list(stream(shards / "train", 0))
+    full = list(stream(shards / "train", 0))
     damage(folder, [3])
     break_code(folder, 17)
     got = list(stream(folder, 2))
-    assert [b.samples.tolist() for b in got] != [b.samples.tolist() for b in whole]
-    order = {0: np.concatenate([b.samples for b in whole[:6]])}
-    order[1] = np.concatenate([b.samples for b in whole[6:]])
-    for before, after in zip(whole, got, strict=True):
+    assert [b.samples.tolist() for b in got] != [b.samples.tolist() for b in full]
+    order = {0: np.concatenate([b.samples for b in full[:6]])}
+    order[1] = np.concatenate([b.samples for b in full[6:]])
+    for before, after in zip(full, got, strict=True):
         assert after.short.shape == before.short.shape
         for row, (old, new) in enumerate(zip(before.samples, after.samples, strict=True)):
             if old not in (3, 17):
@@ -98,7 +98,7 @@ def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, sha
                 place = (before.step + 1) * 4 + row
                 expected = order[before.epoch][place % 24]
                 assert new == expected
-                # The same video as one batch later, but not the same views of it.
+                # The same video as one batch later, but with different views.
                 assert float(after.short[row].float().std()) > 5
     found = [f for b in got for f in b.faults]
     assert sorted(f.sample for f in found) == [3, 17]
@@ -111,12 +111,12 @@ def test_within_the_budget_a_sample_gives_its_place_to_another(folder: Path, sha
 
 def test_replacements_do_not_depend_on_ranks_or_resume(folder: Path):
     damage(folder, [3, 4, 17])
-    whole = list(stream(folder, 3))
+    full = list(stream(folder, 3))
     parts = [list(stream(folder, 3, rank=r, ranks=2)) for r in range(2)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         assert torch.equal(batch.short, torch.cat([p[step].short for p in parts]))
     rest = list(stream(folder, 3, start_step=4))
-    for batch, again in zip(whole[4:], rest, strict=True):
+    for batch, again in zip(full[4:], rest, strict=True):
         assert torch.equal(batch.short, again.short)
         np.testing.assert_array_equal(batch.samples, again.samples)
 
@@ -161,7 +161,7 @@ def test_a_place_without_a_replacement_is_an_error():
         replace_faulty(order[:4], order, 0, 4, {1, 5})
 
 
-def test_faults_are_told_once():
+def test_faults_are_logged_once():
     log = FaultLog(1)
     fault = Fault(sample=1, key="k", shard="s.tar", reason="broken")
     log.add([fault])

@@ -1,4 +1,4 @@
-"""A flipped byte is found where it is used, by the sample's name, or changes nothing."""
+"""A flipped byte is reported with its sample when it is used, or has no effect."""
 
 import contextlib
 import dataclasses
@@ -57,8 +57,8 @@ def windows(folder: Path) -> list[bytes]:
         reader.close()
 
 
-def test_no_flip_is_trained_on(folder: Path):
-    """Of 150 places anywhere in the shards."""
+def test_no_flipped_byte_is_used_for_training(folder: Path):
+    """At 150 random positions in the shards."""
     good = windows(folder)
     random = np.random.default_rng(5)
     num_found = 0
@@ -217,7 +217,7 @@ def test_a_frame_table_with_any_numbers_is_a_fault_like_any_other(old: Path, edi
     assert any("video-0005: " in fault for fault in check_folder(old, decode=0))
 
 
-def test_what_schema_1_cannot_find_the_auditor_does(old: Path):
+def test_the_audit_finds_damage_that_schema_1_cannot(old: Path):
     path, start, size = place_of(old, 5, "000.jpg")
     content = bytearray(path.read_bytes())
     content[start + size // 2 : start + size // 2 + 60] = bytes(60)

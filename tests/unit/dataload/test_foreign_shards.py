@@ -1,4 +1,4 @@
-"""Videos in shards of others train and evaluate as their frames do, whatever encoded them."""
+"""Loading of foreign shards gives the frames of their videos, for any codec."""
 
 import dataclasses
 import itertools
@@ -71,7 +71,7 @@ def batches(folder: Path, *, rank: int = 0, size: int = 1, **options) -> list[Ba
     return loader_batches.batches(config_for(folder), world=world, epochs=(0, 1), **options)
 
 
-def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
+def full_video(reader: ShardReader, sample: int) -> np.ndarray:
     _, members = reader.members(sample)
     (ext,) = set(members) - {"cls"}
     count = int(reader.num_frames[sample])
@@ -79,7 +79,7 @@ def whole_video(reader: ShardReader, sample: int) -> np.ndarray:
     return decode_frames(reader.member(sample, ext), "", count, np.arange(count), form)[0]
 
 
-def test_what_cannot_be_used_is_not_there(folder: Path):
+def test_unusable_videos_are_not_in_the_set(folder: Path):
     reader = ShardReader(folder)
     assert reader.keys == tuple(f"v{k}" for k in range(6))
     assert reader.num_frames.tolist() == [40, 41, 42, 43, 44, 45]
@@ -115,7 +115,7 @@ def test_batches_are_those_of_the_reference(folder: Path):
                 view=view,
             )
             for row, sample in enumerate(samples.tolist()):
-                frames = whole_video(reader, sample)[windows[row]]
+                frames = full_video(reader, sample)[windows[row]]
                 want = reference_view(frames, cut, parameters, row, 32, photometric=True)
                 got = batch.short[row, view] if view < 2 else batch.long[row]
                 gap = np.abs(got.numpy().astype(int) - want.astype(int))
@@ -130,13 +130,13 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
     )
     batch = next(iter(loader))
     loader.close()
-    # Decoded once for both clips, and none after the last frame.
+    # Decoded once for both clips, and not beyond the last frame.
     assert batch.frames_decoded <= sum(reader.num_frames[:3])
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
     frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=2)
     assert (frames[:, 0] != frames[:, 1]).all()
     for row, clip in itertools.product(range(3), range(2)):
-        shown = whole_video(reader, row)[frames[row, clip]]
+        shown = full_video(reader, row)[frames[row, clip]]
         want = reference_view(shown, ViewSlice(0, 16), crop, 0, 32, photometric=False)
         gap = np.abs(batch.clips[row, clip].numpy().astype(int) - want.astype(int))
         assert gap.max() <= 2
@@ -153,17 +153,17 @@ def test_a_classifier_gets_its_clips(folder: Path):
 
 
 def test_streams_are_equal_after_a_stop_and_on_two_ranks(folder: Path):
-    whole = batches(folder)
+    full = batches(folder)
     (last,) = batches(folder, start_step=2)
-    assert torch.equal(last.short, whole[2].short)
+    assert torch.equal(last.short, full[2].short)
     parts = [batches(folder, rank=r, size=2)[0] for r in range(2)]
-    assert torch.equal(whole[0].short, torch.cat([p.short for p in parts]))
+    assert torch.equal(full[0].short, torch.cat([p.short for p in parts]))
 
 
 def test_decoding_them_on_a_gpu_is_refused(folder: Path):
     reader, gpu = ShardReader(folder), torch.device("cuda", 0)
     assert choose_decoder(reader, "auto", gpu, "gpu") == "cpu"
-    with pytest.raises(ConfigError, match=r"videos that others encoded: the CPU decodes them"):
+    with pytest.raises(ConfigError, match=r"has foreign videos, which only the CPU decodes"):
         choose_decoder(reader, "gpu", gpu, "gpu")
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_sample_is_named(folder: Path, tmp_path: Path):
     path.write_bytes(content)
     with pytest.raises(ShardError, match=r"v0 in x-000\.tar: the video is damaged, its checksum"):
         read_windows(ShardReader(copy), [1, 0], [np.arange(3)] * 2, 2)
-    # A set that was indexed before there were checksums.
+    # A set that was indexed without checksums, by an older version.
     manifest = read_manifest(copy)
     rows = tuple(dataclasses.replace(row, checksum=None) for row in manifest.rows)
     entries = tuple(dataclasses.replace(e, index_sha256=None) for e in manifest.shards)

@@ -1,4 +1,4 @@
-"""Frames from the cache: the same batches to the bit, filled once, shared by ranks, refused."""
+"""The frame cache: bit-identical batches, filled once, shared by ranks, clear errors."""
 
 import dataclasses
 import shutil
@@ -65,13 +65,13 @@ def decode_by_dali(strip: np.ndarray) -> np.ndarray:
 def test_planes_become_what_the_decoder_makes_of_the_same_frames(
     shards: Path, frames: list[int], rows: int
 ):
-    """Frames decoded in company of all others, put together anew; borders between them too."""
+    """Frames decoded with all others and assembled in another order, including borders."""
     reader = ShardReader(shards / "train")
-    whole = decode_planes(reader.strip(3, np.arange(36)), FORM)
-    assert whole.shape == (36, HEIGHT * WIDTH * 3 // 2)
+    full = decode_planes(reader.strip(3, np.arange(36)), FORM)
+    assert full.shape == (36, HEIGHT * WIDTH * 3 // 2)
     want = decode_by_dali(reader.strip(3, np.array(frames)))
-    luma = whole[frames, : HEIGHT * WIDTH].reshape(1, -1, WIDTH)
-    chroma = whole[frames, HEIGHT * WIDTH :].reshape(len(frames), 2, HEIGHT // 2, WIDTH // 2)
+    luma = full[frames, : HEIGHT * WIDTH].reshape(1, -1, WIDTH)
+    chroma = full[frames, HEIGHT * WIDTH :].reshape(len(frames), 2, HEIGHT // 2, WIDTH // 2)
     chroma = chroma.swapaxes(0, 1).reshape(1, 2, -1, WIDTH // 2)
     got = np.empty((1, *want.shape), np.uint8)
     to_rgb(luma, chroma, got, rows)
@@ -82,7 +82,7 @@ def test_planes_become_what_the_decoder_makes_of_the_same_frames(
 
 
 def test_extreme_colours_are_clipped_as_the_decoder_does():
-    """Noise at the ends of the range: every rounding, and the clipping of all three channels."""
+    """Noise with extreme values tests rounding and clipping of all three channels."""
     rng = np.random.default_rng(0)
     blocks = rng.choice(np.array([0, 255], np.uint8), (4, HEIGHT // 4, WIDTH // 4, 3))
     strip = np.frombuffer(encode_strip(blocks.repeat(4, 1).repeat(4, 2)), np.uint8)
@@ -106,7 +106,7 @@ def test_batches_are_the_same_and_nothing_is_decoded_twice(shards: Path):
     assert all(b.frames_decoded == b.bytes_read == 0 for b in kept if b.epoch == 1)
 
 
-def test_a_stopped_stream_goes_on_with_an_empty_cache(shards: Path):
+def test_a_stopped_stream_resumes_with_an_empty_cache(shards: Path):
     config = config_for(shards / "train")
     plain = batches(dataclasses.replace(config, cache="none"))
     assert_same(plain[7:], batches(config, epochs=(1, 2), start_step=1))
@@ -154,7 +154,7 @@ def test_ranks_of_a_node_share_what_is_decoded(shards: Path):
     for step, batch in enumerate(plain):
         assert torch.equal(batch.short, torch.cat([views[step] for views, *_ in ranks]))
     total = int(ShardReader(folder).num_frames.sum())
-    # A rank that is ahead may decode what the other has not reached yet, never more than that.
+    # Each rank decodes at most the samples that the other has not decoded yet.
     assert sum(first for _, first, _ in ranks) <= total
     assert sum(first + later for _, first, later in ranks) < 1.5 * total
 
@@ -185,14 +185,14 @@ def test_a_set_that_does_not_fit_is_refused_with_the_sum(
     with pytest.raises(
         ConfigError,
         match=r"cache host does not fit: 838 frames of 4,608 bytes are 0\.00 GB, of the 0\.00 GB "
-        r"that the machine has free it may take 90%.*use data\.cache none",
+        r"that the machine has free it may use 90%.*use data\.cache none",
     ):
         batches(config_for(shards / "train"))
     monkeypatch.setattr(cache_module, "available_memory", lambda: (2 * needed, "the machine"))
     batches(config_for(shards / "train"), count=1)
 
 
-def test_memory_comes_with_use_and_goes_with_the_cache(shards: Path):
+def test_memory_is_allocated_on_use_and_freed_with_the_cache(shards: Path):
     def shared_mib() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(x.split()[1]) for x in lines if x.startswith("RssShmem")) / 1024
@@ -225,7 +225,7 @@ def test_a_cache_on_a_gpu_needs_one(shards: Path):
         batches(config_for(shards / "train", "device"))
 
 
-def test_videos_are_not_kept(tmp_path: Path):
+def test_videos_cannot_be_cached(tmp_path: Path):
     form = NormalForm(width=WIDTH, height=HEIGHT, payload="mp4", codec="mjpeg", quantizer=3)
     make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=3, form=form)
     with pytest.raises(ConfigError, match=r"keeps frames of the jpeg payload.* is mp4"):
@@ -270,7 +270,7 @@ MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 800
     ],
     ids=["no limit", "version 2, the group above", "version 1, in a container"],
 )
-def test_free_memory_heeds_the_control_group(tmp_path: Path, files, expected):
+def test_free_memory_respects_the_control_group(tmp_path: Path, files, expected):
     found, where = available_memory(write(tmp_path, MACHINE | files))
     assert found == expected[0]
     assert where.endswith(expected[1])

@@ -1,4 +1,4 @@
-"""Streams of batches: equal whatever the rank, the resume and the run; faults are named."""
+"""Streams of batches do not depend on ranks, resume or run; errors are clear."""
 
 import dataclasses
 import threading
@@ -91,30 +91,30 @@ def test_two_runs_are_the_same_and_epochs_differ(shards: Path):
 
 
 @pytest.mark.parametrize("stop", [1, 6, 8])
-def test_a_stopped_stream_goes_on_as_if_it_had_not(shards: Path, stop: int):
+def test_a_resumed_stream_equals_an_uninterrupted_one(shards: Path, stop: int):
     config = config_for(shards / "train")
-    whole = batches(config)
+    full = batches(config)
     rest = batches(config, epochs=(stop // 6, 2), start_step=stop % 6)
     assert len(rest) == 12 - stop
-    assert all(map(same, whole[stop:], rest))
+    assert all(map(same, full[stop:], rest))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_one_rank_is_the_union_of_several(shards: Path, num_ranks: int):
     config = config_for(shards / "train")
-    whole = batches(config, count=3)
+    full = batches(config, count=3)
     worlds = [World(rank=r, size=num_ranks) for r in range(num_ranks)]
     parts = [batches(config, world=w, count=3) for w in worlds]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         assert torch.equal(batch.short, torch.cat([p[step].short for p in parts]))
         joined = torch.cat([p[step].long for p in parts])  # pyright: ignore[reportArgumentType, reportCallIssue]
         assert batch.long is not None
         assert torch.equal(batch.long, joined)
 
 
-def test_a_stream_goes_on_with_other_ranks(shards: Path):
+def test_a_stream_resumes_on_another_number_of_ranks(shards: Path):
     config = config_for(shards / "train")
-    whole = batches(config, epochs=(0, 1))
+    full = batches(config, epochs=(0, 1))
     two = [
         batches(config, world=World(rank=r, size=2), epochs=(0, 1), start_step=2, count=2)
         for r in range(2)
@@ -122,8 +122,8 @@ def test_a_stream_goes_on_with_other_ranks(shards: Path):
     rest = batches(config, epochs=(0, 1), start_step=4)
     assert len(rest) == 2
     for step in (0, 1):
-        assert torch.equal(whole[2 + step].short, torch.cat([r[step].short for r in two]))
-    assert all(map(same, whole[4:], rest))
+        assert torch.equal(full[2 + step].short, torch.cat([r[step].short for r in two]))
+    assert all(map(same, full[4:], rest))
 
 
 def test_three_epochs_show_every_sample_once_each(shards: Path):
@@ -204,7 +204,7 @@ def test_videos_shorter_than_the_window_are_in_no_batch(shards: Path):
         batches(config)
 
 
-def test_a_gpu_that_is_not_there_is_refused(shards: Path):
+def test_a_missing_gpu_is_rejected(shards: Path):
     config = dataclasses.replace(config_for(shards / "train"), decode="gpu")
     with pytest.raises(ConfigError, match=r"data\.decode is gpu, but this rank has no GPU"):
         batches(config)
@@ -244,7 +244,7 @@ def test_storage_that_hangs_ends_the_run(
     assert "in hang" in capfd.readouterr().err
 
 
-def test_the_makers_error_reaches_the_consumer():
+def test_an_error_of_the_source_reaches_the_consumer():
     def failing() -> Iterator[int]:
         yield 1
         raise ShardError("sample x: broken")

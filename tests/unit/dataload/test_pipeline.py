@@ -1,4 +1,4 @@
-"""The DALI graph against the reference, operation by operation."""
+"""The DALI graph compared with the reference, operation by operation."""
 
 import dataclasses
 from typing import Any
@@ -40,14 +40,14 @@ def test_every_operation_agrees_with_the_reference(name: str):
     want = reference_view(decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True)
     gap = np.abs(got[0].astype(int) - want.astype(int))
     assert got.shape == (1, FRAMES, SIZE, SIZE, 3)
-    # Each of four roundings (resize, colour, blur along rows and along columns) may fall the other
-    # way, and contrast enlarges the first.
+    # Each of four roundings (resize, colour, blur along rows and along columns) may differ, and
+    # contrast enlarges the first difference.
     assert gap.max() <= 3, f"largest difference {gap.max()}"
     assert gap.mean() <= 0.3, f"mean difference {gap.mean():.3f}"
 
 
 def test_clips_with_and_without_jitter_agree_with_the_reference():
-    """Views as they are drawn by a recipe that leaves some clips' colours alone."""
+    """Views drawn by a recipe that does not change the colours of some clips."""
     num = 6
     views = draw_view(
         AugmentSpec(crop_area=(0.2, 1.0), jitter=0.5, gray=0.2),
@@ -75,12 +75,12 @@ def test_clips_with_and_without_jitter_agree_with_the_reference():
 
 @pytest.mark.parametrize(
     ("name", "maps"),
-    # A twist has no gray and is drawn once a clip.
+    # A colour twist has no gray and is drawn once per clip.
     [(n, False) for n in ("all", "hue 90.0", "contrast 1.5")]
     + [(n, True) for n in ("all", "per frame", "gray 1")],
 )
 def test_the_operators_of_a_gpu_agree_with_the_affine_map(name: str, maps: bool):
-    """Their CPU versions, which the graph does not use there; tests/gpu has the others."""
+    """Tests the CPU versions of these operators; tests/gpu tests the GPU versions."""
     row = dataclasses.replace(IDENTITY, **CASES[name])
     clip = moving_pictures(4)
 
@@ -126,10 +126,10 @@ def test_views_are_the_frames_they_should_be():
     strip = encode(moving_pictures(2))
     cuts = (ViewSlice(0, 4), ViewSlice(4, 4), ViewSlice(0, 4, 2), ViewSlice(0, 8))
     views = run_graph([strip], [IDENTITY] * 4, cuts, photometric=False)
-    whole = views[3][0]
-    np.testing.assert_array_equal(views[0][0], whole[:4])
-    np.testing.assert_array_equal(views[1][0], whole[4:])
-    np.testing.assert_array_equal(views[2][0], whole[::2])
+    full = views[3][0]
+    np.testing.assert_array_equal(views[0][0], full[:4])
+    np.testing.assert_array_equal(views[1][0], full[4:])
+    np.testing.assert_array_equal(views[2][0], full[::2])
 
 
 def test_parameters_hold_for_all_frames_of_a_clip():

@@ -1,4 +1,4 @@
-"""The order of samples, over a grid, without input or output."""
+"""The order of samples, over a grid of parameters, without files."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order(plan: Plan):
         assert (orders[1] != orders[2]).any()
 
 
-def test_what_is_left_out_is_in_no_batch_and_all_else_in_each_epoch():
+def test_skipped_samples_are_in_no_batch_and_all_others_in_each_epoch():
     left_out = (0, 4, 5, 9)
     plan = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4, left_out=left_out)
     assert (plan.num_samples, plan.steps_per_epoch) == (8, 4)
@@ -36,7 +36,7 @@ def test_what_is_left_out_is_in_no_batch_and_all_else_in_each_epoch():
         assert sorted(plan.epoch_order(epoch).tolist()) == expected
     everything = Plan(shard_sizes=(5, 4, 3), batch_size=2, seed=3, pool_samples=4)
     assert plan.digest != everything.digest
-    # The identity of a set's order from before anything could be left out; runs go on from it.
+    # The digest of older versions without skipped samples, so that their runs can resume.
     assert everything.digest == "74e2e1edbdba8d22"
     with pytest.raises(ConfigError, match="hold 8 samples and 4 too short ones, fewer than one"):
         Plan(shard_sizes=(12,), batch_size=9, seed=3, left_out=left_out)
@@ -50,27 +50,27 @@ def test_ranks_share_the_same_global_batches(plan: Plan, num_ranks: int):
             plan.batch(0, 0, 0, num_ranks)
         return
     for epoch, step in itertools.product(range(2), range(min(plan.steps_per_epoch, 4))):
-        whole = plan.batch(epoch, step, 0, 1)
+        full = plan.batch(epoch, step, 0, 1)
         parts = [plan.batch(epoch, step, r, num_ranks) for r in range(num_ranks)]
         assert {len(p) for p in parts} == {plan.batch_size // num_ranks}
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        np.testing.assert_array_equal(np.concatenate(parts), full)
 
 
 @pytest.mark.parametrize("plan", list(plans()), ids=str)
 def test_a_run_that_changes_its_ranks_takes_the_same_samples(plan: Plan):
-    """Three epochs; after each step the run may go on with another number of ranks."""
+    """Three epochs; after each step the run may resume with another number of ranks."""
     rng = np.random.default_rng(len(plan.shard_sizes))
     divisors = [r for r in (1, 2, 4, 8) if plan.batch_size % r == 0]
-    whole = plan.steps_per_epoch * plan.batch_size
+    full = plan.steps_per_epoch * plan.batch_size
     for epoch in range(3):
         taken = []
         for step in range(plan.steps_per_epoch):
             ranks = int(rng.choice(divisors))
             taken += [plan.batch(epoch, step, rank, ranks) for rank in range(ranks)]
         taken = np.concatenate(taken)
-        np.testing.assert_array_equal(taken, plan.epoch_order(epoch)[:whole])
-        assert len(set(taken.tolist())) == whole
-        assert plan.num_samples - whole < plan.batch_size
+        np.testing.assert_array_equal(taken, plan.epoch_order(epoch)[:full])
+        assert len(set(taken.tolist())) == full
+        assert plan.num_samples - full < plan.batch_size
 
 
 def test_every_rank_has_the_same_full_batches_and_no_more():
@@ -82,13 +82,13 @@ def test_every_rank_has_the_same_full_batches_and_no_more():
             plan.batch(0, 3, rank, 2)
 
 
-def test_what_an_epoch_leaves_over_changes():
+def test_the_remaining_samples_of_epochs_differ():
     plan = Plan(shard_sizes=(50, 50, 3), batch_size=8, seed=0)
     left = [set(plan.epoch_order(e)[96:].tolist()) for e in range(8)]
     assert len(set.union(*left)) > 20
 
 
-def test_reads_stay_within_a_pool_of_whole_shards():
+def test_reads_stay_within_a_pool_of_complete_shards():
     plan = Plan(shard_sizes=(100,) * 20, batch_size=10, seed=0, pool_samples=400)
     for start in range(0, 2000, 400):
         shards = {s // 100 for s in plan.epoch_order(1)[start : start + 400].tolist()}
@@ -102,7 +102,7 @@ def test_neighbours_in_a_pool_are_independent():
     assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.06
 
 
-def test_digest_tells_orders_apart():
+def test_digests_of_different_orders_differ():
     base = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
     same = Plan(shard_sizes=(8, 8), batch_size=4, seed=0)
     others = [

@@ -1,4 +1,4 @@
-"""The reader against the pictures that went in, and against damage."""
+"""The reader returns the original frames and detects damage."""
 
 import dataclasses
 import shutil
@@ -62,7 +62,7 @@ def test_a_folder_without_manifest_is_named(copy: Path):
         ),
         (
             lambda f: (f / "shard-000002.idx").write_text("v1.2 1\nx 0 1 x\n"),
-            "shard-000002.idx is damaged: its SHA-256 is not what",
+            "shard-000002.idx is damaged: its SHA-256 is not that of",
         ),
         (lambda f: (f / "samples.jsonl").write_text(""), "is damaged: the digest is not that of"),
         (
@@ -91,5 +91,5 @@ def test_strips_of_another_payload_are_refused(copy: Path):
     manifest = read_manifest(copy)
     form = dataclasses.replace(manifest.form, payload="mp4")
     rewrite(dataclasses.replace(manifest, form=form), copy)
-    with pytest.raises(ShardError, match="has the payload mp4, strips are cut of jpeg alone"):
+    with pytest.raises(ShardError, match="has the payload mp4, strips are cut of jpeg only"):
         ShardReader(copy).strips([0], [np.arange(2)])

@@ -1,4 +1,4 @@
-"""Shards at a URL: the samples of the folder, through a cache that is bounded and exact."""
+"""Shards at a URL give the samples of the folder, through a bounded and verified cache."""
 
 import functools
 import http.server
@@ -24,7 +24,7 @@ FRAMES = np.array([0, 32, 5, 17])
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; counts what was asked for; cuts answers off when told to."""
+    """HTTP server of a folder that counts requests and can truncate responses."""
 
     asked: ClassVar[Counter[str]] = Counter()
     cut: ClassVar[Counter[str]] = Counter()
@@ -127,7 +127,7 @@ def test_an_interrupted_download_is_repeated(server: str, shards: Path, tmp_path
     assert _Handler.asked["shard-000001.tar"] == 3
 
 
-def test_a_download_that_never_ends_well_is_an_error(server: str, tmp_path: Path):
+def test_a_download_that_always_fails_is_an_error(server: str, tmp_path: Path):
     _Handler.cut["shard-000001.tar"] = 99
     reader = ShardReader(f"{server}/train", download=DownloadConfig(folder=tmp_path))
     with pytest.raises(ShardError, match=r"train/shard-000001\.tar was not read in 5 attempts"):
@@ -164,7 +164,7 @@ def test_the_cache_is_bounded_and_what_is_open_stays_readable(
     reader = ShardReader(memory, download=DownloadConfig(folder=tmp_path, gigabytes=limit))
     same_samples(reader, folder)
     assert len(kept(tmp_path)) == 1
-    # Shards that are gone from the cache are still open here, then opened anew.
+    # Shards removed from the cache are still open here, and later downloaded again.
     same_samples(reader, folder)
     reader._files.close()
     same_samples(reader, folder)
@@ -186,7 +186,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: str, shards: Path,
     same_samples(ShardReader(f"{server}/train", download=download), ShardReader(shards / "train"))
 
 
-def test_what_comes_soon_is_downloaded_ahead(server: str, tmp_path: Path):
+def test_upcoming_shards_are_downloaded_early(server: str, tmp_path: Path):
     reader = ShardReader(f"{server}/train", download=DownloadConfig(folder=tmp_path))
     reader.fetch_ahead(np.array([20, 1]))
     reader._place._pool.shutdown(wait=True, cancel_futures=True)  # pyright: ignore[reportAttributeAccessIssue]

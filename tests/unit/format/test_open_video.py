@@ -218,7 +218,7 @@ def test_dropped_frames_of_an_avi(tmp_path: Path):
     # Every one is shown until the next: the rate is the header's.
     assert sum(len(planes) for planes in source.segments()) == 100
     assert (source.resampled, source.rate) == (True, 25)
-    assert source.notes == ["the header promises 100 frames, 80 decode"]
+    assert source.notes == ["the header declares 100 frames, 80 decode"]
     facts = measure_video(path.read_bytes(), "a")
     assert (facts.num_frames, list(facts.notes)) == (80, source.notes)
 
@@ -230,7 +230,7 @@ def test_a_header_that_promises_too_much(tmp_path: Path):
         assert int.from_bytes(content[place : place + 4], "little") == 50
         content[place : place + 4] = (10**9).to_bytes(4, "little")
     path.write_bytes(content)
-    assert sharded(path) == (50, ["the header promises 1,000,000,000 frames, 50 decode"])
+    assert sharded(path) == (50, ["the header declares 1,000,000,000 frames, 50 decode"])
 
 
 def test_the_duration_of_the_uncut_original(tmp_path: Path):
@@ -240,7 +240,7 @@ def test_the_duration_of_the_uncut_original(tmp_path: Path):
     path.write_bytes(content.replace(b"00:00:04.0", b"00:00:40.0"))
     count, notes = sharded(path)
     assert count == 100
-    assert notes == ["the last 90% of the duration that the header promises are not there"]
+    assert notes == ["the last 90% of the duration that the header declares are missing"]
 
 
 def test_a_capture_that_begins_inside_a_group(tmp_path: Path):
@@ -248,7 +248,7 @@ def test_a_capture_that_begins_inside_a_group(tmp_path: Path):
     packets = remuxed(path, tmp_path / "b.ts", lambda number, _: number >= 7)
     count, notes = sharded(packets)
     assert count == 75
-    assert notes == ["18 packets before the first key frame left out"]
+    assert notes == ["18 packets before the first key frame skipped"]
 
 
 def test_size_and_pixels_change_on_the_way(tmp_path: Path):

@@ -95,7 +95,7 @@ def test_faults_have_their_kind(tmp_path: Path):
         (b"no video at all" * 40, FaultKind.UNREADABLE),
         (mp4[: len(mp4) // 2], FaultKind.UNREADABLE),
         (bytes(damaged), FaultKind.DAMAGED),
-        (avi[: len(avi) // 2], FaultKind.TRUNCATED),  # It decodes, but the header promises 60.
+        (avi[: len(avi) // 2], FaultKind.TRUNCATED),  # It decodes, but the header declares 60.
     ):
         with pytest.raises(VideoFault) as fault:
             measure_video(content, "a")

@@ -1,4 +1,4 @@
-"""conv3d in 16 bits on a CPU: right where oneDNN's weight gradient is not, each time the same."""
+"""conv3d in 16 bits on a CPU is correct and reproducible where oneDNN's gradient is wrong."""
 
 import pytest
 import torch
@@ -45,15 +45,15 @@ def test_bf16_is_right_and_the_same_again_and_again(kernel, stride, steps: int, 
         error = float((mine - right).norm() / right.norm())
         assert 1e-4 < error < 0.02
     for _ in range(10):
-        # What is not written should be seen: memory that is handed out next holds NaN.
+        # Fill freed memory with NaN, so that unwritten results are detected.
         for size in (w.numel(), x.numel(), 1 << 14):
             torch.full((size,), torch.nan)
         again = passes(x, w, stride, torch.bfloat16)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_every_way_to_a_convolution_has_it():
-    """By module with a bias, by the folded stem; not where autocast is off."""
+def test_all_kinds_of_convolutions_are_fixed():
+    """In a module with a bias and in the folded stem; not if autocast is off."""
     torch.manual_seed(0)
     layers = nn.Sequential(FoldedStem(3, 8, 7, bias=False), nn.Conv3d(8, 4, 3, groups=2, padding=1))
     found: dict[str, list[Tensor]] = {}
@@ -73,8 +73,8 @@ def test_every_way_to_a_convolution_has_it():
         torch.testing.assert_close(mine, right, rtol=0.05, atol=0.05 * float(right.abs().max()))
 
 
-def test_a_compiled_encoder_has_it_too():
-    """Traced whole; by the backend that computes as it was written, so to the bit."""
+def test_a_compiled_encoder_is_fixed_too():
+    """Compiled as one graph by the eager backend, so bit-identical."""
     torch.manual_seed(0)
     encoder = build_backbone(BackboneConfig(width=8))
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The engine on real DeepSpeed: what is derived, what is left out, what state comes back."""
+"""The engine on real DeepSpeed: derived configuration, skipped steps, restored state."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def test_batch_accumulation_clipping_and_zero():
     assert derived["zero_optimization"] == {"stage": 2}
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_settings_are_rejected():
     with pytest.raises(ConfigError, match="zero 1 shards Adam's state; use 0 with SGD"):
         derive_deepspeed(EngineConfig(zero=1), batch_size=8, world_size=1, device=CPU, momentum=0.9)
     with pytest.raises(ConfigError, match="loss scale would never fall"):
@@ -85,7 +85,7 @@ def test_a_wrong_convolution_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 class Small(nn.Module):
-    """Two groups, batch norm, a buffer that moves."""
+    """A model with two groups, batch norm and a buffer that changes."""
 
     seen: torch.Tensor
 
@@ -146,14 +146,14 @@ def skip_and_restore(world: World, zero: Literal[0, 1, 2], bad: float) -> list[A
     advance(engine, 0, world)
     advance(engine, 1, world)
     before = content(engine.snapshot())
-    # On one rank only; an infinite factor makes the loss infinite, a huge one the gradient alone.
+    # On one rank only; an infinite factor makes the loss infinite, a huge one only the gradient.
     advance(engine, 2, world, factor=bad if world.rank == world.size - 1 else 1.0)
     skipped, left = bool(engine.skipped), content(engine.snapshot())
     advance(engine, 3, world)
     after = engine.snapshot()
     assert not bool(engine.skipped)
     assert engine.num_skipped() == 1
-    # Another engine takes the state and goes on as this one.
+    # Another engine restores the state and continues like this one.
     advance(engine, 4, world)
     _, other = make(world, zero=zero)
     other.restore(after)
@@ -169,7 +169,7 @@ def differing(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(("zero", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2)])
 def test_a_step_not_finite_moves_nothing_on_any_rank(zero: int, ranks: int, bad: float):
-    # Batch norm's running statistics are each rank's own, so each is compared with itself.
+    # Batch norm's running statistics differ by rank, so each rank is compared with itself.
     for skipped, before, left, after, again in run_ranks(skip_and_restore, ranks, zero, bad):
         assert skipped
         assert "exp_avg.first.0.weight" in before
@@ -180,7 +180,7 @@ def test_a_step_not_finite_moves_nothing_on_any_rank(zero: int, ranks: int, bad:
 
 
 def sgd(world: World) -> list[dict[str, torch.Tensor]]:
-    """Steps of the engine and of torch's own SGD; the first is not finite and left out."""
+    """Steps of the engine and of torch's SGD; the first is not finite and is skipped."""
     model, engine = make(world, momentum=0.9)
     plain = Small()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -208,7 +208,7 @@ def sgd(world: World) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def test_sgd_with_momentum_is_torch_s_and_goes_on_from_its_state():
+def test_sgd_with_momentum_is_torchs_and_resumes_from_its_state():
     ((mine, theirs, after, again),) = run_ranks(sgd, 1)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, msg=name)
@@ -270,7 +270,7 @@ def scale_losses(world: World) -> tuple[float, float, float, bool]:
     _, other = make(world, precision="fp16")
     other.restore(saved)
     assert other.snapshot().loss_scale == saved.loss_scale
-    # Finite in the loss, infinite in the scaled gradient: the scaler's business, not a fault.
+    # A finite loss with an infinite scaled gradient is handled by the scaler and no fault.
     advance(other, 8, world, factor=1e36)
     after = other.snapshot()
     assert torch.equal(saved.model["second.weight"], after.model["second.weight"])

@@ -1,4 +1,4 @@
-"""An exported encoder computes what the checkpoint's does, loaded by the code that is shown."""
+"""An exported encoder, loaded by the card's code, equals the checkpoint's encoder."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
 
 def checkpoint(folder: Path, model: BackboneConfig) -> Path:
-    """A whole checkpoint of a random encoder, as `train/run/checkpoint.py` lays it out."""
+    """Write a complete checkpoint of a random encoder, as `train/run/checkpoint.py` does."""
     folder.mkdir(parents=True)
     torch.manual_seed(3)
     backbone = build_backbone(model)
@@ -65,7 +65,7 @@ def code_in(markdown: str) -> str:
 
 
 def features_by(code: str, folder: Path, clips: Tensor) -> Tensor:
-    """Run the code where the export lies."""
+    """Run the code in the folder of the export."""
     script = folder / "shown.py"
     script.write_text(code)
     before = Path.cwd()
@@ -103,7 +103,7 @@ def test_the_cards_code_gives_the_features(name: Any, planes: Any, seen: Any, tm
 
 
 def test_the_readmes_code_is_the_cards(tmp_path: Path):
-    """Which the test above runs."""
+    """The test above runs this code."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = {"file": "model.safetensors", "names": "torchvision", "backbone": {"name": "r3d18"}}
     assert code_in(readme) == example_code(shown, "exported")
@@ -153,7 +153,7 @@ def test_a_program_takes_any_number_of_clips(name: Any, seen: Any, tmp_path: Pat
         torch.testing.assert_close(features, expected(made, clips), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_published_names_no_folder_of_ours(tmp_path: Path):
+def test_an_export_contains_no_local_path(tmp_path: Path):
     made = checkpoint(tmp_path / "step-1", BackboneConfig(width=8))
     out = write_export(ExportCommand(checkpoint=made, out=tmp_path / "out", names="strata"))
     for name in ("config.json", "README.md"):

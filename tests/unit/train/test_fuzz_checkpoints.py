@@ -65,7 +65,7 @@ def kept(path: Path) -> Iterator[None]:
 
 
 def load(run: Path) -> tuple[int, dict[str, Tensor]] | None:
-    """The position and the weights that evaluation would take; None where there is none."""
+    """The position and weights that evaluation would load; None if there are none."""
     folder = find_checkpoint(run)
     if folder is None:
         return None
@@ -74,7 +74,7 @@ def load(run: Path) -> tuple[int, dict[str, Tensor]] | None:
 
 
 def same(found: tuple[int, dict[str, Tensor]] | None, run: Path, steps: set[int]) -> bool:
-    """Whether nothing was loaded, or what was written at one of `steps`."""
+    """Whether nothing was loaded, or the weights of one of `steps`."""
     if found is None:
         return True
     step, weights = found
@@ -95,13 +95,13 @@ def test_bytes_of_any_file(run: Path, name: str, edits: Any):
     with kept(path):
         path.write_bytes(edited(path.read_bytes(), edits))
         found = outcome(lambda: load(run))
-    # A pointer that names nothing leaves the newest; one that names the other leaves that.
+    # Without a valid pointer the newest is loaded; the pointer may name the other one.
     assert same(found, run, {6, 12} if name == "latest" else {12})
 
 
 @st.composite
 def odd_edits(draw: st.DrawFn) -> tuple[float, str, Any]:
-    """As `json_edits`, without numbers that ask for models of some gigabytes."""
+    """As `json_edits`, without numbers that give models of several gigabytes."""
     what = draw(st.sampled_from(["set", "set", "delete"]))
     return draw(st.floats(0, 1, exclude_max=True)), what, draw(st.sampled_from(ODD_VALUES))
 

@@ -1,4 +1,4 @@
-"""Where the sense of time comes from: short training on generated videos.
+"""Short training on generated videos shows which parts make features sensitive to time.
 
 The full form, with three seeds and every level, is `tools/bench.py temporal`.
 """
@@ -13,7 +13,7 @@ from strata.tools.benchmarks.temporal import QUESTIONS, probes, small_model, tra
 from strata.train.method.model import LossTerms, TermWeights, VideoModel
 
 BATCH, SIZE = 12, 24
-# The terms of one level that show it, and what keeps the features apart: a third of the work.
+# The temporal terms of one level and L_ins, which costs a third of all terms.
 WITH = TermWeights(
     graph_low=0,
     graph_mid=0.5,
@@ -46,7 +46,7 @@ Trained = tuple[list[LossTerms], dict[str, dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Trained]:
-    """The same network with the temporal terms and without: its terms, and what probes read."""
+    """The same network trained with and without temporal terms: losses and probe accuracy."""
     found: dict[str, Trained] = {}
     for name, weights in (("with", WITH), ("without", WITHOUT)):
         model = small_model(weights)
@@ -55,7 +55,7 @@ def trained() -> dict[str, Trained]:
     return found
 
 
-def test_with_it_the_features_learn_the_order_of_time(trained: dict[str, Trained]):
+def test_with_motion_excitation_features_learn_the_order_of_time(trained: dict[str, Trained]):
     last = trained["with"][0][-8:]
 
     def mean(name: str) -> float:

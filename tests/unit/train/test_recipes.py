@@ -1,4 +1,4 @@
-"""The committed recipes are those of the table in method.md, Part I."""
+"""The committed recipes agree with the table in method.md, Part I."""
 
 from pathlib import Path
 

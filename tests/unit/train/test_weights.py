@@ -37,7 +37,7 @@ def encoder(name: str, *, width: int = 8, in_channels: int = 3, seed: int = 0) -
 
 
 def same_features(one: Backbone, other: Backbone) -> bool:
-    """On RGB clips, the fourth plane zero where there is one."""
+    """Whether features are equal on RGB clips, with zeros in a fourth plane."""
     clips = torch.randn(1, 3, 8, 32, 32)
     outputs = []
     for backbone in (one, other):
@@ -60,7 +60,7 @@ def test_exported_weights_load_and_compute_the_same(name: str, planes: int, into
     assert same_features(source, target)
     assert not loaded.kept
     assert not loaded.left
-    # Copies: the source does not follow.
+    # The weights are copies: changing the source has no effect.
     before = source.input_conv().weight.clone()
     next(iter(weights.values())).zero_()
     assert torch.equal(source.input_conv().weight, before)
@@ -89,7 +89,7 @@ def test_r3d18_shares_its_stages_with_torchvision_s_but_not_the_stem():
     stages = {k: v for k, v in export_backbone(ours).items() if not k.startswith("stem.")}
     assert stages.keys() == {n for n in theirs.state_dict() if n.startswith("layer")}
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in stages.items())
-    # There the stem is refused by its shape, instead of computing something else.
+    # torchvision rejects the stem by its shape.
     with pytest.raises(RuntimeError, match=r"stem\.0\.weight"):
         theirs.load_state_dict(export_backbone(ours), strict=False)
 
@@ -156,7 +156,7 @@ def video_model(weights: TermWeights | None = None) -> VideoModel:
 
 
 def release_weights() -> dict[str, Tensor]:
-    """Every element another number, so that no two can be exchanged."""
+    """Weights with all elements different, so that an exchange is detected."""
     torch.manual_seed(0)
     state = Release().state_dict()
     weights: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ def release_weights() -> dict[str, Tensor]:
         if name.endswith("num_batches_tracked"):
             weights[name] = value + 7
         else:
-            # Of a size at which features stay finite; variances are positive.
+            # Small, so that features are finite; variances are positive.
             drawn = 0.2 * torch.randn_like(value)
             weights[name] = 1 + drawn.abs() if name.endswith("running_var") else drawn
     return weights
@@ -197,7 +197,7 @@ def test_every_weight_of_the_release_finds_its_place():
     for theirs, ours in pairs.items():
         found = state[ours][:, :3] if ours == "backbone.stem.0.weight" else state[ours]
         assert torch.equal(found.flatten(), weights[theirs].flatten()), theirs
-    # No two of the release's went to one of ours, and the zero plane is still zero.
+    # Every weight of the release is used once, and the zero plane is still zero.
     assert len(loaded.taken) == len(weights) - len(loaded.left)
     assert not state["backbone.stem.0.weight"][:, 3].any()
 
@@ -234,7 +234,7 @@ def test_files_are_read_without_running_them(tmp_path: Path):
             read_weights(tmp_path / name)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing():
+def test_weights_that_do_not_fit_are_rejected_and_change_nothing():
     target = encoder("r3d18")
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(CheckpointError, match=re.escape("layer1.0.conv1.0.weight is (16, 16, 3")):

@@ -1,4 +1,4 @@
-"""What holds for every term alike: memory, and finite values and gradients for any input."""
+"""Tests of all loss terms: memory, and finite values and gradients for any input."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ NUM_PROTOTYPES = 1000
 
 
 def terms(features: dict[str, Tensor], tau: float) -> Terms:
-    """Each term of features by name, as `Method.losses` calls them."""
+    """Each loss term by name, computed from features as in `Method.losses`."""
     clips, scores, steps = features["clips"], features["scores"], features["steps"]
     altered = features["altered"]
 
@@ -57,7 +57,7 @@ def random_features(num_videos: int, size: int, num_prototypes: int) -> dict[str
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that was allocated at once, beyond what was there before, by torch's own account."""
+    """Peak of newly allocated memory, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     results = profiled.profiler
@@ -102,7 +102,7 @@ def test_memory_at_batch_1024_is_of_the_order_of_the_logits(name: str):
 
 
 def _one_zero(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One video has no features, the others have."""
+    """One video has zero features."""
     return {k: torch.cat([v[:1] * 0, v[1:]]) for k, v in features.items()}
 
 

@@ -92,17 +92,17 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: graph_loss(x, target, temperature=0.3), (g,))
 
 
-def test_mean_over_slices_of_anchors_is_the_whole_with_its_gradient():
+def test_mean_over_slices_of_anchors_equals_the_full_loss_and_gradient():
     g = clips(6).requires_grad_()
     target = torch.rand(6, 6, dtype=torch.float64).softmax(1)
     for divide in (False, True):
-        whole = graph_loss(g, target, divide_by_batch=divide)
+        full = graph_loss(g, target, divide_by_batch=divide)
         parts = [
             graph_loss(g, target, anchors=slice(a, a + 3), divide_by_batch=divide) for a in (0, 3)
         ]
         mean = torch.stack(parts).mean()
-        torch.testing.assert_close(mean, whole)
-        torch.testing.assert_close(torch.autograd.grad(mean, g), torch.autograd.grad(whole, g))
+        torch.testing.assert_close(mean, full)
+        torch.testing.assert_close(torch.autograd.grad(mean, g), torch.autograd.grad(full, g))
 
 
 @pytest.mark.parametrize("kind", ["identical", "zero", "opposite"])

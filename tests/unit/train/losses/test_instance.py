@@ -57,17 +57,17 @@ def test_gradcheck():
     )
 
 
-def test_mean_over_slices_of_anchors_is_the_whole_with_its_gradient():
+def test_mean_over_slices_of_anchors_equals_the_full_loss_and_gradient():
     z = clips(6).requires_grad_()
     altered = clips(6, seed=1).requires_grad_()
-    whole = pair_contrast(z, temperature=0.07, altered_RMC=altered)
-    gradients = torch.autograd.grad(whole, (z, altered))
+    full = pair_contrast(z, temperature=0.07, altered_RMC=altered)
+    gradients = torch.autograd.grad(full, (z, altered))
     parts = [
         pair_contrast(z, temperature=0.07, altered_RMC=altered[a:b], anchors=slice(a, b))
         for a, b in ((0, 2), (2, 4), (4, 6))
     ]
     mean = torch.stack(parts).mean()
-    torch.testing.assert_close(mean, whole)
+    torch.testing.assert_close(mean, full)
     torch.testing.assert_close(torch.autograd.grad(mean, (z, altered)), gradients)
 
 

@@ -75,10 +75,10 @@ def test_retrieval_equals_the_loops(num_steps: int, num_long: int):
 def test_retrieval_does_not_depend_on_the_order_of_videos_nor_on_the_batch():
     short, long = random(4, 2, 2, 5), random(4, 4, 5, seed=1)
     order = torch.tensor([2, 0, 3, 1])
-    whole = retrieval_loss(short, long)
-    torch.testing.assert_close(retrieval_loss(short[order], long[order]), whole)
+    full = retrieval_loss(short, long)
+    torch.testing.assert_close(retrieval_loss(short[order], long[order]), full)
     parts = [retrieval_loss(short[i : i + 1], long[i : i + 1]) for i in range(4)]
-    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    torch.testing.assert_close(torch.stack(parts).mean(), full)
 
 
 @pytest.mark.parametrize("num_long", [2, 4, 8])

@@ -118,7 +118,7 @@ def test_a_stage_computes_its_terms_and_moves_their_groups_alone(config, stage, 
     assert moved(model) == every - model.frozen_groups(phase)
     if terms == HIGH:
         assert model.frozen_groups(phase) == {"temporal", "graph", "motion_low", "motion_mid"}
-        # Not run at all: batch statistics of motion excitation are as they were built.
+        # Not run at all: batch statistics of motion excitation are the initial ones.
         norms = [m for m in model.motion.modules() if isinstance(m, torch.nn.BatchNorm3d)]
         assert {int(n.num_batches_tracked or 0) for n in norms} == {0}
 
@@ -188,7 +188,7 @@ NO_RET = {"retrieval_low": 0.0, "retrieval_mid": 0.0, "retrieval_high": 0.0}
     ids=["neither", "aug", "ret", "no-graph", "no-instance", "no-prototype"],
 )
 def test_ablations_of_table_3_and_others_are_weights(zero, left: set[str], temporal_from_stage):
-    """Whatever is switched off, groups without gradient are frozen: Adam with L2 moves the rest."""
+    """Groups without gradient are frozen in all ablations, or Adam with L2 would move them."""
     config = recipe(weights=weights(**zero), temporal_from_stage=temporal_from_stage)
     model = build(config)
     for phase in (FIRST, SECOND):
@@ -308,7 +308,7 @@ def test_three_views_of_equal_length_share_one_pass_and_its_statistics():
 
 
 def test_views_keep_their_places_in_the_shared_pass():
-    # In evaluation mode nothing mixes clips, so how they are batched cannot matter.
+    # In evaluation mode clips are independent, so the batching has no effect.
     model = build(release()).double().eval()
     short, long = batch(long_stride=2)
     orders = model.orders(np.arange(4), 0, 0, 16)
@@ -398,7 +398,7 @@ def _engine(zero: Literal[0, 1], folder: Path) -> tuple[VideoModel, Engine]:
 
 
 def _step(model: VideoModel, engine: Engine, epoch: int, *, freeze: bool = True) -> None:
-    """One step an epoch."""
+    """Do one step of an epoch."""
     phase = phase_at(SCHEDULE, epoch)
     short, long = batch(seed=epoch)
     long = long if model.config.wants_long(phase.stage) else None

@@ -1,4 +1,4 @@
-"""Phases at their boundaries."""
+"""The schedule's phases at their boundaries."""
 
 import pytest
 

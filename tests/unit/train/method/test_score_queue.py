@@ -35,14 +35,14 @@ def test_rows_never_pushed_take_no_part():
     assert not queue.scores.isfinite().all()
 
 
-def test_sinkhorn_sees_the_batch_then_the_whole_queue():
+def test_sinkhorn_uses_the_batch_and_then_the_full_queue():
     queue = ScoreQueue(num_rows=1024, num_prototypes=3)
     for step in range(5):
         queue.push(batch(step, 256))
         assert len(queue) == min(1024, 256 * (step + 1))
 
 
-def test_a_restored_queue_goes_on_as_the_old_one():
+def test_a_restored_queue_continues_as_the_original():
     queue = ScoreQueue(num_rows=10, num_prototypes=3)
     queue.push(batch(0))
     state = copy.deepcopy(queue.state_dict())

@@ -54,8 +54,8 @@ def test_the_ends_of_the_range_are_neither_identity_nor_reversal(num_steps: int)
 
 
 def test_a_clip_s_order_is_its_own_draw():
-    whole = draw_permutations(draws(10), 8)
-    assert torch.equal(draw_permutations(draws(10)[4:7], 8), whole[4:7])
+    full = draw_permutations(draws(10), 8)
+    assert torch.equal(draw_permutations(draws(10)[4:7], 8), full[4:7])
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 19])

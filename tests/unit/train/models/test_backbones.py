@@ -97,7 +97,7 @@ def tclr() -> nn.Module:
 @pytest.mark.parametrize(
     ("stride", "theirs"), [(2, r3d_18), (1, tclr)], ids=["torchvision", "TCLR"]
 )
-def test_r3d18_of_others_is_had_by_three_settings(stride: Literal[1, 2], theirs):
+def test_three_settings_give_the_r3d18_of_other_papers(stride: Literal[1, 2], theirs):
     torch.manual_seed(0)
     config = BackboneConfig(stem_pool=False, stem_frames=3, last_temporal_stride=stride)
     network = theirs().eval()

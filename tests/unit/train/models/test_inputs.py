@@ -1,4 +1,4 @@
-"""What an encoder sees of a clip: RGB, or the differences of its frames."""
+"""Inputs of an encoder: RGB or frame differences."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_differences_as_loops_over_pixels():
                 torch.testing.assert_close(found[n, channel, t], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_stands_still_is_zero_and_one_frame_has_no_change():
+def test_static_pixels_are_zero_and_one_frame_gives_zeros():
     still = normalise(some_clips(1, 1, 8, 8).expand(2, 4, 8, 8, 3), 3)
     assert not frame_differences(still).any()
     assert not frame_differences(still[:, :, :1]).any()
@@ -59,7 +59,7 @@ def test_an_encoder_of_differences_takes_rgb_clips(name: Any):
 
 
 class _Recorder(nn.Module):
-    """Keeps what the first convolution would see."""
+    """Records the input of the first convolution."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Batch norm of all ranks: torch's on GPUs, ours on CPUs, in the complete model."""
+"""Synchronised batch norm in the complete model: torch's on GPUs, ours on CPUs."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict, device
     assert list(converted.state_dict()) == names
     assert sum(isinstance(m, kind) for m in converted.modules()) == count
     assert not any(isinstance(m, NORMS) for m in converted.modules())
-    # The same tensors, so that groups to freeze and an optimiser still mean them.
+    # The same tensors, so that parameter groups and optimisers stay valid.
     assert {id(p) for g in converted.groups() for p in g.parameters} == parameters
     momenta = {m.momentum for m in converted.backbone.modules() if isinstance(m, kind)}
     assert momenta == {backbone.bn_momentum}

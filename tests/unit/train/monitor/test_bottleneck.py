@@ -1,10 +1,10 @@
-"""The verdict and the clock by given times; real runs are in tests/distributed/test_verdict.py."""
+"""Bottleneck and clock for given times; real runs: tests/distributed/test_bottleneck_runs.py."""
 
 import pytest
 import torch
 
 from strata.train.monitor import clock as throughput
-from strata.train.monitor.bottleneck import PARTS, RankTimes, Utilisation, judge
+from strata.train.monitor.bottleneck import PARTS, RankTimes, Utilisation, find_bottleneck
 from strata.train.monitor.clock import Clock
 
 
@@ -14,43 +14,43 @@ def times(**given: float) -> RankTimes:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_largest_part_is_the_verdict(part: str):
-    verdict = judge([times(**({f"{p}_s": 1.0 for p in PARTS} | {f"{part}_s": 2.0}))])
-    assert verdict.bound_by == part
-    assert verdict.shares[part] == pytest.approx(2 / 6)
-    assert sum(verdict.shares.values()) == pytest.approx(1)
-    assert verdict.straggler_ratio is None
-    assert not verdict.straggles
-    assert f"bound by {part}" in verdict.text()
+def test_the_largest_part_is_the_bottleneck(part: str):
+    bottleneck = find_bottleneck([times(**({f"{p}_s": 1.0 for p in PARTS} | {f"{part}_s": 2.0}))])
+    assert bottleneck.bound_by == part
+    assert bottleneck.shares[part] == pytest.approx(2 / 6)
+    assert sum(bottleneck.shares.values()) == pytest.approx(1)
+    assert bottleneck.straggler_ratio is None
+    assert not bottleneck.straggles
+    assert f"bound by {part}" in bottleneck.text()
 
 
 def test_the_slowest_rank_is_judged_and_named():
-    # Rank 1 waits in collectives for rank 2: that is no slow network.
+    # Rank 1 waits in collectives for rank 2, so the network is not slow.
     ranks = [
         times(compute_s=4, communication_s=6),
         times(compute_s=5, communication_s=5),
         times(compute_s=3, data_s=6, communication_s=1, read_s=5, graph_s=1),
     ]
-    verdict = judge(ranks)
-    assert (verdict.bound_by, verdict.data_by, verdict.slowest_rank) == ("data", "read", 2)
-    assert verdict.straggler_ratio == pytest.approx(9 / 4.5)
-    assert verdict.straggles
-    assert "bound by data (storage): data 60%" in verdict.text()
-    assert "slowest rank 2, 2.00 of the others, which wait for it" in verdict.text()
-    assert not judge([times(compute_s=10), times(compute_s=11)]).straggles
+    bottleneck = find_bottleneck(ranks)
+    assert (bottleneck.bound_by, bottleneck.data_by, bottleneck.slowest_rank) == ("data", "read", 2)
+    assert bottleneck.straggler_ratio == pytest.approx(9 / 4.5)
+    assert bottleneck.straggles
+    assert "bound by data (storage): data 60%" in bottleneck.text()
+    assert "slowest rank 2, 2.00 of the others, which wait for it" in bottleneck.text()
+    assert not find_bottleneck([times(compute_s=10), times(compute_s=11)]).straggles
 
 
 def test_launches_that_came_late_are_the_hosts():
     busy = times(compute_s=8, communication_s=1, host_s=1)
-    assert judge([busy]).bound_by == "compute"
-    assert judge([busy], Utilisation(gpu=0.85)).bound_by == "compute"
-    late = judge([busy], Utilisation(gpu=0.2))
+    assert find_bottleneck([busy]).bound_by == "compute"
+    assert find_bottleneck([busy], Utilisation(gpu=0.85)).bound_by == "compute"
+    late = find_bottleneck([busy], Utilisation(gpu=0.2))
     assert late.bound_by == "host"
     assert late.shares == pytest.approx(
         {"data": 0, "compute": 0.1, "communication": 0.1, "host": 0.8, "checkpoint": 0}
     )
-    # More kernels than steps of ours account for, as of another process: nothing below zero.
-    assert judge([busy], Utilisation(gpu=1.0)).shares == judge([busy]).shares
+    # If another process uses the GPU too, no share becomes negative.
+    assert find_bottleneck([busy], Utilisation(gpu=1.0)).shares == find_bottleneck([busy]).shares
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_launches_that_came_late_are_the_hosts():
 )
 def test_a_saturated_engine_tells_decoding_from_augmentation(utilisation: Utilisation, part: str):
     waits = times(data_s=8, compute_s=2, read_s=1, graph_s=9)
-    assert judge([waits], utilisation).data_by == part
-    # Storage is never blamed on an engine.
+    assert find_bottleneck([waits], utilisation).data_by == part
+    # A saturated engine does not change a storage bottleneck.
     reads = times(data_s=8, compute_s=2, read_s=9, graph_s=1)
-    assert judge([reads], utilisation).data_by == "read"
+    assert find_bottleneck([reads], utilisation).data_by == "read"
 
 
-def test_the_optimizer_is_told_within_compute():
-    verdict = judge([times(compute_s=8, host_s=2, optimizer_s=3)])
-    assert verdict.optimizer_share == pytest.approx(0.3)
-    assert "compute with the optimizer's 30%" in verdict.text()
+def test_the_optimizers_share_is_reported_within_compute():
+    bottleneck = find_bottleneck([times(compute_s=8, host_s=2, optimizer_s=3)])
+    assert bottleneck.optimizer_share == pytest.approx(0.3)
+    assert "compute with the optimizer's 30%" in bottleneck.text()
 
 
 def test_the_clock_attributes_each_second_once(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The clock of a run: what is no part of training is in no interval."""
+"""The clock excludes work that is not training from its intervals."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Counts of a step against slow counting, and against a real step's memory."""
+"""The cost model compared with slow counting and with a real step's memory."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_operations_are_those_of_every_convolution(name: Any):
         backbone(torch.zeros(2 * 3, 3, 16, 32, 32))
     cost = step_cost(config, videos=3, stage=1)
     assert cost.forward_flops == sum(counted)
-    # Nobody asks for the gradient of the clips.
+    # The clips need no gradient.
     assert cost.backward_flops == 2 * sum(counted) - counted[0]
 
 
@@ -58,7 +58,7 @@ def test_counting_draws_no_random_numbers():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_what_the_real_forward_pass_keeps(stage: Any):
+def test_activations_equal_those_of_the_real_forward_pass(stage: Any):
     config = settings(BackboneConfig(width=32), size=64)
     model = VideoModel(config.model, config.method, 16).train()
     phase = Phase(stage=stage, lr_factor=1.0, queue=True, prototypes_frozen=False)

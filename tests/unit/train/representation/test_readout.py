@@ -1,4 +1,4 @@
-"""The simple classifiers against scikit-learn, and against what is known."""
+"""The simple classifiers compared with scikit-learn and with known results."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def sets(rng: np.random.Generator) -> list[np.ndarray]:
     return found
 
 
-def test_the_linear_one_is_logistic_regression(sets: list[np.ndarray]):
+def test_the_linear_classifier_is_logistic_regression(sets: list[np.ndarray]):
     train, labels, test, asked = sets
     scale = np.where(train.std(axis=0) == 0, 1, train.std(axis=0))
     rows, others = ((part - train.mean(axis=0)) / scale for part in (train, test))
@@ -35,7 +35,7 @@ def test_the_linear_one_is_logistic_regression(sets: list[np.ndarray]):
     assert linear_accuracy(train, labels, test, asked) == pytest.approx(expected)
 
 
-def test_the_vote_is_a_weighted_one_of_the_nearest(sets: list[np.ndarray]):
+def test_knn_votes_are_weighted_by_similarity(sets: list[np.ndarray]):
     train, labels, test, asked = sets
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (train, test)]
     weights: Any = lambda away: np.exp((1 - away) / 0.07)  # noqa: E731
@@ -46,7 +46,7 @@ def test_the_vote_is_a_weighted_one_of_the_nearest(sets: list[np.ndarray]):
     assert knn_accuracy(train, labels, test, asked) == pytest.approx(expected)
 
 
-def test_a_class_that_is_not_there_is_a_miss(sets: list[np.ndarray]):
+def test_an_unknown_class_is_a_miss(sets: list[np.ndarray]):
     train, labels, test, _ = sets
     nobody = np.full(len(test), 7)
     assert knn_accuracy(train, labels, test, nobody) == 0

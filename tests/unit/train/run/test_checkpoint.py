@@ -1,4 +1,4 @@
-"""Folders of checkpoints: nothing in them is executed; see also tests/security."""
+"""Loading a checkpoint never executes code from it; see also tests/security."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(by: str, tmp_path: Path):
         path.write_bytes(pickle.dumps(Code(ran)))
     else:
         torch.save({"backbone.w": Code(ran)}, path)
-    # Whoever can write the file can write its hash.
+    # An attacker who can write the file can also write its hash.
     marker = folder / "complete.json"
     hashes = json.loads(marker.read_text())
     hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()

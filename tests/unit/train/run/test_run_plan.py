@@ -1,4 +1,4 @@
-"""What the start-up page says, and that it can be had without starting."""
+"""Content of the run plan, and printing it without starting a run."""
 
 import logging
 from pathlib import Path
@@ -14,11 +14,11 @@ from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.main import main
 from strata.train.method.schedules import ScheduleConfig
-from strata.train.run.run_plan import StartPage, describe_run, stage_epochs
+from strata.train.run.run_plan import RunPlan, describe_run, stage_epochs
 from tests.support.commands import TINY
 
 
-def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> StartPage:
+def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> RunPlan:
     config = parse_config(
         TrainConfig,
         ["--data.shards", str(shards / "train"), "--run", "runs/a", *more],
@@ -36,10 +36,10 @@ def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> StartPage:
     )
 
 
-def test_the_page_says_what_will_be_done(shards: Path):
+def test_the_plan_describes_the_run(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = page(shards, *sizes, "--stop_after_steps", "400", "--checkpoint.every_steps", "50")
-    lines = dict(told.lines)
+    plan = page(shards, *sizes, "--stop_after_steps", "400", "--checkpoint.every_steps", "50")
+    lines = dict(plan.lines)
     assert lines["world"] == "2 ranks on CPU, float32, ZeRO 0"
     assert lines["batch"].startswith("4 videos, 2 a rank; clips of 16 and 32 frames, 32x32 pixels")
     assert lines["steps"].startswith("6 an epoch, 300 epochs: 5 of 400 done; order ")
@@ -52,70 +52,68 @@ def test_the_page_says_what_will_be_done(shards: Path):
     assert "in stage 2" in lines["memory"]
     assert lines["checkpoints"] == "every 50 steps, the last 3 kept; resume never"
     assert "http://127.0.0.1:9480/metrics" in lines["figures"]
-    record = told.record
+    record = plan.record
     assert record["plan_digest"] in lines["steps"]
     one = page(shards, *sizes, ranks=1).record["stages"]
     for stage, cost in record["stages"].items():
-        # Of the global batch, whoever computes it.
+        # For the global batch, on any number of ranks.
         assert cost["flops_per_step"] == one[stage]["flops_per_step"]
         assert cost["memory_bytes_per_rank"]["activations"] * 2 == pytest.approx(
             one[stage]["memory_bytes_per_rank"]["activations"], rel=0.01
         )
     starts = {
         line.index(text)
-        for line, (_, text) in zip(told.text().splitlines(), told.lines, strict=True)
+        for line, (_, text) in zip(plan.text().splitlines(), plan.lines, strict=True)
     }
     assert len(starts) == 1, "the block is not aligned"
 
 
-def test_a_cache_is_told_with_its_size(shards: Path):
+def test_the_cache_is_listed_with_its_size(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
     assert page(shards, *sizes).record["cache_bytes"] == 0
-    told = page(shards, *sizes, "--data.cache", "host")
+    plan = page(shards, *sizes, "--data.cache", "host")
     # 838 frames at 64x48, 1.5 bytes a pixel.
-    assert dict(told.lines)["cache"] == "4 MiB on the host, once a node: 838 decoded frames"
-    assert told.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
+    assert dict(plan.lines)["cache"] == "4 MiB on the host, once a node: 838 decoded frames"
+    assert plan.record["cache_bytes"] == 838 * 64 * 48 * 3 // 2
 
 
-def test_videos_that_are_left_out_are_told_by_name(shards: Path):
+def test_skipped_videos_are_listed_by_name(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = page(shards, *sizes)
-    assert "left out" not in dict(told.lines)
-    assert told.record["left_out"] == []
+    plan = page(shards, *sizes)
+    assert "left out" not in dict(plan.lines)
+    assert plan.record["left_out"] == []
     # Videos have 33, 34, 35, 36, 37, 33, ... frames, and the window 36.
     aligned = ("--method.weights.retrieval_low=0", "--method.weights.retrieval_mid=0")
     aligned = (*aligned, "--method.weights.retrieval_high=0")
-    told = page(shards, *sizes, *aligned, "--data.clips.clip_frames", "18")
-    left_out = told.record["left_out"]
+    plan = page(shards, *sizes, *aligned, "--data.clips.clip_frames", "18")
+    left_out = plan.record["left_out"]
     assert left_out == [f"video-{k:04d}" for k in range(24) if 33 + k % 5 < 36]
     named = "video-0000 (33), video-0001 (34), video-0002 (35), video-0005 (33), video-0006 (34)"
-    assert dict(told.lines)["left out"] == (
+    assert dict(plan.lines)["left out"] == (
         f"15 of 24 videos have fewer than the window's 36 frames: {named} and 10 more, all named "
         "in log.jsonl"
     )
 
 
-def test_a_graph_that_may_be_the_identity_is_told_in_words(shards: Path):
+def test_a_graph_that_may_be_the_identity_is_described(shards: Path):
     sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
-    told = dict(page(shards, *sizes).lines)["graph"]
-    assert told.startswith(
-        "4 videos and 1000 prototypes: 0.003 other videos on a video's prototype"
-    )
-    assert "so few that the graph may be the identity" in told
-    told = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
-    assert "1.5 other videos" in told
-    assert "may be the identity" not in told
+    plan = dict(page(shards, *sizes).lines)["graph"]
+    assert plan.startswith("4 videos and 1000 prototypes: 0.003 other videos for each prototype")
+    assert "so few that the graph may be the identity" in plan
+    plan = dict(page(shards, *sizes, "--method.num_prototypes", "2").lines)["graph"]
+    assert "1.5 other videos" in plan
+    assert "may be the identity" not in plan
     without = [f"--method.weights.graph_{level}=0" for level in ("low", "mid")]
     assert "graph" not in dict(page(shards, *sizes, *without).lines)
     assert "graph" not in dict(page(shards, *sizes, "--schedule.epochs", "50").lines)
 
 
-def test_stages_that_the_run_does_not_reach_are_not_told():
+def test_stages_that_the_run_does_not_reach_are_not_listed():
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=20)) == {1: (0, 10)}
     assert stage_epochs(ScheduleConfig(epochs=10, second_stage_epoch=0)) == {2: (0, 10)}
 
 
-def test_plan_only_prints_the_page_and_leaves_nothing(
+def test_plan_only_prints_the_plan_and_writes_nothing(
     shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -123,7 +121,7 @@ def test_plan_only_prints_the_page_and_leaves_nothing(
 ):
     logger = logging.getLogger("strata")
     for name in ("propagate", "level", "handlers"):
-        # Taken back at the end: the command sets logging up for the whole process.
+        # Restored at the end: the command configures logging for the complete process.
         value = getattr(logger, name)
         monkeypatch.setattr(logger, name, list(value) if name == "handlers" else value)
     config = tmp_path / "tiny.yaml"

@@ -1,4 +1,4 @@
-"""The verdict names what holds a run back, on real runs of two ranks that were made to be bound."""
+"""The reported bottleneck is right, on real runs of two ranks that are slowed on purpose."""
 
 import time
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from strata.train.loop import Trainer
 from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.models.backbones import BackboneConfig
-from strata.train.monitor.bottleneck import Verdict
+from strata.train.monitor.bottleneck import Bottleneck
 from strata.train.run.checkpoint import CheckpointConfig
 from tests.support.rank_processes import run_ranks
 
 _STEPS = 4
 _SCENES: dict[str, dict[str, Any]] = {
-    # What is slowed, by how many plain steps a call (or repeated for so long), on which rank. In
-    # steps and not in seconds, since the loader works beside a step, whose time is the machine's.
+    # What is slowed, by how many normal steps per call (or repeated for so long), on which rank. In
+    # steps and not seconds, because the loader runs in parallel to steps, whose time varies.
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
-    # It competes with the step for the core, so it must last longer.
+    # It competes with the step for the core, so it must take longer.
     "decode": {"owner": ClipPipeline, "name": "run", "steps": 12, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Trainer, "name": "step", "steps": 6, "rank": 1},
@@ -45,7 +45,7 @@ def _slowed(scene: dict[str, Any], step_s: float) -> Callable[..., Any]:
 
     def slowed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if scene["name"] == "watch_averaging":
-            # Inside what is timed: a slow network, not a slow rank.
+            # Inside the timed part, as with a slow network and not a slow rank.
             average = self.engine.allreduce_gradients
 
             def slow_average(*a: Any, **k: Any) -> None:
@@ -64,8 +64,8 @@ def _slowed(scene: dict[str, Any], step_s: float) -> Callable[..., Any]:
     return slowed
 
 
-def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
-    verdicts, step_s = {}, 0.0
+def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Bottleneck]:
+    bottlenecks, step_s = {}, 0.0
     for name, scene in _SCENES.items():
         config = TrainConfig(
             run=runs / name.replace(" ", "-"),
@@ -77,7 +77,7 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
             ),
             engine=EngineConfig(device="cpu"),
             checkpoint=CheckpointConfig(every_steps=scene.get("every_steps", 0)),
-            # The first steps warm up and are judged apart from the others.
+            # The first steps are a warm-up with a separate report.
             monitor=MonitorConfig(port=0, log_every=2, verdict_s=0, progress=False),
             stop_after_steps=_STEPS,
         )
@@ -96,19 +96,19 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Verdict]:
                 metrics=metrics,
             )
             trainer.fit()
-        assert trainer.monitor.verdict is not None
-        verdicts[name] = trainer.monitor.verdict
+        assert trainer.monitor.bottleneck is not None
+        bottlenecks[name] = trainer.monitor.bottleneck
         if name == "plain":
             step_s = broadcast_object(metrics.registry.get_sample_value("strata_own_step_seconds"))
-    return verdicts
+    return bottlenecks
 
 
-def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: Path):
+def test_the_bottleneck_is_right_on_slowed_runs(shards: Path, tmp_path: Path):
     both = run_ranks(_run_scenes, 2, shards / "train", tmp_path, timeout_s=240)
-    assert both[0] == both[1]  # all ranks judge alike
-    found: dict[str, Verdict] = both[0]
+    assert both[0] == both[1]  # the result is the same on all ranks
+    found: dict[str, Bottleneck] = both[0]
     del found["plain"]
-    said = "\n".join(f"{name}: {verdict.text()}" for name, verdict in found.items())
+    said = "\n".join(f"{name}: {bottleneck.text()}" for name, bottleneck in found.items())
     assert {name: v.bound_by for name, v in found.items()} == {
         "storage": "data",
         "decode": "data",
@@ -123,6 +123,6 @@ def test_the_verdict_is_right_on_runs_made_to_be_bound(shards: Path, tmp_path: P
     slow = found["slow rank"]
     assert slow.straggles, said
     assert slow.slowest_rank == 1, said
-    for verdict in found.values():
-        assert 0 < verdict.optimizer_share < verdict.shares["compute"], said
-        assert sum(verdict.shares.values()) == pytest.approx(1)
+    for bottleneck in found.values():
+        assert 0 < bottleneck.optimizer_share < bottleneck.shares["compute"], said
+        assert sum(bottleneck.shares.values()) == pytest.approx(1)
