@@ -41,10 +41,14 @@ EXCEPTIONS = {
 BOUND = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed")
 """Not tested at their lowest versions: 3 GB each time, and only together do they fit."""
 LOWEST_TESTS = (
-    *("tests/unit/test_config.py", "tests/unit/test_metrics.py", "tests/unit/test_files.py"),
-    *("tests/unit/test_untrusted.py", "tests/unit/test_tensorboard.py"),
+    *(
+        "tests/unit/test_config.py",
+        "tests/unit/telemetry/test_metrics.py",
+        "tests/unit/test_files.py",
+    ),
+    *("tests/unit/test_untrusted.py", "tests/unit/telemetry/test_tensorboard.py"),
     *("tests/unit/dataload/test_reader.py", "tests/unit/dataload/test_storage.py"),
-    *("tests/unit/preprocess/test_mp4.py", "tests/unit/preprocess/test_shards.py"),
+    *("tests/unit/preprocess/test_encode_mp4.py", "tests/unit/preprocess/test_shards.py"),
     *("tests/security/test_checkpoint_files.py", "tests/security/test_network.py"),
 )
 

@@ -77,3 +77,8 @@ def test_the_threat_model_names_every_side():
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8").lower()
     for word in ("videos", "shards", "manifests", "checkpoints", "weights", "peers", "scrapers"):
         assert re.search(rf"\b{word}\b", text), word
+
+
+def test_the_tests_on_the_lowest_versions_exist(chain: Any):
+    missing = [name for name in chain.LOWEST_TESTS if not (ROOT / name).is_file()]
+    assert not missing
