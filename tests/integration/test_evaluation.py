@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.commands import TINY, fail_with_one_line, free_port, run, scrape, succeed
+from tests.support.shard_edits import edit_manifest
 from tests.support.shard_folders import make_shards
 
 QUICK = ("--features.num_clips", "2", "--device", "cpu")
@@ -196,11 +197,12 @@ def test_features_are_exported_and_cached(pretrained: Path, sets: Path, tmp_path
 def without_class(source: Path, target: Path, label: int) -> Path:
     """A copy of a shard folder in which a class has no videos: they bear the next label."""
     shutil.copytree(source, target)
-    path = target / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row["label"] = (label + 1) % 4 if row["label"] == label else row["label"]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def change(_: dict[str, Any], rows: list[Any]) -> None:
+        for row in rows:
+            row["label"] = (label + 1) % 4 if row["label"] == label else row["label"]
+
+    edit_manifest(target, change)
     return target
 
 

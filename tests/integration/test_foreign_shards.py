@@ -44,5 +44,6 @@ def test_from_foreign_tars_to_a_figure(tmp_path: Path):
         "retrieval",
         *("--checkpoint", run, "--gallery", tmp_path / "train", "--query", tmp_path / "test"),
     )
-    assert "8 training and 8 test videos" in said
+    assert "used 8; " in said
+    assert "evaluated 8" in said
     assert read_manifest(tmp_path / "train").classes == ("run", "walk")

@@ -13,7 +13,7 @@ def test_the_help_explains_every_setting():
     assert "--data.batch_size" in text
     assert "Samples in a global batch, over all ranks." in flat
     assert "--monitor.tensorboard" in text
-    assert "Print what the run would do" in flat
+    assert "Print the run plan" in flat
 
 
 def test_bash_completes_the_settings(tmp_path: Path):

@@ -70,7 +70,7 @@ def test_a_protocol_on_ucf101(name: str, sets: Path, pretrained: Path, tmp_path:
     assert all(0 <= v <= 1 for row in figures.values() for v in row.values())
     assert f"protocol: {record['protocol']}" in said
     page = out.with_suffix(".html").read_text()
-    assert record["protocol"].replace("'", "&#x27;") in page
+    assert record["protocol"].replace("'", "&#39;") in page
     assert "untrained" in page
     if name == "temporal_cam":
         assert figures["chance"] == {"clips": 0.5, "videos": 0.5}

@@ -54,6 +54,10 @@ class LevelStrides(NamedTuple):
     high: int
 
 
+_MAX_WIDTH = 8192
+"""A config from elsewhere may hold any number; torch cannot even describe a much wider network."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """Which encoder."""
@@ -96,8 +100,10 @@ class BackboneConfig:
             raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
         if self.input not in INPUTS:
             raise ConfigError(f"backbone: input is {self.input!r}; use {', '.join(INPUTS)}")
-        if self.width < 8 or self.width % 8:
-            raise ConfigError(f"backbone: width is {self.width}; use a positive multiple of 8")
+        if not 8 <= self.width <= _MAX_WIDTH or self.width % 8:
+            raise ConfigError(
+                f"backbone: width is {self.width}; use a multiple of 8 from 8 to {_MAX_WIDTH}"
+            )
         if self.fold_stem and self.name != "r3d18":
             raise ConfigError(f"backbone: fold_stem is for r3d18, not {self.name}; turn it off")
         for name, published, other in (

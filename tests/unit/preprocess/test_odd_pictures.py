@@ -156,7 +156,7 @@ def test_cut_off_without_a_frame_count(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(whole[: len(whole) * 6 // 10])
     fault = fault_of(path)
     assert fault.kind is FaultKind.TRUNCATED
-    assert "promises" in fault.detail or "decode, then" in fault.detail
+    assert "declares" in fault.detail or "decode, then" in fault.detail
 
 
 def test_sound_that_goes_on_is_not_a_cut(tmp_path: Path) -> None:

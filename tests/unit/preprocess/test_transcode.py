@@ -215,7 +215,7 @@ def test_half_a_file_is_truncated(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     fault = fault_of(path)
     assert fault.kind is FaultKind.TRUNCATED
-    assert "promises 60 frames" in fault.detail
+    assert "declares 60 frames" in fault.detail
 
 
 def test_sound_alone_is_named(tmp_path: Path) -> None:
