@@ -84,7 +84,7 @@ def test_a_protocol_on_ucf101(name: str, sets: Path, pretrained: Path, tmp_path:
 def look_at_cues(folder: Path, cues: list[dict], page: str) -> None:  # pyright: ignore[reportMissingTypeArgument]
     assert len(cues) == 2
     assert len(list(folder.glob("*.png"))) == 2
-    assert page.count("<figure class='cue'>") == 2
+    assert page.count('<figure class="cue">') == 2
     for cue in cues:
         with av.open(str(cue["video"]), "r") as container:
             frames = list(container.decode(video=0))

@@ -10,7 +10,7 @@ from strata.preprocess.command import main as shard_main
 from strata.tools.inspect_batch import main as inspect_batch
 from tests.support.source_videos import moving_scene, write_video
 
-KEYS = ["part/00", "./dot/01", "..up/02", "<b>03"]
+KEYS = ["part/00", "./dot/01", "a b/02", "<b>03"]
 
 
 @pytest.fixture(scope="module")
