@@ -205,7 +205,7 @@ def test_momentum_is_a_setting():
     ("settings", "message"),
     [
         ({"name": "r3d34"}, "name is 'r3d34'; use r3d18 or s3d"),
-        ({"width": 20}, "width is 20; use a positive multiple of 8"),
+        ({"width": 20}, "width is 20; use a multiple of 8"),
         ({"width": 0}, "width is 0"),
         ({"in_channels": 1}, "in_channels is 1; use 3 or 4"),
         ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use a number in"),
