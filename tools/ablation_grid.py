@@ -42,7 +42,7 @@ class RowConfig:
     set: dict[str, Any] = field(default_factory=dict)
     """Settings of train/main.py by their dotted names."""
     untrained: str = ""
-    """Instead of a pretraining: another row, whose network is evaluated with weights drawn anew
+    """Instead of a pretraining: another row, whose network is evaluated with new random weights
     from the seed. The baseline."""
     pixels: Literal["", "thumbnails", "motion"] = ""
     """With untrained: instead of that row's network none, but 8x8 maps of the clips' pixels."""

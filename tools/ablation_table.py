@@ -402,7 +402,7 @@ def _settings_text(grid: Mapping[str, Any], row: str) -> str:
     if own["pixels"]:
         return f"{PIXEL_MAPS[own['pixels']]}, of the clips that {own['untrained']} is tested on"
     if own["untrained"]:
-        return f"the network of {own['untrained']} with weights drawn anew from the seed"
+        return f"the network of {own['untrained']} with new random weights from the seed"
     settings = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in own["set"].items())
     return f"`{own['pretrain'] or grid['pretrain']}`" + (f" with {settings}" if settings else "")
 
