@@ -159,14 +159,22 @@ def test_an_encoder_that_is_none_is_one_line(model: Any, folder: Path):
         backbone_config({"model": model})
 
 
-@pytest.mark.parametrize("width", [1 << 20, 1 << 40, 1 << 62])
-def test_an_encoder_far_larger_than_its_file_is_never_built(width: int, folder: Path):
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (8192, "does not hold this encoder"),  # allowed, but far larger than the file
+        (1 << 20, "does not describe an encoder: backbone: width is 1048576"),
+        (1 << 40, "does not describe an encoder: backbone: width is 1099511627776"),
+        (1 << 62, "does not describe an encoder: backbone: width is"),
+    ],
+)
+def test_an_encoder_far_larger_than_its_file_is_never_built(width: int, message: str, folder: Path):
     path = folder / "state.json"
     state = json.loads(path.read_text())
     state["config"]["model"]["width"] = width
     path.write_text(json.dumps(state))
     seal(folder)
-    with pytest.raises(CheckpointError, match="does not hold this encoder"):
+    with pytest.raises(CheckpointError, match=message):
         load_backbone(folder)
 
 
