@@ -210,6 +210,7 @@ class Trainer:
         try:
             with StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
                 self._steps(loader, stop, watchdog)
+                self._clock.progress.enter("end")
                 watchdog.beat("writing the last checkpoint")
                 self._finish_saving()
                 watchdog.beat("waiting for the other ranks")
@@ -552,7 +553,6 @@ class Trainer:
         metrics.set("strata_epoch", batch.epoch)
         metrics.set("strata_step", self.state.step)
         self.monitor.report(times, phase.stage)
-        metrics.set("strata_data_wait_ratio", times.data_wait_ratio)
         metrics.set("strata_samples_per_second", samples_per_s)
         grad_norm = self.engine.grad_norm
         if grad_norm is not None:
