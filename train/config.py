@@ -10,8 +10,8 @@ from strata.errors import ConfigError
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.engine import EngineConfig
-from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import ScheduleConfig
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.representation.online_retrieval import ProbeConfig
 from strata.train.run.checkpoint import CheckpointConfig

@@ -27,7 +27,8 @@ from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
-from strata.train.method.model import LossTerms, Method, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, phase_at
 from strata.train.monitor.clock import Clock
 from strata.train.monitor.health import IDENTITY_MASS, graph_in_words
