@@ -28,7 +28,8 @@ from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
-from strata.train.method.model import LossTerms, Method, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, phase_at
 from strata.train.monitor.clock import Clock
 from strata.train.monitor.health import IDENTITY_MASS, graph_in_words
@@ -211,6 +212,7 @@ class Trainer:
         try:
             with loader, StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
                 self._steps(loader, stop, watchdog)
+                self._clock.progress.enter("end")
                 watchdog.beat("writing the last checkpoint")
                 self._finish_saving()
                 watchdog.beat("waiting for the other ranks")
@@ -554,7 +556,6 @@ class Trainer:
         metrics.set("strata_epoch", batch.epoch)
         metrics.set("strata_step", self.state.step)
         self.monitor.report(times, phase.stage)
-        metrics.set("strata_data_wait_ratio", times.data_wait_ratio)
         metrics.set("strata_samples_per_second", samples_per_s)
         grad_norm = self.engine.grad_norm
         if grad_norm is not None:

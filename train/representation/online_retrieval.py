@@ -175,7 +175,6 @@ class OnlineProbe:
         start = time.perf_counter()
         found = self.measure(backbone, world=world, device=device, beat=beat)
         took_s = time.perf_counter() - start
-        metrics.add("strata_probe_seconds_total", took_s)
         if not world.is_first:
             return
         for k, value in found.recall.items():
