@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet, write_video
@@ -87,10 +89,8 @@ def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
         epochs=(config.epoch, config.epoch + 1),
         start_step=config.step,
     )
-    try:
+    with loader:
         return next(iter(loader))
-    finally:
-        loader.close()
 
 
 def write_batch(config: InspectConfig) -> tuple[int, int]:

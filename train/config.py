@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.telemetry.metrics import ExporterConfig

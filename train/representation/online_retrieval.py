@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from strata.dataload.classification import check_labels, check_pair
+from strata.dataload.labels import check_labels, check_pair
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
