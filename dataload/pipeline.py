@@ -316,8 +316,7 @@ class GpuPipeline:
 
         Returns:
             A function that returns the batch: tensors of `GraphSpec.shapes`, on the device that
-            augments. It raises `UndecodableError` if samples do not decode; this pipeline cannot be
-            used after that.
+            augments. It raises `UndecodableError` if samples do not decode.
         """
 
         def finish() -> list[Tensor]:
@@ -339,11 +338,17 @@ class GpuPipeline:
         views: Sequence[ViewParameters],
         places: Sequence[np.ndarray],
     ) -> list[Tensor]:
+        if self._pipe is None:
+            self._pipe = self._build()
         pipe = self._pipe
         _feed_coded(pipe, coded if isinstance(coded, Tensor) else list(coded), places)
         for number, view in enumerate(views):
             self._feed_view(number, view)
-        outputs = pipe.run()
+        try:
+            outputs = pipe.run()
+        except RuntimeError:
+            self._pipe = None  # A graph cannot be used after an error.
+            raise
         made = [self._to_torch(out, cut) for out, cut in zip(outputs, self.spec.views, strict=True)]
         joined = self.spec.joined
         return [torch.stack(made[:joined], dim=1), *made[joined:]]
@@ -410,19 +415,14 @@ def _find_undecodable(
         Positions in the batch, with the decoder's error.
     """
     faults = []
-    alone: GpuPipeline | None = None
+    alone = GpuPipeline(dataclasses.replace(spec, batch_size=1))
     for place in range(len(coded)):
         one = slice(place, place + 1)
-        if alone is None:
-            alone = GpuPipeline(dataclasses.replace(spec, batch_size=1))
         try:
             alone._run(coded[one], [_rows(view, one) for view in views], places[one])
         except RuntimeError as error:
             faults.append((place, _reason(error)))
-            alone.close()  # A graph cannot be used after an error.
-            alone = None
-    if alone is not None:
-        alone.close()
+    alone.close()
     return faults
 
 

@@ -86,17 +86,18 @@ def resize_matrix(length: int, size: int) -> Tensor:
         size: Number of output pixels.
 
     Returns:
-        Shape `[size, length]`, float32; rows sum to 1.
+        Shape `[size, length]`, float64; rows sum to 1.
     """
     scale = length / size
     support = max(1.0, scale)
     centres = (np.arange(size)[:, None] + 0.5) * scale - 0.5
     weights = np.maximum(0.0, 1.0 - np.abs(np.arange(length) - centres) / support)
-    return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
+    return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _round_uint8(values: Tensor) -> Tensor:
-    return values.round().clamp(0, 255)
+    """Round halves up, as integer arithmetic does."""
+    return (values + 0.5).floor().clamp(0, 255)
 
 
 def reference_view(
@@ -107,6 +108,7 @@ def reference_view(
     size: int,
     *,
     photometric: bool,
+    one_pass: bool = False,
 ) -> np.ndarray:
     """Compute one view of one sample: crop, resize, mirror, colour, blur.
 
@@ -117,14 +119,18 @@ def reference_view(
         row: Index of the sample in the parameters.
         size: Rows and columns of the view.
         photometric: Whether colour and blur apply.
+        one_pass: Whether the resize rounds once, as DALI's, and not also between its passes along
+            rows and along columns, as torch's and Pillow's.
 
     Returns:
         Shape `[T, size, size, 3]`, uint8.
     """
     top, left, bottom, right = (int(v) for v in parameters.box[row])
-    crop = torch.from_numpy(frames[cut.frames, top:bottom, left:right].astype(np.float32))
-    down, across = resize_matrix(crop.shape[1], size), resize_matrix(crop.shape[2], size)
-    clip = torch.einsum("iy,tyxc,jx->tcij", down, crop, across)
+    crop = torch.from_numpy(frames[cut.frames, top:bottom, left:right].astype(np.float64))
+    clip = torch.einsum("tyxc,jx->tcyj", crop, resize_matrix(crop.shape[2], size))
+    if not one_pass:
+        clip = _round_uint8(clip)
+    clip = torch.einsum("iy,tcyj->tcij", resize_matrix(crop.shape[1], size), clip)
     if parameters.flip[row]:
         clip = clip.flip(-1)
     clip = _round_uint8(clip)
@@ -148,7 +154,7 @@ def _colour(frame: Tensor, parameters: ViewParameters, row: int, number: int) ->
         float(parameters.saturation[row, number]),
         float(parameters.hue_degrees[row, number]),
     )
-    weight = torch.from_numpy(matrix.astype(np.float32))
+    weight = torch.from_numpy(matrix)
     return _round_uint8(torch.einsum("ij,jhw->ihw", weight, frame) + offset)
 
 
@@ -159,7 +165,7 @@ def _blur(clip: Tensor, sigma: float) -> Tensor:
         return clip
     radius = window // 2
     taps = torch.exp(-torch.arange(-radius, radius + 1).double().square() / (2 * sigma**2))
-    taps = (taps / taps.sum()).float()
+    taps = taps / taps.sum()
     channels = clip.shape[1]
     padded = functional.pad(clip, (radius, radius, radius, radius), mode="reflect")
     kernel = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
