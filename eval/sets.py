@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strata.dataload.classification import check_pair
+from strata.dataload.labels import check_pair
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
 

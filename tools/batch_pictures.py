@@ -11,8 +11,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet, write_video
@@ -94,10 +96,8 @@ def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
         epochs=(config.epoch, config.epoch + 1),
         start_step=config.step,
     )
-    try:
+    with loader:
         return next(iter(loader))
-    finally:
-        loader.close()
 
 
 def write_batch(config: InspectConfig) -> tuple[int, int]:

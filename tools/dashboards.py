@@ -81,6 +81,8 @@ class Panel(_Strict, frozen=True):
         width: Of 24 columns.
         named: Whether a stat shows the names of its series instead of their values.
         stacked: Whether lines are areas on top of each other.
+        repeat: A variable; there is one panel for each of its values, so that areas of several runs
+            are not stacked on each other.
         parts: Whether series are parts of a step's time, each in its colour.
         levels: Colours of a stat and the value from which each is used; the first also below.
     """
@@ -97,6 +99,7 @@ class Panel(_Strict, frozen=True):
     named: bool = False
     stacked: bool = False
     parts: bool = False
+    repeat: str = ""
     levels: dict[str, float] = {}
 
     def __post_init__(self) -> None:
@@ -243,6 +246,8 @@ def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
             for place, query in enumerate(queries)
         ],
     }
+    if panel.repeat:
+        made |= {"repeat": panel.repeat, "repeatDirection": "h", "maxPerRow": GRID // panel.width}
     if panel.named:
         # Of a range Grafana would show every series that was there at any time of it, so every part
         # that was once the bottleneck; an instant query has those of now.

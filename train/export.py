@@ -25,9 +25,8 @@ from torch import Tensor, nn
 import strata
 from strata.errors import CheckpointError, ConfigError
 from strata.files import open_atomic
-from strata.train.method.model import IMAGENET_MEAN, IMAGENET_STD
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
-from strata.train.models.inputs import DIFFERENCE_SCALE, InputChoice
+from strata.train.models.inputs import DIFFERENCE_SCALE, IMAGENET_MEAN, IMAGENET_STD, InputChoice
 from strata.train.run.checkpoint import (
     backbone_config,
     build_for_file,

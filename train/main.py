@@ -12,8 +12,8 @@ import torch
 from strata import commands
 from strata.code_digest import code_digest
 from strata.config import dotted, dump_config, parse_config, plain
-from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import (
     agree,
     current_world,

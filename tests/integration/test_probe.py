@@ -134,7 +134,7 @@ def test_it_is_exported(server: ForkServer, probed: list[str | Path], tmp_path: 
     for readout, value in accuracy[6 * int(found["strata_probe_epoch"])].items():
         assert found[f'strata_probe_accuracy_ratio{{readout="{readout}"}}'] == value
     assert found['strata_probe_chance_ratio{k="1"}'] == pytest.approx(0.25, abs=0.02)
-    assert found["strata_probe_seconds_total"] > 0
+    assert found['strata_activity_seconds_total{activity="probe"}'] > 0
     # What was trained on alone is counted.
     assert found["strata_samples_total"] == 4 * found["strata_steps_total"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from strata.dataload.classification import check_labels, check_pair
+from strata.dataload.labels import check_labels, check_pair
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
@@ -175,7 +175,6 @@ class OnlineProbe:
         start = time.perf_counter()
         found = self.measure(backbone, world=world, device=device, beat=beat)
         took_s = time.perf_counter() - start
-        metrics.add("strata_probe_seconds_total", took_s)
         if not world.is_first:
             return
         for k, value in found.recall.items():
