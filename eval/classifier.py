@@ -27,8 +27,8 @@ from strata.eval.accuracy import Accuracy, ClassSpace, measure_accuracy
 from strata.logs import get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.engine import Engine, EngineConfig, ParameterGroup
-from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
+from strata.train.models.inputs import normalise
 from strata.train.representation.encode import VideoClips, inference_autocast, over_videos
 from strata.train.run import checkpoint
 from strata.train.run.checkpoint import CheckpointConfig, RunState

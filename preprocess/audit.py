@@ -34,12 +34,12 @@ from strata.format.schema import (
     segment_checksums,
     segment_ext,
 )
+from strata.format.shard_tar import BLOCK, member_header
 from strata.format.source_video import measure_video, video_ext
 from strata.format.strip_jpeg import check_head, parse_strip
 from strata.limits import usable_cpus
 from strata.preprocess.datasets.listing import is_ignored
 from strata.preprocess.existing_tars import index_text, read_tar
-from strata.preprocess.shards import BLOCK, tar_header
 from strata.untrusted import decode_json
 
 __all__ = ["check_folder"]
@@ -257,7 +257,7 @@ class _ShardPass:
         if len(content) != size:
             raise ShardError(f"member {ext} is cut off")
         if self.manifest.schema > 1 and self.manifest.form.payload != "foreign":
-            header = tar_header(f"{key}.{ext}", size)
+            header = member_header(f"{key}.{ext}", size)
             if before[-BLOCK:] != header or any(before[:-BLOCK]):
                 raise ShardError(f"the tar's header of member {ext} is damaged")
         return content

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from strata.errors import ShardError
 from strata.format.index import escape_name, index_bytes
+from strata.format.shard_tar import BLOCK
 from strata.format.source_video import video_ext
 from strata.preprocess.datasets.listing import is_ignored, some_of
-from strata.preprocess.shards import BLOCK
 
 __all__ = ["Member", "TarContent", "TarSample", "index_text", "read_tar"]
 

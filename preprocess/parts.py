@@ -10,14 +10,13 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
 from strata.errors import FaultKind
-from strata.preprocess.shards import BLOCK, tar_header
+from strata.format.shard_tar import MemberPlace, append_members
 
 __all__ = [
     "Heartbeat",
@@ -31,16 +30,12 @@ __all__ = [
     "receive",
 ]
 
-_MOST_BUFFERS = 512
-"""Most buffers in one `writev`; Linux accepts 1024."""
-
 
 @dataclass(frozen=True)
 class Part:
     """Some finished members of a sample, laid out as in a tar."""
 
-    members: tuple[tuple[str, int, int], ...]
-    """Name, offset of the content from the part's start, and size of the content."""
+    members: tuple[MemberPlace, ...]
     num_bytes: int
     """Size of the part, with headers and padding."""
     num_frames: int | None
@@ -143,9 +138,7 @@ class PartPacker:
     def __init__(self, connection: Connection, key: str) -> None:
         self._connection = connection
         self._key = key
-        self._buffers: list[bytes] = []
-        self._members: list[tuple[str, int, int]] = []
-        self._num_bytes = 0
+        self._members: list[tuple[str, bytes]] = []
         self._owes_answer = False
 
     @property
@@ -155,12 +148,7 @@ class PartPacker:
 
     def add(self, ext: str, content: bytes) -> None:
         """Append a member."""
-        name = f"{self._key}.{ext}"
-        header = tar_header(name, len(content))
-        padding = bytes(-len(content) % BLOCK)
-        self._members.append((name, self._num_bytes + len(header), len(content)))
-        self._buffers += [header, content, padding]
-        self._num_bytes += len(header) + len(content) + len(padding)
+        self._members.append((ext, content))
 
     def send(self, num_frames: int | None = None, notes: tuple[str, ...] = ()) -> None:
         """Send the members that were added.
@@ -175,29 +163,20 @@ class PartPacker:
         """
         if self._owes_answer:
             self._connection.recv()
-        part = Part(tuple(self._members), self._num_bytes, num_frames, notes)
         descriptor = os.memfd_create("strata-part")
         try:
             try:
-                _write_all(descriptor, self._buffers)
+                with open(descriptor, "wb", closefd=False) as file:
+                    members = append_members(file, self._key, self._members)
             except OSError as error:
                 raise RefusedError(error.errno) from error
-            self._connection.send(part)
+            num_bytes = os.fstat(descriptor).st_size
+            self._connection.send(Part(tuple(members), num_bytes, num_frames, notes))
             reduction.send_handle(self._connection, descriptor, None)
         finally:
             os.close(descriptor)
-        self._buffers, self._members, self._num_bytes = [], [], 0
+        self._members = []
         self._owes_answer = num_frames is None
-
-
-def _write_all(descriptor: int, buffers: Sequence[bytes]) -> None:
-    left = [memoryview(b) for b in buffers if b]
-    while left:
-        written = os.writev(descriptor, left[:_MOST_BUFFERS])
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
-        if written:
-            left[0] = left[0][written:]
 
 
 def receive(connection: Connection) -> Sent | Rejected | Refused | WorkerFailure:

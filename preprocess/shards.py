@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,30 +11,16 @@ from types import TracebackType
 from strata.files import sha256_of, sync_path, write_atomic
 from strata.format.index import index_bytes
 from strata.format.schema import INDEX_SUFFIX, SHARD_SUFFIX
+from strata.format.shard_tar import ARCHIVE_END, MemberPlace
 
-__all__ = [
-    "BLOCK",
-    "ShardWriter",
-    "shard_name",
-    "tar_header",
-]
+__all__ = ["ShardWriter", "shard_name"]
 
-BLOCK = 512
-"""Bytes; headers and contents of a tar are padded to it."""
 _TEMPORARY = ".tmp"
 
 
 def shard_name(index: int) -> str:
     """The file name of a shard."""
     return f"shard-{index:06d}{SHARD_SUFFIX}"
-
-
-def tar_header(name: str, num_bytes: int) -> bytes:
-    """The header of a member; owner, time and mode are fixed, so name and size decide the bytes."""
-    header = tarfile.TarInfo(name)
-    header.size = num_bytes
-    header.mode = 0o644
-    return header.tobuf(tarfile.USTAR_FORMAT)
 
 
 class ShardWriter:
@@ -68,7 +53,7 @@ class ShardWriter:
         self._members = []
         self._sample_start = self._offset
 
-    def add(self, members: Sequence[tuple[str, int, int]], descriptor: int, num_bytes: int) -> None:
+    def add(self, members: Sequence[MemberPlace], descriptor: int, num_bytes: int) -> None:
         """Append members of the current sample, already laid out as in a tar.
 
         Args:
@@ -106,10 +91,10 @@ class ShardWriter:
         Returns:
             Size in bytes and SHA-256 of the tar, and SHA-256 of the index.
         """
-        end = bytes(2 * BLOCK)
+        end = ARCHIVE_END
         while end:  # A raw file may write less than it is given.
             end = end[self._file.write(end) :]
-        self._offset += 2 * BLOCK
+        self._offset += len(ARCHIVE_END)
         os.fsync(self._file.fileno())
         self._file.close()
         sha256, num_bytes = sha256_of(self._temporary), self._temporary.stat().st_size

@@ -23,12 +23,13 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
-from strata.files import FolderLock
+from strata.files import FolderLock, open_atomic
 from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
-from strata.train.method.model import LossTerms, Method, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, phase_at
 from strata.train.monitor.clock import Clock
 from strata.train.monitor.health import IDENTITY_MASS, graph_in_words
@@ -50,7 +51,7 @@ _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed
 """Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
-    *("data.shards", "probe.gallery", "probe.query"),
+    *("data.shards", "probe.train", "probe.test"),
 )
 
 
@@ -211,6 +212,7 @@ class Trainer:
         try:
             with loader, StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
                 self._steps(loader, stop, watchdog)
+                self._clock.progress.enter("end")
                 watchdog.beat("writing the last checkpoint")
                 self._finish_saving()
                 watchdog.beat("waiting for the other ranks")
@@ -383,7 +385,8 @@ class Trainer:
             tensors["long"] = batch.long
         try:
             folder.mkdir(exist_ok=True)
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+            with open_atomic(path, sync=False) as out:
+                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, out.name)
         except (OSError, SafetensorError) as error:
             logger.warning("the batch of rank %d cannot be written: %s", self.world.rank, error)
             return
@@ -554,7 +557,6 @@ class Trainer:
         metrics.set("strata_epoch", batch.epoch)
         metrics.set("strata_step", self.state.step)
         self.monitor.report(times, phase.stage)
-        metrics.set("strata_data_wait_ratio", times.data_wait_ratio)
         metrics.set("strata_samples_per_second", samples_per_s)
         grad_norm = self.engine.grad_norm
         if grad_norm is not None:

@@ -24,8 +24,8 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet
-from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
+from strata.train.models.inputs import normalise
 from strata.train.representation.encode import VideoClips, inference_autocast
 
 __all__ = [

@@ -16,8 +16,8 @@ from strata.telemetry.metrics import Metrics
 from strata.train.config import MonitorConfig, TrainConfig
 from strata.train.engine import Engine, EngineConfig
 from strata.train.loop import Trainer
-from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import ScheduleConfig
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.monitor.bottleneck import Bottleneck
 from strata.train.run.checkpoint import CheckpointConfig

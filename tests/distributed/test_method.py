@@ -17,8 +17,10 @@ from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
-from strata.train.method.model import Embeddings, Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import Embeddings, VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import Phase
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import BackboneConfig
 from tests.support.rank_processes import run_ranks
 from tests.support.synthetic_clips import smooth_videos

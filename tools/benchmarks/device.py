@@ -43,8 +43,10 @@ from strata.tools.benchmarks.measure import (
 )
 from strata.tools.benchmarks.precision import measure_precisions
 from strata.train.config import TrainConfig
-from strata.train.method.model import Method, MethodConfig, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import ScheduleConfig, phase_at
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.monitor.cost_model import step_cost
 

@@ -19,8 +19,10 @@ from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.convolutions import sound_convolutions
-from strata.train.method.model import Method, MethodConfig, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import ScheduleConfig, phase_at
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 
 __all__ = ["measure_precisions"]

@@ -44,7 +44,8 @@ from strata.tools.benchmarks.published_method import (
     write_frame_files,
 )
 from strata.train.config import TrainConfig
-from strata.train.method.model import Method, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import phase_at
 
 __all__ = ["main"]

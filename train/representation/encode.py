@@ -16,8 +16,8 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
 from strata.errors import ConfigError, ShardError
 from strata.telemetry.metrics import Metrics
-from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
+from strata.train.models.inputs import normalise
 
 __all__ = [
     "LEVELS",

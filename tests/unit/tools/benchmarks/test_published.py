@@ -21,8 +21,10 @@ from strata.tools.benchmarks.published_method import (
 )
 from strata.train.losses.graph import distribution_graphs
 from strata.train.losses.instance import pair_contrast
-from strata.train.method.model import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import ScheduleConfig, phase_at
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import BackboneConfig
 
 
