@@ -12,6 +12,7 @@ SUBJECTS = (
     "monitor",
     "preprocess",
     "published",
+    "ranks",
     "shuffle",
     "soak",
     "temporal",
