@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.dataload.pipeline import ClipPipeline
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object

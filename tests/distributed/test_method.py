@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.distributed import World, gather, gather_with_grad, mean_over_ranks
 from strata.errors import ConfigError
 from strata.train.config import TrainConfig

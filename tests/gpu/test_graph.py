@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
 from strata.dataload.pipeline import ViewSlice, video_decoder_fault
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_strip, decode_video, reference_view
 from strata.distributed import World
 from strata.format.schema import NormalForm
@@ -81,10 +83,8 @@ def test_batches_from_a_cache_are_those_of_the_cpu_decoder(choice, shards: Path)
             device=torch.device("cuda", 0),
             epochs=(0, 2),
         )
-        try:
+        with loader:
             return list(loader)
-        finally:
-            loader.close()
 
     plain, kept = batches(decode="cpu"), batches(cache=choice)
     assert len(plain) == 12
@@ -117,8 +117,8 @@ def test_video_is_decoded_as_the_reference_does(codec, tmp_path: Path):
         num_clips=1,
         stride=1,
     )
-    batch = next(iter(loader))
-    loader.close()
+    with loader:
+        batch = next(iter(loader))
     left = (VIDEO_WIDTH - VIDEO_HEIGHT) // 2
     for row in range(4):
         whole = decode_video(np.frombuffer(reader.member(row, "000.mp4"), np.uint8))

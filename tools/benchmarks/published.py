@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from strata.config import parse_config, plain
-from strata.dataload.loader import Batch, TrainLoader, open_plan
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.limits import usable_cpus
 from strata.tools.benchmarks.measure import (
@@ -194,7 +195,7 @@ class _Strata:
             world=World(),
             device=task.device,
             epochs=(0, _ENDLESS),
-        )
+        ).start()
         return iter(self._loader)
 
     def close(self) -> None:

@@ -156,7 +156,7 @@ class VideoModel(nn.Module):
                 counters = [2 * view + number for view in range(_NUM_VIEWS)]
                 if level == "high":
                     counters = [2 * _NUM_VIEWS + view for view in range(_NUM_VIEWS)]
-                draws = [uniforms(seed, Stream.SHUFFLE, epoch, samples, c, 2) for c in counters]
+                draws = [uniforms(seed, Stream.TIME_ORDER, epoch, samples, c, 2) for c in counters]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
             result.append(
