@@ -23,7 +23,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
-from strata.files import FolderLock
+from strata.files import FolderLock, open_atomic
 from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
@@ -51,7 +51,7 @@ _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed
 """Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
-    *("data.shards", "probe.gallery", "probe.query"),
+    *("data.shards", "probe.train", "probe.test"),
 )
 
 
@@ -385,7 +385,8 @@ class Trainer:
             tensors["long"] = batch.long
         try:
             folder.mkdir(exist_ok=True)
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+            with open_atomic(path, sync=False) as out:
+                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, out.name)
         except (OSError, SafetensorError) as error:
             logger.warning("the batch of rank %d cannot be written: %s", self.world.rank, error)
             return
