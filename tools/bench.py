@@ -16,6 +16,7 @@ SUBJECTS = (
     "monitor",
     "preprocess",
     "published",
+    "ranks",
     "shuffle",
     "soak",
     "temporal",
