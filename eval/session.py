@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from strata import commands
 from strata.config import plain
 from strata.dataload.reader import ShardReader
 from strata.distributed import (
@@ -23,12 +22,10 @@ from strata.distributed import (
     only_writer,
 )
 from strata.errors import CheckpointError
-from strata.eval.protocols.features import FeatureConfig, Features, extract_features
-from strata.eval.protocols.pixels import PixelMaps, PixelMapsChoice
-from strata.eval.report import write_page
-from strata.eval.results import EvaluationResult, Kind, PairResult, Role, write_json
-from strata.eval.sets import SetPair
-from strata.eval.summary import full_text
+from strata.eval.features import FeatureConfig, Features, extract_features
+from strata.eval.pixels import PIXEL_MAPS, PixelMaps, PixelMapsChoice
+from strata.eval.results import Role
+from strata.eval.sets import SetPair, open_pairs
 from strata.files import FolderLock
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
@@ -123,6 +120,19 @@ class OneNetwork(Evaluation):
     shards/hmdb51]: instead of a training and a test set."""
     splits: tuple[int, ...] = (1, 2, 3)
     """Splits of each folder of `data`."""
+    train: Path | None = None
+    """Shards of the training set; the gallery of a retrieval."""
+    test: Path | None = None
+    """Shards of the test set; the queries of a retrieval."""
+
+    def open_pairs(self) -> list[SetPair]:
+        """Open the training and test sets; see `sets.open_pairs`."""
+        return open_pairs(self.data, self.splits, self.train, self.test)
+
+    def report_name(self, evaluation: str) -> str:
+        """The name of the report of an evaluation of this network."""
+        which = self.measured
+        return evaluation if which is None else f"{evaluation}-{network_name(which)}"
 
     @property
     def measured(self) -> "Network":
@@ -238,61 +248,19 @@ class Session:
             f"{f.size}x{f.size}"
         )
 
+    def level_text(self) -> str:
+        """The features of a clip in words."""
+        weights = getattr(self.config, "weights", "pretrained")
+        if weights in PIXEL_MAPS:
+            return PIXEL_MAPS[weights]
+        if self.features.level == "all":
+            return "the three levels' averages over time and space, of unit length each, joined"
+        return f"the {self.features.level} level's average over time and space"
+
     def folder(self, name: str, parts: object) -> Path:
         """A folder under the checkpoint's run for one evaluation, by what identifies it."""
         text = json.dumps([self.identity, plain(parts)], sort_keys=True)
         return self.results / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-    def report_path(self, name: str, sets: Sequence[SetPair]) -> Path:
-        """The path of report.json: `out`, or in a folder of its own."""
-        facts = [pair.facts() for pair in sets]
-        return self.config.out or self.folder(name, [self.settings(), facts]) / "report.json"
-
-    def report(
-        self,
-        name: str,
-        protocols: Mapping[Kind, str],
-        pairs: Sequence[PairResult],
-        *,
-        path: Path | None = None,
-        remark: str = "",
-    ) -> None:
-        """Print the figures, and write report.json and its page. Rank 0 does.
-
-        Args:
-            name: Of the evaluation.
-            protocols: Each protocol in words.
-            pairs: One result for each pair of sets.
-            path: The file; by default `report_path`.
-            remark: What the page says above the figures.
-        """
-        if not self.world.is_first:
-            return
-        config = self.config
-        result = EvaluationResult(
-            name=name,
-            protocols=protocols,
-            is_untrained=isinstance(config, OneNetwork) and config.weights == "untrained",
-            checkpoint=self.found,
-            checkpoint_digest=hashlib.sha256(self.identity.encode()).hexdigest(),
-            step=self.state.step,
-            settings=self.settings(),
-            num_ranks=self.world.size,
-            device=self.device.type,
-            pretraining=plain(self.state.config),
-            pretraining_manifest_digest=self.state.manifest_digest,
-            pairs=tuple(pairs),
-            remark=remark,
-        )
-        path = path or self.report_path(name, [pair.sets for pair in pairs])
-        write_json(result, path)
-        print(full_text(result))
-        # Last: a video that cannot be read any more costs the page and not the figures.
-        page = path.with_suffix(".html")
-        write_page(result, page)
-        print(f"  written to {path} and {page}\nto use the encoder elsewhere:")
-        words = ("--checkpoint", config.checkpoint, "--out", "exported")
-        print(f"  {commands.line('export', *words)}", flush=True)
 
 
 def _checkpoint_of(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import strata
 from strata.errors import ConfigError
-from strata.eval.protocols.pixels import PIXEL_MAPS
+from strata.eval.pixels import PIXEL_MAPS
 from strata.eval.results import commit
 from strata.eval.summary import set_sizes
 from strata.files import write_atomic

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from strata.config import dotted, plain
 from strata.eval.classifier import ClassifierConfig
-from strata.eval.protocols.features import FeatureConfig
-from strata.eval.protocols.retrieval import RetrievalConfig
+from strata.eval.features import FeatureConfig
+from strata.eval.nearest_videos import RetrievalConfig
 
 __all__ = ["PROTOCOLS", "NamedProtocol", "ProtocolName", "protocol_defaults", "protocol_words"]
 

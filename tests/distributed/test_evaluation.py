@@ -12,7 +12,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.classifier import ClassifierRun
-from strata.eval.protocols.features import FeatureConfig, extract_features
+from strata.eval.features import FeatureConfig, extract_features
 from strata.eval.protocols.named import PROTOCOLS
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from tests.support.rank_processes import run_ranks

@@ -182,3 +182,11 @@ def test_the_journeys_in_the_design_pass_functions_that_exist():
             elif Path(name).suffix not in (".json", ".html"):
                 assert path is not None, f"{name} stands before its file"
                 assert name in definitions(path), f"{path} has no {name}"
+
+
+@pytest.mark.parametrize("journey", ["From tar to loss", "From checkpoint to report"])
+def test_a_journey_does_not_return_to_a_file(journey: str):
+    steps = DESIGN.partition(f"### {journey}\n")[2].partition("\n#")[0].splitlines()
+    first = [line.split("`")[1] for line in steps if line[:1].isdigit()]
+    assert len(first) >= 9
+    assert len(first) == len(set(first)), first

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from strata.errors import ConfigError
-from strata.eval.protocols.pixels import PixelMaps
-from strata.eval.protocols.run import FinetuneEvaluation, run_finetune
+from strata.eval.pixels import PixelMaps
+from strata.eval.protocols.finetune import FinetuneEvaluation, run_finetune
 from strata.eval.session import network_name
 from strata.train.models.inputs import normalise
 from strata.train.representation.encode import encode_levels

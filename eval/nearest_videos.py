@@ -1,0 +1,70 @@
+"""Video retrieval: queries from the test set, gallery the training set, cosine similarity."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from strata.train.representation.knn import RECALL_AT, chance_recall, nearest_by_cosine, recall_at
+
+__all__ = [
+    "CENTRINGS",
+    "RECALL_AT",
+    "Centring",
+    "RetrievalConfig",
+    "centred",
+    "chance_recall",
+    "recall_at",
+    "retrieve",
+]
+
+Centring = Literal["none", "gallery", "each"]
+CENTRINGS: tuple[Centring, ...] = get_args(Centring)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """What is subtracted from features, and what a report shows."""
+
+    centre: Centring = "none"
+    """Subtract no mean, the gallery's from both, or each set's own, as CoCLR does; the last uses
+    statistics of the whole test set, and the report says so."""
+    variants: bool = True
+    """Whether the report also has every other level and centring."""
+    shown: int = 5
+    """Nearest videos of each query that the report names."""
+
+
+def centred(
+    queries: np.ndarray, gallery: np.ndarray, centre: Centring
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets in float64, with the means that `centre` names subtracted."""
+    queries, gallery = queries.astype(np.float64), gallery.astype(np.float64)
+    match centre:
+        case "none":
+            return queries, gallery
+        case "gallery":
+            mean = gallery.mean(axis=0)
+            return queries - mean, gallery - mean
+        case "each":
+            return queries - queries.mean(axis=0), gallery - gallery.mean(axis=0)
+
+
+def retrieve(
+    queries: np.ndarray, gallery: np.ndarray, centre: Centring, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest gallery videos of each query by cosine similarity.
+
+    Args:
+        queries: Shape `[Q, C]`.
+        gallery: Shape `[G, C]`.
+        centre: Which means are subtracted first.
+        count: How many to return.
+
+    Returns:
+        See `nearest_by_cosine`.
+
+    Raises:
+        ConfigError: See `nearest_by_cosine`.
+    """
+    return nearest_by_cosine(*centred(queries, gallery, centre), count)
