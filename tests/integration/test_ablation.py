@@ -196,7 +196,7 @@ def script(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(
+def test_a_failed_run_is_named_and_the_others_continue(
     grid: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     words = "case \"$*\" in *rows/same/*) echo 'error: no space'; exit 4;; esac; exit 3"
@@ -212,7 +212,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     )
 
 
-def test_or_the_first_failure_ends_it(grid: dict[str, Any], capfd: pytest.CaptureFixture[str]):
+def test_on_failure_stop_ends_the_grid(grid: dict[str, Any], capfd: pytest.CaptureFixture[str]):
     assert main(written(grid, launcher="false", on_failure="stop")) == 1
     assert capfd.readouterr().out.count("$ false") == 1
     statuses = {(r["row"], r["seed"]): r["status"] for r in result(grid)["runs"]}
@@ -294,7 +294,7 @@ def test_a_training_that_another_signalled_ends_the_grid(grid: dict[str, Any], t
     assert stopped.value.exit_code == 75
 
 
-def test_what_a_killed_grid_left_running_is_waited_for(grid: dict[str, Any], tmp_path: Path):
+def test_processes_of_a_killed_grid_are_waited_for(grid: dict[str, Any], tmp_path: Path):
     said = tmp_path / "said"
     log = Path(grid["out"]) / "rows" / "one" / "seed-0" / "pretraining.log"
     log.parent.mkdir(parents=True)

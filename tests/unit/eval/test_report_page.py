@@ -99,7 +99,7 @@ def test_the_page_is_complete_and_requests_nothing(result: EvaluationResult):
     assert text == render(result)
 
 
-def test_it_shows_its_result(result: EvaluationResult):
+def test_the_demo_shows_its_result(result: EvaluationResult):
     text = " ".join(render(result).split())
     for shown in (
         "Generated videos. Shares of the test set.",
@@ -126,7 +126,7 @@ def test_it_shows_its_result(result: EvaluationResult):
     assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 6 * 5
 
 
-def test_what_is_empty_is_left_out(shards: Path, tmp_path: Path):
+def test_empty_parts_are_left_out(shards: Path, tmp_path: Path):
     measurement = Measurement(rows=classifier_measurement(shards).rows)
     text = render(evaluation_result(shards, tmp_path / "a" / "b", finetune=[measurement]))
     for heading in ("By class", "Confusion", "Nearest", "Loss terms", "Training of", "Health"):

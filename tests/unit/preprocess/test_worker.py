@@ -44,7 +44,7 @@ def test_faults_of_the_program(what: str) -> None:
     assert not is_media_fault(raised_by(what))
 
 
-def test_hashing_says_that_it_gets_on(tmp_path: Path) -> None:
+def test_hashing_reports_progress(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(3 << 20))
     pulses: list[int] = []
@@ -52,7 +52,7 @@ def test_hashing_says_that_it_gets_on(tmp_path: Path) -> None:
     assert (num_bytes, len(pulses)) == (3 << 20, 3)
 
 
-def test_every_frame_says_that_it_gets_on(tmp_path: Path) -> None:
+def test_every_frame_reports_progress(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(30, 96, 64))
     pulses: list[int] = []
     form = NormalForm(width=96, height=64, min_frames=1)

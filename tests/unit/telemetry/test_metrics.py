@@ -89,7 +89,7 @@ def test_a_role_has_its_own_metrics():
     Metrics(role="preprocess").add("strata_frames_sharded_total", 1)
 
 
-def test_a_taken_port_warns_and_goes_on(caplog: pytest.LogCaptureFixture):
+def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path):
         ExporterConfig(password_file=wrong)
 
 
-def test_target_files_tell_prometheus_where_to_scrape(tmp_path: Path):
+def test_target_files_give_prometheus_the_address(tmp_path: Path):
     config = ExporterConfig(file_sd=tmp_path / "targets", host="0.0.0.0")
     targets = [
         TargetFile(config, 9480 + rank, run="a", rank=rank, role="train") for rank in range(2)
