@@ -58,10 +58,11 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def open_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when the block ends without an error.
+    """Open a file that appears under `path` only when the block ends without an error.
 
-    The content is written to a temporary file in the same folder, which is then renamed. After an
-    error or a crash `path` is unchanged. The file gets the permissions of the user's umask.
+    The content is written to a temporary file in the same folder, which can also be read and is
+    renamed at the end. After an error or a crash `path` is unchanged. The file gets the permissions
+    of the user's umask.
 
     Args:
         path: The final name; an existing file is replaced.
@@ -72,7 +73,7 @@ def open_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as content:
+        with temporary.open("x+b") as content:
             yield content
             content.flush()
             if sync:
