@@ -7,12 +7,16 @@ The dashboards are described in monitoring/dashboards.yaml, whose head explains 
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from strata.config import parse_config
+from strata.errors import exit_with_one_line
 from strata.telemetry.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +81,8 @@ class Panel(_Strict, frozen=True):
         width: Of 24 columns.
         named: Whether a stat shows the names of its series instead of their values.
         stacked: Whether lines are areas on top of each other.
+        repeat: A variable; there is one panel for each of its values, so that areas of several runs
+            are not stacked on each other.
         parts: Whether series are parts of a step's time, each in its colour.
         levels: Colours of a stat and the value from which each is used; the first also below.
     """
@@ -93,6 +99,7 @@ class Panel(_Strict, frozen=True):
     named: bool = False
     stacked: bool = False
     parts: bool = False
+    repeat: str = ""
     levels: dict[str, float] = {}
 
     def __post_init__(self) -> None:
@@ -239,6 +246,8 @@ def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
             for place, query in enumerate(queries)
         ],
     }
+    if panel.repeat:
+        made |= {"repeat": panel.repeat, "repeatDirection": "h", "maxPerRow": GRID // panel.width}
     if panel.named:
         # Of a range Grafana would show every series that was there at any time of it, so every part
         # that was once the bottleneck; an instant query has those of now.
@@ -344,12 +353,20 @@ def files() -> dict[Path, str]:
     return {**made, ROOT / "docs" / "metrics.md": metrics_page()}
 
 
-def main() -> None:
-    """Write the files."""
+@dataclass(frozen=True, kw_only=True)
+class DashboardsCommand:
+    """Write Grafana's dashboards and docs/metrics.md from the catalogue of metrics."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line: write the files."""
+    described = DashboardsCommand.__doc__ or ""
+    parse_config(DashboardsCommand, argv, prog="tools/dashboards.py", description=described)
     for path, content in files().items():
         path.write_text(content, encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

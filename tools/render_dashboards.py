@@ -112,9 +112,13 @@ def literal(expr: str, dashboard: dict[str, Any]) -> str:
 
 
 def _series(panel: dict[str, Any], dashboard: dict[str, Any], ask: Ask) -> list[Series]:
-    found = []
+    found, repeat, shown = [], panel.get("repeat", ""), None
     for target in panel["targets"]:
         for series in ask(literal(target["expr"], dashboard), target.get("instant", False)):
+            # Of a panel that is repeated for each run, the first one is drawn.
+            shown = series["metric"].get(repeat) if shown is None else shown
+            if repeat and series["metric"].get(repeat) != shown:
+                continue
             name = re.sub(
                 r"{{(\w+)}}",
                 lambda m, labels=series["metric"]: labels.get(m[1], m[0]),

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.engine import EngineConfig
-from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import ScheduleConfig
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.representation.online_retrieval import ProbeConfig
 from strata.train.run.checkpoint import CheckpointConfig
@@ -29,6 +29,9 @@ class MonitorConfig(ExporterConfig):
     """Steps between measurements of the representation's health."""
     verdict_s: float = 60.0
     """Seconds between reports of the bottleneck; 0 reports it with each log line."""
+    stalled_s: float = 60.0
+    """Seconds without a step from which a run is reported as stalled, or five median steps if that
+    is longer."""
     progress: bool = True
     """Whether rank 0 shows a progress bar."""
     tensorboard: bool = False
@@ -46,6 +49,8 @@ class MonitorConfig(ExporterConfig):
             raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
         if self.tensorboard:
             require_tensorboard()
+        if self.stalled_s <= 0:
+            raise ConfigError(f"monitor.stalled_s is {self.stalled_s}; use a positive number")
         if self.verdict_s < 0:
             raise ConfigError(f"monitor.verdict_s is {self.verdict_s}; use 0 or more")
 
@@ -53,6 +58,13 @@ class MonitorConfig(ExporterConfig):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A pretraining run."""
+
+    SHOWN: ClassVar = (
+        *("run", "data.shards", "data.batch_size", "model.name", "schedule.epochs", "seed"),
+        *("engine.learning_rate", "engine.precision", "resume", "plan_only"),
+    )
+    RENAMED: ClassVar = {"probe.gallery": "probe.train", "probe.query": "probe.test"}
+    RECIPES: ClassVar = "pretrain"
 
     run: Path
     """The run's folder: config, log, checkpoints."""

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet
-from strata.train.method.model import normalise
 from strata.train.models.backbones import Backbone
+from strata.train.models.inputs import normalise
 from strata.train.representation.encode import VideoClips, inference_autocast
 
 __all__ = [
@@ -258,11 +259,9 @@ def video_cam(
         stride=clips.stride,
         samples=[sample],
     )
-    try:
+    with loader:
         (batch,) = loader
-        (numbers,) = loader.frames_of([sample])
-    finally:
-        loader.close()
+    (numbers,) = loader.frames_of([sample])
     pixels = batch.clips[0]
     heat, logits = [], []
     for backwards in (False, True):

@@ -1,14 +1,15 @@
 """Values that a collector reads at a scrape, and their form for prometheus_client."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from strata.telemetry.catalogue import CATALOGUE
 
-__all__ = ["Reading", "families"]
+__all__ = ["Reading", "ReadingCollector", "families"]
 
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 
@@ -39,3 +40,14 @@ def families(readings: Iterator[Reading]) -> Iterator[Metric]:
         values = [reading.labels[label] for label in entry.labels]
         found[reading.name].add_metric(values, reading.value)
     yield from found.values()
+
+
+class ReadingCollector(Collector):
+    """Answers scrapes with what `read` yields at that moment."""
+
+    def __init__(self, read: Callable[[], Iterator[Reading]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the current readings, grouped by metric."""
+        yield from families(self._read())

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from strata.distributed import World, leave_world
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "torch.distributed", "strata.train.method.model"])
+_SERVER.set_forkserver_preload(["torch", "torch.distributed", "strata.train.method.objective"])
 
 
 def run_ranks(

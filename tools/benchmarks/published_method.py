@@ -26,7 +26,8 @@ from strata.dataload.clips import ClipSpec, training_window
 from strata.dataload.reader import ShardReader
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
 from strata.train.losses.temporal import retrieval_loss
-from strata.train.method.model import Embeddings, MethodConfig, VideoModel
+from strata.train.method.model import Embeddings, VideoModel
+from strata.train.method.settings import MethodConfig
 
 __all__ = [
     "FrameFiles",

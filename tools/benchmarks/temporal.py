@@ -27,17 +27,13 @@ from strata.tools.benchmarks.measure import (
     require_known,
     table,
 )
-from strata.train.method.model import (
-    LossTerms,
-    Method,
-    MethodConfig,
-    TermWeights,
-    VideoModel,
-    normalise,
-)
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.heads import pool_space
+from strata.train.models.inputs import normalise
 
 __all__ = [
     "ARMS",

@@ -1,204 +1,33 @@
-"""Multi-level feature optimization: from views to features, loss terms and their sum.
+"""From views to embeddings.
 
-Qian et al., ICCV 2021; the equations are in train/losses, one file each, and docs/method.md states
-the deviations. Shape suffixes: b videos of this rank, B of the global batch, V = 2 short views,
-A alterations, T time steps of a level, L those of the long sequence, C channels, D embedding size,
-K prototypes.
+Qian et al., ICCV 2021; docs/method.md states the deviations. Shape suffixes: b videos of this
+rank, V = 2 short views, A alterations, T time steps of a level, L those of the long sequence, C
+channels, D embedding size, K prototypes.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from strata.counter_random import Stream, uniforms
-from strata.distributed import (
-    World,
-    gather,
-    gather_keeping_own_grad,
-    gather_with_grad,
-    mean_over_ranks,
-)
 from strata.errors import ConfigError
 from strata.train.engine import ParameterGroup
-from strata.train.losses.graph import distribution_graphs, graph_loss
-from strata.train.losses.instance import instance_loss
-from strata.train.losses.precision import widen
-from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
-from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.method.schedules import Phase
 from strata.train.method.score_queue import ScoreQueue
+from strata.train.method.settings import LEVELS, Level, MethodConfig
 from strata.train.models.alteration import draw_permutations, time_orders
-from strata.train.models.backbones import (
-    BackboneConfig,
-    Levels,
-    LevelStrides,
-    build_backbone,
-)
+from strata.train.models.backbones import BackboneConfig, Levels, build_backbone
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
-from strata.train.models.inputs import frame_differences
+from strata.train.models.inputs import frame_differences, normalise
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.prototypes import Prototypes
-from strata.train.monitor.health import (
-    alteration_health,
-    chance_levels,
-    embedding_health,
-    graph_health,
-    prototype_health,
-)
 
-__all__ = [
-    "Embeddings",
-    "LossTerms",
-    "Method",
-    "MethodConfig",
-    "TermWeights",
-    "VideoModel",
-    "normalise",
-]
+__all__ = ["Embeddings", "VideoModel"]
 
-Level = Literal["low", "mid", "high"]
-_LEVELS: tuple[Level, ...] = ("low", "mid", "high")
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _NUM_VIEWS = 3
 """Two short clips and the long sequence."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TermWeights:
-    """Weight of each loss term; 0 disables the term and its head. Default: `paper`."""
-
-    instance: float = 1.0
-    """L_ins at the high level."""
-    prototype: float = 0.5
-    """L_pro at the high level."""
-    graph_low: float = 0.3
-    """Graph constraint at the low level."""
-    graph_mid: float = 0.5
-    """Graph constraint at the mid level."""
-    graph_high: float = 0.0
-    """Graph constraint at the high level; the release has 1."""
-    augmentation_low: float = 0.3
-    """L_aug at the low level."""
-    augmentation_mid: float = 0.5
-    """L_aug at the mid level."""
-    augmentation_high: float = 0.0
-    """L_aug at the high level, with a separate motion excitation. A clip of 16 frames has two steps
-    there, which can be reversed but not shuffled (method.shuffle)."""
-    retrieval_low: float = 0.3
-    """L_ret at the low level."""
-    retrieval_mid: float = 0.5
-    """L_ret at the mid level."""
-    retrieval_high: float = 1.0
-    """L_ret at the high level."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A weight is negative, or none is positive.
-        """
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ConfigError(f"method.weights.{name} is {value}; use 0 or more")
-        if not self.instance and not self.prototype:
-            raise ConfigError("method.weights: the first stage needs instance or prototype above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """Settings of the method; the defaults are the `paper` recipe (method.md Part I)."""
-
-    weights: TermWeights = field(default_factory=TermWeights)
-    """Weight of each term."""
-    temperature: float = 0.07
-    """tau of the contrastive terms. TEXT: 0.07."""
-    prototype_temperature: float = 0.1
-    """Temperature of the prototype prediction. Release: 0.1."""
-    sinkhorn_epsilon: float = 0.05
-    """Regularisation of the assignment. Release: 0.05."""
-    num_prototypes: int = 1000
-    """K. TEXT: 1000."""
-    queue_length: int = 1024
-    """Length of the queue of scores for Sinkhorn, in videos. TEXT: 1024."""
-    graph_threshold: float = 0.05
-    """eta of G_ins. TEXT: 0.05."""
-    shuffle: bool = True
-    """Whether L_aug also has randomly shuffled clips as negatives (TEXT), or reversed ones only."""
-    temporal_from_stage: Literal[1, 2] = 2
-    """First stage with L_aug and L_ret. TEXT: 2; release: 1."""
-    gather_with_grad: bool = True
-    """Whether gradient flows to the embeddings of other ranks; in the release it does not."""
-    graph_divides_by_batch: bool = False
-    """Whether the graph constraint is divided by B once more, as in the release."""
-    embedding_size: int = 128
-    """D of all heads. Release: 128."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        for name in ("temperature", "prototype_temperature", "sinkhorn_epsilon"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; use more than 0")
-        for name in ("num_prototypes", "queue_length", "embedding_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; use 1 or more")
-        if not 0 <= self.graph_threshold <= 1:
-            raise ConfigError(f"method.graph_threshold is {self.graph_threshold}; use 0 to 1")
-
-    def uses(self, term: str, level: Level) -> bool:
-        """Whether a term has a weight at a level."""
-        return getattr(self.weights, f"{term}_{level}", 0.0) > 0
-
-    def active(self, stage: int) -> frozenset[str]:
-        """Names of the terms of a stage, as in `TermWeights`; others are not computed."""
-        first_stage = {
-            "instance": 1,
-            "prototype": 1,
-            "graph": 2,
-            "augmentation": self.temporal_from_stage,
-            "retrieval": self.temporal_from_stage,
-        }
-        return frozenset(
-            name
-            for name, weight in vars(self.weights).items()
-            if weight > 0 and stage >= first_stage[name.partition("_")[0]]
-        )
-
-    def check_clips(self, clip_frames: int, long_frames: int, strides: LevelStrides) -> None:
-        """Check that the short clips' time steps line up with the long sequence's.
-
-        Args:
-            clip_frames: Frames of a short clip.
-            long_frames: Frames of the long sequence.
-            strides: Temporal strides of the encoder's levels.
-
-        Raises:
-            ConfigError: The steps cannot be matched for L_ret.
-        """
-        for level in _LEVELS:
-            stride = getattr(strides, level)
-            short, long = (-(-frames // stride) for frames in (clip_frames, long_frames))
-            pool, rest = divmod(2 * short, long)
-            if self.uses("retrieval", level) and (rest or pool == 0 or short % pool):
-                raise ConfigError(
-                    f"data.clips.clip_frames {clip_frames} gives two short clips of {short} steps "
-                    f"at the {level} level and a long one of {long}, which do not line up; use a "
-                    "multiple of 8 (of 16 with data.clips.long_stride 2), or "
-                    f"method.weights.retrieval_{level} 0"
-                )
-
-    def wants_long(self, stage: int) -> bool:
-        """Whether a stage needs the long sequence."""
-        return any(name.startswith("retrieval_") for name in self.active(stage))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +38,8 @@ class Embeddings:
     """`[b, V, D]`: for L_ins and the graph."""
     scores: Tensor
     """`[b, V, K]`: cosines with the prototypes."""
+    scored: Tensor
+    """`[b, V, D]`: the unit vectors that have these cosines."""
     graph: dict[str, Tensor] = field(default_factory=dict)
     """By level, `[b, V, D]`."""
     clips: dict[str, Tensor] = field(default_factory=dict)
@@ -219,44 +50,6 @@ class Embeddings:
     """By level, `[b, V, T, D]`: the short clips for L_ret."""
     long_steps: dict[str, Tensor] = field(default_factory=dict)
     """By level, `[b, L, D]`: the long clips for L_ret."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossTerms:
-    """The named terms of a step, on the device."""
-
-    total: Tensor
-    """Weighted sum; the mean over ranks is the loss of the global batch."""
-    terms: dict[str, Tensor]
-    """Each term before its weight, detached."""
-    health: dict[str, Tensor]
-    """Health of the representation, if requested."""
-
-
-@cache
-def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Constants, cached on the device: a copy in every step would wait each time."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
-    return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
-
-
-def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Convert decoded clips to the input of the first convolution.
-
-    Args:
-        clips: `[N, T, H, W, 3]`, uint8.
-        in_channels: 3, or 4 to add a plane of zeros.
-        dtype: The dtype of the result.
-
-    Returns:
-        `[N, in_channels, T, H, W]`, normalised by ImageNet's mean and deviation; channels stay last
-        in memory, so nothing is transposed.
-    """
-    mean, scale = _mean_and_scale(clips.device)
-    values = ((clips - mean) * scale).to(dtype)
-    if in_channels > 3:
-        values = nn.functional.pad(values, (0, in_channels - 3))
-    return values.permute(0, 4, 1, 2, 3)
 
 
 class VideoModel(nn.Module):
@@ -287,7 +80,7 @@ class VideoModel(nn.Module):
         self.augmentation_heads = nn.ModuleDict()
         self.retrieval_heads = nn.ModuleDict()
         self.graph_heads = nn.ModuleDict()
-        for level in _LEVELS:
+        for level in LEVELS:
             width = getattr(widths, level)
             used = False
             for term, heads, average in (
@@ -355,7 +148,7 @@ class VideoModel(nn.Module):
             For each level: `[1 + A, b (V + 1), T]`, int64, on the CPU: the identity first.
         """
         result = []
-        for number, level in enumerate(_LEVELS):
+        for number, level in enumerate(LEVELS):
             num_steps = -(-clip_frames // getattr(self.time_strides, level))
             shuffled = None
             if self.config.shuffle and self.config.uses("augmentation", level):
@@ -363,7 +156,7 @@ class VideoModel(nn.Module):
                 counters = [2 * view + number for view in range(_NUM_VIEWS)]
                 if level == "high":
                     counters = [2 * _NUM_VIEWS + view for view in range(_NUM_VIEWS)]
-                draws = [uniforms(seed, Stream.SHUFFLE, epoch, samples, c, 2) for c in counters]
+                draws = [uniforms(seed, Stream.TIME_ORDER, epoch, samples, c, 2) for c in counters]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
             result.append(
@@ -410,16 +203,18 @@ class VideoModel(nn.Module):
         long_maps = None if long is None else self._encode(long)
 
         high_steps = pool_space(maps.high)
-        scores = self.prototypes(self.global_head(high_steps), frozen=phase.prototypes_frozen)
+        scored = self.global_head(high_steps)
+        scores = self.prototypes(scored, frozen=phase.prototypes_frozen)
         result = Embeddings(
             instance=self.instance_head(high_steps).unflatten(0, split)[:, :2],
             scores=scores.unflatten(0, split)[:, :2],
+            scored=scored.detach().unflatten(0, split)[:, :2],
         )
         orders: dict[str, Tensor] = {
             level: order.unflatten(1, (num_videos, _NUM_VIEWS))[:, :, : split[1]].flatten(1, 2)
-            for level, order in zip(_LEVELS, (orders_low, orders_mid, orders_high), strict=True)
+            for level, order in zip(LEVELS, (orders_low, orders_mid, orders_high), strict=True)
         }
-        for level in _LEVELS:
+        for level in LEVELS:
             terms = {t for t in ("augmentation", "retrieval", "graph") if f"{t}_{level}" in active}
             if not terms:
                 continue
@@ -461,115 +256,3 @@ class VideoModel(nn.Module):
         if level == "high":
             return pool_space(maps)[None]
         return self.motion[level](maps, orders)
-
-
-class Method:
-    """Computes the loss terms over the global batch from embeddings.
-
-    Args:
-        model: The model, which has the queue.
-        config: Settings of the method.
-        world: This rank and the world size.
-    """
-
-    def __init__(self, model: VideoModel, config: MethodConfig, world: World) -> None:
-        self._model, self._config, self._world = model, config, world
-        self._gather = gather_with_grad if config.gather_with_grad else gather_keeping_own_grad
-
-    def losses(self, out: Embeddings, phase: Phase, *, with_health: bool) -> LossTerms:
-        """Compute all terms of a step, outside autocast.
-
-        The queue takes the global batch's scores before the assignment, as in the release.
-
-        Args:
-            out: This rank's embeddings.
-            phase: Phase of the epoch.
-            with_health: Whether to measure the health of the representation too.
-
-        Returns:
-            The terms; every rank must call this at every step.
-        """
-        config = self._config
-        num_local = out.instance.shape[0]
-        own = slice(self._world.rank * num_local, (self._world.rank + 1) * num_local)
-        instance = self._gather(widen(out.instance))
-
-        self._model.queue.push(gather(widen(out.scores)))
-        num_rows = len(self._model.queue) if phase.queue else num_local * self._world.size
-        rows = self._model.queue.rows()[-num_rows:]
-        assignments = sinkhorn(rows, epsilon=config.sinkhorn_epsilon)
-        batch_assignments = assignments[-num_local * self._world.size :]
-
-        terms = {
-            "instance": instance_loss(instance, temperature=config.temperature, anchors=own),
-            "prototype": prototype_loss(
-                out.scores, batch_assignments[own], temperature=config.prototype_temperature
-            ),
-        }
-        health: dict[str, Tensor] = {}
-        if out.graph or with_health:
-            graphs = distribution_graphs(
-                instance.detach(),
-                hard_labels(batch_assignments),
-                temperature=config.temperature,
-                threshold=config.graph_threshold,
-            )
-            for level, embedded in out.graph.items():
-                terms[f"graph_{level}"] = graph_loss(
-                    self._gather(widen(embedded)),
-                    graphs.target_BB,
-                    temperature=config.temperature,
-                    anchors=own,
-                    divide_by_batch=config.graph_divides_by_batch,
-                )
-            if with_health:
-                health |= graph_health(graphs) | prototype_health(rows, assignments)
-                health |= embedding_health(instance.detach().flatten(0, 1))
-        for level, clips in out.clips.items():
-            terms[f"augmentation_{level}"] = augmentation_loss(
-                self._gather(widen(clips)),
-                out.altered[level],
-                temperature=config.temperature,
-                anchors=own,
-            )
-            if with_health:
-                cosines = alteration_health(clips.detach(), out.altered[level].detach())
-                health |= {f"{name}_{level}": value for name, value in cosines.items()}
-        for level, long_steps in out.long_steps.items():
-            terms[f"retrieval_{level}"] = retrieval_loss(
-                out.steps[level], long_steps, temperature=config.temperature
-            )
-        weights = {name: w for name, w in vars(config.weights).items() if w > 0}
-        terms = {name: value for name, value in terms.items() if name in weights}
-        weighted = [weights[name] * value for name, value in terms.items()]
-        return LossTerms(
-            total=torch.stack(weighted).sum(),
-            terms={name: value.detach() for name, value in terms.items()},
-            health=health,
-        )
-
-    def chance(self, num_videos: int, clip_frames: int, long_frames: int) -> dict[str, float]:
-        """Value of each term at chance, in nats, by name."""
-        by_kind = chance_levels(
-            num_videos=num_videos,
-            num_prototypes=self._config.num_prototypes,
-            num_alterations=2 if self._config.shuffle else 1,
-            num_long_steps={
-                v: -(-long_frames // getattr(self._model.time_strides, v)) for v in _LEVELS
-            },
-            divide_by_batch=self._config.graph_divides_by_batch,
-        )
-        chance = {"instance": by_kind["instance"], "prototype": by_kind["prototype"]}
-        for level in _LEVELS:
-            chance[f"graph_{level}"] = by_kind["graph"]
-            chance[f"augmentation_{level}"] = by_kind["augmentation"]
-            chance[f"retrieval_{level}"] = by_kind[f"retrieval_{level}"]
-        return {k: v for k, v in chance.items() if getattr(self._config.weights, k, 0.0) > 0}
-
-    @staticmethod
-    def averaged(values: dict[str, Tensor]) -> dict[str, float]:
-        """Mean over ranks of named scalars, on the host, by one transfer. All ranks call it."""
-        if not values:
-            return {}
-        mean = mean_over_ranks(torch.stack([v.float() for v in values.values()])).tolist()
-        return dict(zip(values, mean, strict=True))

@@ -1,17 +1,56 @@
 """Inputs of the first convolution: RGB frames, or differences of consecutive frames."""
 
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["DIFFERENCE_SCALE", "INPUTS", "InputChoice", "frame_differences"]
+__all__ = [
+    "DIFFERENCE_SCALE",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "INPUTS",
+    "InputChoice",
+    "frame_differences",
+    "normalise",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 InputChoice = Literal["rgb", "difference", "both"]
 INPUTS: tuple[InputChoice, ...] = ("rgb", "difference", "both")
 
 DIFFERENCE_SCALE = 3.0
 """Scale of the small differences of consecutive frames, for a variance closer to one."""
+
+
+@cache
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Constants, cached on the device: a copy in every step would wait each time."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
+    return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
+
+
+def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert decoded clips to the input of the first convolution.
+
+    Args:
+        clips: `[N, T, H, W, 3]`, uint8.
+        in_channels: 3, or 4 to add a plane of zeros.
+        dtype: The dtype of the result.
+
+    Returns:
+        `[N, in_channels, T, H, W]`, normalised by ImageNet's mean and deviation; channels stay last
+        in memory, so nothing is transposed.
+    """
+    mean, scale = _mean_and_scale(clips.device)
+    values = ((clips - mean) * scale).to(dtype)
+    if in_channels > 3:
+        values = functional.pad(values, (0, in_channels - 3))
+    return values.permute(0, 4, 1, 2, 3)
 
 
 def frame_differences(clips_NCTHW: Tensor) -> Tensor:

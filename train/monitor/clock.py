@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from strata.train.monitor.progress import Progress
+
 __all__ = ["PEAK_FLOPS", "Clock", "IntervalTimes", "peak_flops"]
 
 PEAK_FLOPS = {
@@ -94,6 +96,8 @@ class Clock:
         self._last_end: torch.cuda.Event | None = None
         self.last_step_s = 0.0
         self.last_wait_s = 0.0
+        self.progress = Progress()
+        """What this rank does now; scrapes read it."""
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -103,6 +107,7 @@ class Clock:
     def data_arrived(self) -> None:
         """Mark the arrival of the batch; the time before it was waiting."""
         self._arrived = time.perf_counter()
+        self.progress.enter("compute")
         self.last_wait_s = self._arrived - self._mark
         self._host_s["wait"] += self.last_wait_s
         self._in_step = True
@@ -120,12 +125,14 @@ class Clock:
         self._mark = now
         self._num_steps += 1
         self._in_step = False
+        self.progress.step_done()
         if self._on_gpu:
             self._steps[-1] = (self._steps[-1][0], self._event())
 
     def waiting(self) -> None:
         """Mark the start of waiting for a batch; the time since the step was the host's."""
         self._mark = time.perf_counter()
+        self.progress.enter("data")
 
     @contextmanager
     def communication(self) -> Iterator[None]:
@@ -136,7 +143,8 @@ class Clock:
         on_device = self._on_gpu and self._in_step
         begun = self._event() if on_device and self._depth == 1 else None
         try:
-            yield
+            with self.progress.doing("communication"):
+                yield
         finally:
             self._depth -= 1
             if begun is not None:
@@ -163,7 +171,8 @@ class Clock:
         """Time the part of saving a checkpoint for which training waits."""
         start = time.perf_counter()
         try:
-            yield
+            with self.progress.doing("checkpoint"):
+                yield
         finally:
             self._host_s["checkpoint"] += time.perf_counter() - start
 
@@ -178,7 +187,8 @@ class Clock:
         start = time.perf_counter()
         before = dict(self._host_s)
         try:
-            yield
+            with self.progress.doing("probe"):
+                yield
         finally:
             self._host_s = before
             self._start += time.perf_counter() - start
@@ -193,7 +203,8 @@ class Clock:
         wait_s, step_s, inside_s = host["wait"], host["step"], host["inside"]
         outside_s, optimizer_s = host["outside"], host["optimizer"]
         if self._on_gpu and self._steps:
-            wait_s, step_s, inside_s, idle_s = self._read_events()
+            with self.progress.doing("compute"):
+                wait_s, step_s, inside_s, idle_s = self._read_events()
             optimizer_s = sum(begin.elapsed_time(end) for begin, end in self._optimizer) / 1000
             self._optimizer = []
             # The host waits for other ranks while the device still has work.

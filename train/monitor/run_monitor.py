@@ -14,6 +14,7 @@ from strata.logs import get_logger
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.host import HostCollector, ProcessCollector
 from strata.telemetry.metrics import Metrics
+from strata.telemetry.readings import Reading, ReadingCollector
 from strata.telemetry.serve import export
 from strata.telemetry.tensorboard import TensorBoard
 from strata.train.config import TrainConfig
@@ -27,6 +28,7 @@ from strata.train.monitor.bottleneck import (
 )
 from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
 from strata.train.monitor.cost_model import step_cost
+from strata.train.monitor.progress import ACTIVITIES
 
 __all__ = ["RunMonitor", "count_starts", "serve_run"]
 
@@ -112,7 +114,10 @@ class RunMonitor:
         self._gpu: GpuCollector | None = None
         self._loader_s = {"read": 0.0, "graph": 0.0}
         self._sums: list[RankTimes] = []
+        self._own: RankTimes | None = None
         self.bottleneck: Bottleneck | None = None
+        clock.progress.stalled_s = config.monitor.stalled_s
+        metrics.add_collector(ReadingCollector(self._read))
         metrics.add_collector(ProcessCollector())
         if world.local_rank == 0:
             places = {"run": config.run}
@@ -138,7 +143,6 @@ class RunMonitor:
         metrics.add("strata_frames_decoded_total", batch.frames_decoded)
         metrics.add("strata_bytes_read_total", batch.bytes_read)
         metrics.observe("strata_step_duration_seconds", clock.last_step_s)
-        metrics.add("strata_data_wait_seconds_total", clock.last_wait_s)
         metrics.set("strata_loader_queue_depth", queue_depth)
         for part, seconds in (("read", batch.read_s), ("graph", batch.graph_s)):
             metrics.add("strata_loader_seconds_total", seconds, part=part)
@@ -152,10 +156,6 @@ class RunMonitor:
             stage: Stage of the interval's last step.
         """
         metrics = self._metrics
-        metrics.add("strata_device_seconds_total", times.compute_s)
-        metrics.add("strata_optimizer_seconds_total", times.optimizer_s)
-        metrics.add("strata_communication_seconds_total", times.communication_s)
-        metrics.add("strata_checkpoint_seconds_total", times.checkpoint_s)
         samples = self._config.data.batch_size // self._world.size
         flops = times.rate(samples) * self._flops_per_sample[stage]
         metrics.set("strata_model_flops_per_second", flops)
@@ -173,6 +173,8 @@ class RunMonitor:
         )
         metrics.set("strata_own_step_seconds", mine.own_s / max(times.num_steps, 1))
         self._loader_s = {"read": 0.0, "graph": 0.0}
+        # Replaced in one piece, so that a scrape sees all parts of an interval or none.
+        self._own = mine if self._own is None else self._own + mine
         local = torch.tensor([mine.values()], dtype=torch.float64, device=self._device)
         ranks = [RankTimes.from_values(row) for row in gather(local).tolist()]
         self._sums = (
@@ -185,14 +187,6 @@ class RunMonitor:
     def _judge(self) -> None:
         bottleneck = find_bottleneck(self._sums, self._utilisation())
         self._sums, self.bottleneck = [], bottleneck
-        metrics = self._metrics
-        metrics.set_one("strata_bound", bottleneck.bound_by, PARTS, "by")
-        metrics.set_one("strata_data_bound_by", bottleneck.data_by, DATA_PARTS, "part")
-        for part, share in bottleneck.shares.items():
-            metrics.set("strata_time_share_ratio", share, part=part)
-        if bottleneck.straggler_ratio is not None:
-            metrics.set("strata_straggler_ratio", bottleneck.straggler_ratio)
-            metrics.set("strata_straggler_rank", bottleneck.slowest_rank)
         record: dict[str, Any] = {
             "bound_by": bottleneck.bound_by,
             "data_by": bottleneck.data_by,
@@ -201,8 +195,41 @@ class RunMonitor:
             "slowest_rank": bottleneck.slowest_rank,
             "straggler_ratio": bottleneck.straggler_ratio,
         }
-        metrics.record("verdict", **record)
+        self._metrics.record("verdict", **record)
         logger.info("%s", bottleneck.text())
+
+    def _read(self) -> Iterator[Reading]:
+        """Readings of this moment: the activity, the times, and the bottleneck while it holds."""
+        progress = self._clock.progress
+        spent_s, activity, stalled = progress.spent_s(), progress.activity, progress.stalled
+        for name in ACTIVITIES:
+            label = {"activity": name}
+            yield Reading("strata_activity_seconds_total", spent_s[name], label)
+            yield Reading("strata_activity", float(name == activity), label)
+        yield Reading("strata_stall_limit_seconds", progress.limit_s, {})
+        if progress.last_step_time is not None:
+            yield Reading("strata_last_step_timestamp_seconds", progress.last_step_time, {})
+        if (own := self._own) is not None:
+            for part in PARTS:
+                yield Reading(
+                    "strata_time_seconds_total", getattr(own, f"{part}_s"), {"part": part}
+                )
+            yield Reading("strata_optimizer_seconds_total", own.optimizer_s, {})
+        found = self.bottleneck
+        if found is not None or stalled:
+            bound_by = "stalled" if stalled or found is None else found.bound_by
+            for name in (*PARTS, "stalled"):
+                yield Reading("strata_bound", float(name == bound_by), {"by": name})
+        # What was measured before a stall says nothing about it.
+        if found is None or stalled:
+            return
+        for part in DATA_PARTS:
+            yield Reading("strata_data_bound_by", float(part == found.data_by), {"part": part})
+        for part, share in found.shares.items():
+            yield Reading("strata_time_share_ratio", share, {"part": part})
+        if found.straggler_ratio is not None:
+            yield Reading("strata_straggler_ratio", found.straggler_ratio, {})
+            yield Reading("strata_straggler_rank", found.slowest_rank, {})
 
     def _utilisation(self) -> Utilisation:
         if self._gpu is None:

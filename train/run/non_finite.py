@@ -9,7 +9,7 @@ from torch import Tensor
 
 from strata.dataload.loader import Batch
 from strata.distributed import gather_objects
-from strata.train.method.model import LossTerms
+from strata.train.method.objective import LossTerms
 
 __all__ = ["NonFiniteFlags", "Report", "mean_terms"]
 

@@ -11,10 +11,12 @@ import torch
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, refuse_mixed_payloads
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, open_plan
+from strata.dataload.loader import Batch, EvaluationLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_video, reference_view
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
@@ -107,8 +109,8 @@ def test_evaluation_shows_the_frames_it_should(folders: dict[str, Path], codec: 
     loader = EvaluationLoader(
         reader, config, world=World(), device=CPU, videos_per_batch=3, num_clips=2, stride=3
     )
-    batch = next(iter(loader))
-    loader.close()
+    with loader:
+        batch = next(iter(loader))
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
     frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=3)
     # A clip of 46 frames ends beyond these videos: their last frame repeats.
@@ -154,9 +156,7 @@ def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The GPU's answer is simulated here; tests/gpu uses a real one."""
-    monkeypatch.setattr(
-        "strata.dataload.decode_windows.video_decoder_fault", lambda *_: "no libnvcuvid"
-    )
+    monkeypatch.setattr("strata.dataload.pipeline.video_decoder_fault", lambda *_: "no libnvcuvid")
     monkeypatch.setattr("strata.logs._said", set())
     gpu = torch.device("cuda", 0)
     vp9, h264 = ShardReader(folders["vp9"]), ShardReader(folders["h264"])
@@ -166,7 +166,7 @@ def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
         choose_decoder(vp9, "gpu", gpu, "gpu")
     with pytest.raises(ConfigError, match="this rank has none; shard the videos again"):
         choose_decoder(h264, "auto", gpu, "gpu")
-    monkeypatch.setattr("strata.dataload.decode_windows.video_decoder_fault", lambda *_: None)
+    monkeypatch.setattr("strata.dataload.pipeline.video_decoder_fault", lambda *_: None)
     assert choose_decoder(h264, "auto", gpu, "gpu") == "gpu"
 
 

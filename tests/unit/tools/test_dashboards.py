@@ -184,7 +184,8 @@ def test_a_rendering_follows_the_fields_of_the_json():
 
 def test_a_reducer_that_cannot_be_drawn_is_refused():
     made = json.loads(json.dumps(PAGES["data"]))
-    made["panels"][2]["options"]["reduceOptions"]["calcs"] = ["mean"]
+    (panel,) = (p for p in made["panels"] if p["title"] == "Time in useful work")
+    panel["options"]["reduceOptions"]["calcs"] = ["mean"]
     with pytest.raises(StrataError, match="only the reducer lastNotNull"):
         draw(made, _answer)
 
@@ -241,6 +242,13 @@ _GPU = _with(gpu="G")
 # it fires, a set for each of its conditions, and at which it does not.
 Sets = list[dict[str, str]]
 ALERTS: dict[str, tuple[int, Sets, Sets]] = {
+    "StrataNoProgress": (
+        1,
+        [{"strata_bound" + _with(by="stalled"): "0 1"}],
+        [
+            {"strata_bound" + _with(by="stalled"): "0 0", "strata_bound" + _with(by="data"): "1 1"},
+        ],
+    ),
     "StrataGpuIdle": (
         6,
         [{f"strata_gpu_utilization_ratio{_GPU}": "0.01x10"}],
@@ -263,14 +271,14 @@ ALERTS: dict[str, tuple[int, Sets, Sets]] = {
         [
             {
                 f"strata_gpu_{engine}_utilization_ratio{_GPU}": "0.99x15",
-                f"strata_data_wait_seconds_total{_T}": "0+30x15",
+                "strata_activity_seconds_total" + _with(activity="data"): "0+30x15",
             }
             for engine in ("jpeg", "decoder")
         ],
         [
             {
                 f"strata_gpu_jpeg_utilization_ratio{_GPU}": busy,
-                f"strata_data_wait_seconds_total{_T}": waited,
+                "strata_activity_seconds_total" + _with(activity="data"): waited,
             }
             for busy, waited in (("0.99x15", "0x15"), ("0.5x15", "0+30x15"))
         ],
@@ -364,7 +372,7 @@ RECORDED: dict[str, tuple[dict[str, str], str, float]] = {
         4.0,
     ),
     "strata:data_wait:ratio1m": (
-        {f"strata_data_wait_seconds_total{_T}": "0+3x40"},
+        {"strata_activity_seconds_total" + _with(activity="data"): "0+3x40"},
         '{run="a", node="n", rank="0"}',
         0.2,
     ),

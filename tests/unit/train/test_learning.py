@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from strata.tools.benchmarks.temporal import QUESTIONS, probes, small_model, train_on
-from strata.train.method.model import LossTerms, TermWeights, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import LossTerms
+from strata.train.method.settings import TermWeights
 
 BATCH, SIZE = 12, 24
 # The temporal terms of one level and L_ins, which costs a third of all terms.

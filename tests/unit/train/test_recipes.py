@@ -6,8 +6,8 @@ import pytest
 
 from strata.config import parse_config, plain
 from strata.train.config import TrainConfig
-from strata.train.method.model import MethodConfig
 from strata.train.method.schedules import phase_at
+from strata.train.method.settings import MethodConfig
 
 FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
 PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")

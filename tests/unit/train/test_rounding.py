@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from strata.distributed import World
-from strata.train.method.model import Method, MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.objective import Method
 from strata.train.method.schedules import Phase
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import BackboneConfig, Levels
 from tests.support.synthetic_clips import smooth_videos
 

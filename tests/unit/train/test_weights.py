@@ -14,7 +14,8 @@ from torchvision.models.video import r3d_18
 from torchvision.models.video import s3d as torchvision_s3d
 
 from strata.errors import CheckpointError
-from strata.train.method.model import MethodConfig, TermWeights, VideoModel
+from strata.train.method.model import VideoModel
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.weights import (
     export_backbone,

@@ -10,7 +10,7 @@ from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PixelMaps
 from strata.eval.protocols.run import FinetuneEvaluation, run_finetune
 from strata.eval.session import network_name
-from strata.train.method.model import normalise
+from strata.train.models.inputs import normalise
 from strata.train.representation.encode import encode_levels
 
 CPU = torch.device("cpu")

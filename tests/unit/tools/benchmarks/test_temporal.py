@@ -15,7 +15,8 @@ from strata.tools.benchmarks.temporal import (
     replicate_in_time,
     small_model,
 )
-from strata.train.method.model import TermWeights, normalise
+from strata.train.method.settings import TermWeights
+from strata.train.models.inputs import normalise
 
 
 def test_the_labels_describe_the_motion_and_appearance_does_not_predict_them():

@@ -10,23 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import strata.train.method.model
+import strata.train.method.objective
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.train.convolutions import sound_convolutions
 from strata.train.engine import Engine, EngineConfig
 from strata.train.losses.prototypical import sinkhorn
-from strata.train.method.model import (
-    Embeddings,
-    LossTerms,
-    Method,
-    MethodConfig,
-    TermWeights,
-    VideoModel,
-)
-from strata.train.method.model import normalise as normalise_clips
+from strata.train.method.model import Embeddings, VideoModel
+from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, ScheduleConfig, phase_at
+from strata.train.method.settings import MethodConfig, TermWeights
 from strata.train.models.backbones import BackboneConfig
+from strata.train.models.inputs import normalise as normalise_clips
 from tests.support.rank_processes import run_ranks
 from tests.support.synthetic_clips import smooth_videos
 
@@ -351,7 +346,7 @@ def test_the_assignment_sees_the_batch_or_the_queue(monkeypatch, queue, rows: li
         seen.append(scores.clone())
         return sinkhorn(scores, **settings)
 
-    monkeypatch.setattr(strata.train.method.model, "sinkhorn", recorded)
+    monkeypatch.setattr(strata.train.method.objective, "sinkhorn", recorded)
     model = build(recipe())
     phase = dataclasses.replace(FIRST, queue=queue)
     for step in range(len(rows)):

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from strata.errors import ConfigError
-from strata.train.method.model import IMAGENET_STD, MethodConfig, VideoModel, normalise
+from strata.train.method.model import VideoModel
 from strata.train.method.schedules import Phase
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from strata.train.models.inputs import frame_differences
+from strata.train.models.inputs import IMAGENET_STD, frame_differences, normalise
 
 PHASE = Phase(stage=1, lr_factor=1.0, queue=False, prototypes_frozen=False)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from strata.train.method.model import MethodConfig, VideoModel
+from strata.train.method.model import VideoModel
 from strata.train.method.schedules import Phase
+from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.stem import FoldedStem
