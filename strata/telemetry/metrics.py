@@ -1,7 +1,7 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
-nothing. What there is to be set stands in strata/telemetry/catalogue.py.
+nothing. strata/telemetry/catalogue.toml lists all metrics.
 """
 
 import json
@@ -64,7 +64,7 @@ class ExporterConfig:
         for name in ("password_file", "certificate", "key", "client_authority"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ConfigError(f"monitor.{name} {path} is no file; mend the path")
+                raise ConfigError(f"monitor.{name} {path} is no file; correct the path")
         if self.password_file is not None:
             self.credentials()
 
@@ -210,7 +210,7 @@ class Metrics:
             self._server = ScrapeServer(config.host, port, self.registry, tls, config.credentials())
         except OSError as error:
             logger.warning(
-                "metrics are not served: %s:%d: %s. The work goes on; choose another "
+                "metrics are not served: %s:%d: %s. The process continues; choose another "
                 "--monitor.port to see them",
                 config.host,
                 port,
@@ -230,7 +230,7 @@ class Metrics:
 
 
 class TargetFile:
-    """Tells Prometheus, through its file_sd_configs, where this process is to be scraped.
+    """The file from which Prometheus (file_sd_configs) learns the address of this process.
 
     A file a process: nothing has to be agreed on, and a port that was taken is not listed. The file
     stays if the process dies, so that `up` falls to 0 and an alert fires; it goes when all is well.
