@@ -20,6 +20,7 @@ import yaml
 from matplotlib.figure import Figure
 
 import strata
+from strata.code_digest import commit
 from strata.eval.pictures import film_strip
 from strata.eval.published import PUBLISHED
 from strata.eval.results import (
@@ -30,7 +31,6 @@ from strata.eval.results import (
     Measurement,
     PairResult,
     Retrieved,
-    commit,
     mean_of,
 )
 from strata.eval.summary import KIND_TITLES, figure_lines, pairs_title, share_range

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import strata
+from strata.code_digest import commit
 from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PIXEL_MAPS
-from strata.eval.results import commit
 from strata.eval.summary import set_sizes
 from strata.files import write_atomic
 from strata.logs import read_json_lines

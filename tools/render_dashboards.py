@@ -107,6 +107,8 @@ def prometheus(url: str, minutes: float) -> Ask:
 def literal(expr: str, dashboard: dict[str, Any]) -> str:
     """An expression with the variables set to "All", and a rate's interval of four scrapes."""
     for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "datasource":
+            continue
         expr = expr.replace(f'"${variable["name"]}"', f'"{variable["allValue"]}"')
     return expr.replace("$__rate_interval", "20s")
 
@@ -134,6 +136,8 @@ def _series(panel: dict[str, Any], dashboard: dict[str, Any], ask: Ask) -> list[
 def _number(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
+    if unit == "s" and value >= 3600:
+        return f"{value / 3600:.3g} h"
     if unit == "s":
         return f"{1000 * value:.3g} ms" if 0 < abs(value) < 1 else f"{value:.3g} s"
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
