@@ -6,7 +6,7 @@ import numpy as np
 
 from strata.errors import ConfigError
 
-__all__ = ["ClipSpec", "evaluation_clips", "training_window"]
+__all__ = ["ClipSpec", "evaluation_clips", "training_clip", "training_window"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,30 @@ def training_window(num_frames: np.ndarray, spec: ClipSpec, draws: np.ndarray) -
     start = np.minimum(np.floor(draws[:, 1] * starts), starts - 1.0)
     points = start[:, None] + stride[:, None] * np.arange(window)
     return np.minimum(np.rint(points), frames[:, None] - 1.0).astype(np.int64)
+
+
+def training_clip(
+    num_frames: np.ndarray, draws: np.ndarray, *, clip_frames: int, stride: int
+) -> np.ndarray:
+    """Choose one clip at a random position in each video.
+
+    The start is uniform among the positions at which the clip fits the video; a video that is too
+    short repeats its last frame, as in `evaluation_clips`.
+
+    Args:
+        num_frames: Shape `[N]`: frames of each video, at least 1.
+        draws: Shape `[N]`: uniform in [0, 1).
+        clip_frames: Frames of a clip.
+        stride: Distance of consecutive frames of a clip, in source frames.
+
+    Returns:
+        Shape `[N, clip_frames]`, int64.
+    """
+    frames = np.asarray(num_frames, np.int64)
+    room = np.maximum(frames - ((clip_frames - 1) * stride + 1), 0)
+    starts = np.minimum(np.floor(draws * (room + 1)).astype(np.int64), room)
+    points = starts[:, None] + stride * np.arange(clip_frames)
+    return np.minimum(points, frames[:, None] - 1)
 
 
 def evaluation_clips(

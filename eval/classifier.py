@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from strata.config import dump_config
 from strata.dataload.augment import AugmentSpec
-from strata.dataload.classification import LabelledLoader, LabelledSpec, check_labels, labelled_plan
-from strata.dataload.loader import Batch, DataConfig
+from strata.dataload.config import DataConfig
+from strata.dataload.labels import check_labels
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import ClassificationRecipe, open_plan
 from strata.distributed import World, any_true, barrier, gather, mean_over_ranks
 from strata.errors import CheckpointError, ConfigError, StrataError
 from strata.eval.accuracy import Accuracy, ClassSpace, measure_accuracy
@@ -275,7 +277,8 @@ class ClassifierRun:
             size=clips.size,
             views=config.views,
         )
-        self._plan = labelled_plan(train, self._data, config.seed)
+        self._recipe = ClassificationRecipe(clip_frames=clips.clip_frames, stride=config.stride)
+        self._plan = open_plan(train, self._data, config.seed, self._recipe)
         if world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         barrier()
@@ -326,20 +329,20 @@ class ClassifierRun:
 
     def fit(self) -> None:
         """Train from the current position to the end."""
-        config, spec = self.config, self._spec()
+        config = self.config
         metrics = Metrics(self.folder / "log.jsonl" if self._world.is_first else None)
         if self._world.is_first:
             dump_config(config, self.folder / "training.yaml")
-        loader = LabelledLoader(
+        loader = TrainLoader(
             self._train,
             self._data,
             self._plan,
-            spec,
             world=self._world,
             device=self._device,
             epochs=(self.state.epoch, config.epochs),
             start_step=self.state.epoch_step,
-        )
+            recipe=self._recipe,
+        ).start()
         shown = tqdm(
             total=self.total_steps,
             initial=self.state.step,
@@ -369,12 +372,6 @@ class ClassifierRun:
             shown.close()
             loader.close()
             metrics.close()
-
-    def _spec(self) -> LabelledSpec:
-        return LabelledSpec(
-            clip_frames=self.clips.clip_frames,
-            stride=self.config.stride,
-        )
 
     def _step(self, batch: Batch) -> Tensor:
         """Returns `[loss, share right]` of the batch, on the device."""

@@ -6,12 +6,15 @@ A contact sheet has a row of frames for each view; a video has the views side by
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet, write_video
@@ -28,6 +31,12 @@ _ZOOM = 2
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """Write the views of a training batch as pictures and videos."""
+
+    SHOWN: ClassVar = (
+        *("data.shards", "data.batch_size", "data.size", "data.clips.max_stride"),
+        *("out", "num", "seed", "epoch", "step"),
+    )
+    RECIPES: ClassVar = "pretrain"
 
     data: DataConfig
     """As in training: every config of train/main.py has it."""
@@ -87,10 +96,8 @@ def _make_batch(config: InspectConfig, reader: ShardReader) -> Batch:
         epochs=(config.epoch, config.epoch + 1),
         start_step=config.step,
     )
-    try:
+    with loader:
         return next(iter(loader))
-    finally:
-        loader.close()
 
 
 def write_batch(config: InspectConfig) -> tuple[int, int]:

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from strata.config import dotted, plain
 from strata.dataload.faults import Fault, SampleFaultError
-from strata.dataload.loader import Batch, TrainLoader, open_plan
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import Ballot, World, all_equal, any_true, barrier, lost_peer
 from strata.errors import CheckpointError, LostPeerError, NotFiniteError, NotSavedError
-from strata.files import FolderLock
+from strata.files import FolderLock, open_atomic
 from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
@@ -50,7 +51,7 @@ _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed
 """Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
-    *("data.shards", "probe.gallery", "probe.query"),
+    *("data.shards", "probe.train", "probe.test"),
 )
 
 
@@ -204,12 +205,12 @@ class Trainer:
             device=self.device,
             epochs=(self.state.epoch, schedule.epochs),
             start_step=self.state.epoch_step,
-            wants_long=lambda e: self.config.method.wants_long(phase_at(schedule, e).stage),
+            recipe=self._recipe(),
         )
         limit_s = self.config.engine.world_timeout_s
         advice = "look for a dead rank or a hanging file system, or raise engine.world_timeout_s"
         try:
-            with StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
+            with loader, StopSignals() as stop, Watchdog(limit_s, advice) as watchdog:
                 self._steps(loader, stop, watchdog)
                 self._clock.progress.enter("end")
                 watchdog.beat("writing the last checkpoint")
@@ -232,13 +233,18 @@ class Trainer:
         finally:
             self._garbage.close()
             self._saver.close()
-            loader.close()
             self.monitor.close()
             if self._progress is not None:
                 self._progress.close()
         if self._stopped:
             self.metrics.record("stopped", step=self.state.step)
         return not self._stopped
+
+    def _recipe(self) -> PretrainingRecipe:
+        schedule, method = self.config.schedule, self.config.method
+        return PretrainingRecipe(
+            self.config.data.clips, lambda e: method.wants_long(phase_at(schedule, e).stage)
+        )
 
     def _steps(self, loader: TrainLoader, stop: StopSignals, watchdog: Watchdog) -> None:
         """Train until the end or until a rank gets a stop signal, then start the last save."""
@@ -370,14 +376,10 @@ class Trainer:
             device=self.device,
             epochs=(report.epoch, report.epoch + 1),
             start_step=report.epoch_step,
-            wants_long=lambda e: self.config.method.wants_long(
-                phase_at(self.config.schedule, e).stage
-            ),
+            recipe=self._recipe(),
         )
-        try:
+        with loader:
             batch = next(iter(loader))
-        finally:
-            loader.close()
         folder = self.config.run / "bad-batches"
         path = folder / f"step-{report.step:09d}-rank-{self.world.rank}.safetensors"
         tensors = {"short": batch.short, "samples": torch.from_numpy(batch.samples)}
@@ -385,7 +387,8 @@ class Trainer:
             tensors["long"] = batch.long
         try:
             folder.mkdir(exist_ok=True)
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+            with open_atomic(path, sync=False) as out:
+                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, out.name)
         except (OSError, SafetensorError) as error:
             logger.warning("the batch of rank %d cannot be written: %s", self.world.rank, error)
             return

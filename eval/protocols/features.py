@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from strata.dataload.classification import check_labels
+from strata.dataload.labels import check_labels
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError

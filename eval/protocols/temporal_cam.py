@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
@@ -258,11 +259,9 @@ def video_cam(
         stride=clips.stride,
         samples=[sample],
     )
-    try:
+    with loader:
         (batch,) = loader
-        (numbers,) = loader.frames_of([sample])
-    finally:
-        loader.close()
+    (numbers,) = loader.frames_of([sample])
     pixels = batch.clips[0]
     heat, logits = [], []
     for backwards in (False, True):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
-from strata.dataload.pipeline import ViewSlice, video_decoder_fault
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
+from strata.dataload.pipeline import GpuPipeline, ViewSlice, video_decoder_fault
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_strip, decode_video, reference_view
 from strata.distributed import World
 from strata.format.schema import NormalForm
@@ -43,16 +45,21 @@ def test_every_operation_agrees_with_the_reference(name: str, maps: bool, decode
         [strip],
         [parameters],
         (cut,),
+        GpuPipeline,
         decode=decode,
         augment="gpu",
         device_id=0,
         colour_maps=maps,
     )
-    want = reference_view(decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True)
+    want = reference_view(
+        decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True, one_pass=True
+    )
     gap = np.abs(got[0].astype(int) - want.astype(int))
     assert gap.mean() <= (0.3 if decode == "cpu" else 1.5)
     # nvJPEG upsamples chroma in its own way, which shows at edges of colour.
-    assert gap.max() <= (3 if decode == "cpu" else 64)
+    assert gap[:, 1:-1, 1:-1].max() <= (3 if decode == "cpu" else 64)
+    # At the border DALI repeats the crop's edge, see tests/unit/dataload/test_pipeline.py.
+    assert gap.max() <= (6 if decode == "cpu" else 64)
 
 
 def test_devices_give_the_same_views_of_the_same_frames():
@@ -64,8 +71,11 @@ def test_devices_give_the_same_views_of_the_same_frames():
     )
     cuts = (ViewSlice(0, FRAMES),)
     (on_cpu,) = run_graph(strips, [both], cuts)
-    (on_gpu,) = run_graph(strips, [both], cuts, augment="gpu", device_id=0, colour_maps=True)
-    assert np.abs(on_cpu.astype(int) - on_gpu.astype(int)).max() <= 3
+    (on_gpu,) = run_graph(
+        strips, [both], cuts, GpuPipeline, augment="gpu", device_id=0, colour_maps=True
+    )
+    gap = np.abs(on_cpu.astype(int) - on_gpu.astype(int))
+    assert gap[:, :, 1:-1, 1:-1].max() <= 3
 
 
 @pytest.mark.parametrize("choice", ["host", "device"])
@@ -81,10 +91,8 @@ def test_batches_from_a_cache_are_those_of_the_cpu_decoder(choice, shards: Path)
             device=torch.device("cuda", 0),
             epochs=(0, 2),
         )
-        try:
+        with loader:
             return list(loader)
-        finally:
-            loader.close()
 
     plain, kept = batches(decode="cpu"), batches(cache=choice)
     assert len(plain) == 12
@@ -117,8 +125,8 @@ def test_video_is_decoded_as_the_reference_does(codec, tmp_path: Path):
         num_clips=1,
         stride=1,
     )
-    batch = next(iter(loader))
-    loader.close()
+    with loader:
+        batch = next(iter(loader))
     left = (VIDEO_WIDTH - VIDEO_HEIGHT) // 2
     for row in range(4):
         whole = decode_video(np.frombuffer(reader.member(row, "000.mp4"), np.uint8))

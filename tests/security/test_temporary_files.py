@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from strata.dataload.loader import DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 
 
@@ -24,11 +26,7 @@ def test_the_graph_leaves_no_generated_source(
         world=World(),
         device=torch.device("cpu"),
         epochs=(0, 1),
-        start_step=0,
-        wants_long=lambda epoch: True,
     )
-    try:
+    with loader:
         next(iter(loader))
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-    finally:
-        loader.close()

@@ -1,11 +1,14 @@
 """Helper of the training loader's tests: the batches of one rank."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import World
 
 SEED = 5
@@ -18,9 +21,9 @@ def batches(
     epochs: tuple[int, int] = (0, 2),
     start_step: int = 0,
     count: int | None = None,
-    **options,
+    wants_long: Callable[[int], bool] = lambda _: True,
 ) -> list[Batch]:
-    """Load all or `count` batches of a rank; `options` are passed to the loader."""
+    """Load all or `count` batches of a rank."""
     reader = ShardReader(config.shards)
     loader = TrainLoader(
         reader,
@@ -30,9 +33,7 @@ def batches(
         device=torch.device("cpu"),
         epochs=epochs,
         start_step=start_step,
-        **options,
+        recipe=PretrainingRecipe(config.clips, wants_long),
     )
-    try:
+    with loader:
         return list(itertools.islice(loader, count))
-    finally:
-        loader.close()

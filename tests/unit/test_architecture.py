@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,14 +113,14 @@ def test_the_launchers_environment_has_one_reader():
     assert readers == {"strata/launch.py"}
 
 
-def test_packages_are_the_folders_but_for_the_benchmarks():
+def test_packages_are_the_folders_and_the_recipes():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {}
     for top in ("strata", *STAGES):
         for init in (ROOT / top).rglob("__init__.py"):
             parts = init.parent.relative_to(ROOT).parts
             folders[".".join(parts if top == "strata" else ("strata", *parts))] = "/".join(parts)
-    del folders["strata.tools.benchmarks"]
+    folders["strata.configs"] = "configs"
     assert set(settings["packages"]) == set(folders)
     assert settings["package-dir"] == folders
 
@@ -140,43 +139,6 @@ def test_imports_work_from_any_folder(tmp_path: Path):
     command = [sys.executable, "-c", "import strata.train.models.backbones as b; print(b.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("train/models/backbones.py")
-
-
-def test_the_wheel_adds_one_top_level_name(tmp_path: Path):
-    copy = tmp_path / "copy"
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.splitlines()
-    if not names:
-        pytest.skip("not a git checkout: which files belong to the project is not known")
-    for name in names:
-        source = ROOT / name
-        if source.is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes(source.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    built = subprocess.run(
-        [*command, "--wheel-dir", str(tmp_path), str(copy)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        inside = archive.namelist()
-    top = {name.split("/")[0] for name in inside}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"strata"}
-    assert "strata/py.typed" in inside
-    assert "strata/telemetry/catalogue.toml" in inside
-    assert "strata/eval/report.html.j2" in inside
-    assert "strata/train/losses/graph.py" in inside
-    assert "strata/dataload/pipeline.py" in inside
-    assert not [name for name in inside if "benchmarks" in name]
 
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")

@@ -15,8 +15,10 @@ import xxhash
 from PIL import Image
 
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.format.schema import Manifest, NormalForm, SampleFacts, ShardEntry, SourceRow
 from strata.preprocess.audit import check_folder
@@ -142,8 +144,8 @@ def test_what_another_program_wrote_is_sound_and_read(
         device=torch.device("cpu"),
         epochs=(0, 1),
     )
-    (batch,) = list(loader)
-    loader.close()
+    with loader:
+        (batch,) = list(loader)
     assert sorted(batch.samples.tolist()) == list(range(5))
 
 

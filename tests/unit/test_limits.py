@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from strata.dataload import loader
+from strata.dataload import graphs
+from strata.dataload.config import DataConfig
 from strata.dataload.reader import ShardReader
 from strata.limits import usable_cpus
 from strata.preprocess.settings import ShardSettings
@@ -102,12 +103,12 @@ def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loader_threads_by_default(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "usable_cpus", lambda: 6)
+    monkeypatch.setattr(graphs, "usable_cpus", lambda: 6)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    config = loader.DataConfig(shards=shards / "train")
+    config = DataConfig(shards=shards / "train")
     reader = ShardReader(shards / "train")
     for ranks, threads in (("1", 6), ("4", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert loader._GraphMaker(reader, config, torch.device("cpu")).threads == threads
+        assert graphs.GraphMaker(reader, config, torch.device("cpu")).threads == threads
     monkeypatch.delenv("LOCAL_WORLD_SIZE")

@@ -29,9 +29,11 @@ from torch import Tensor
 
 from strata.counter_random import Stream, uniforms
 from strata.dataload.clips import training_window
+from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import CodedWindows, read_windows
-from strata.dataload.loader import DataConfig, TrainLoader, open_plan
+from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.format.schema import NormalForm, checksum, segment_ext
 from strata.limits import usable_cpus
@@ -164,7 +166,7 @@ class StrataContender:
             world=World(),
             device=device,
             epochs=(0, _FOREVER),
-        )
+        ).start()
         self._batches = iter(self._loader)
 
     def next(self) -> tuple[Tensor, ...]:

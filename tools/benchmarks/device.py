@@ -20,9 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, TrainLoader, open_plan
-from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from strata.dataload.config import DataConfig
+from strata.dataload.cpu_pipeline import open_pipeline
+from strata.dataload.loader import TrainLoader
+from strata.dataload.pipeline import GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.limits import usable_cpus
 from strata.tools.benchmarks import train as bench_train
@@ -236,8 +239,8 @@ class _Bench:
                     device_id=0 if self.on_gpu else None,
                     num_threads=threads,
                 )
-                graph = ClipPipeline(spec)
-                rate = self.rate(lambda g=graph: g.run(self.strips, parameters), batch)
+                graph = open_pipeline(spec)
+                rate = self.rate(lambda g=graph: g.start(self.strips, parameters)(), batch)
                 places_of = {"decode": decode, "augment": augment, "threads": threads}
                 self.record("graph", **places_of, samples_per_s=rate)
 
@@ -261,9 +264,9 @@ class _Bench:
                 device=self.device,
                 epochs=(0, 1_000_000),
             )
-            batches = iter(loader)
-            rate = self.rate(lambda b=batches: next(b), batch)
-            loader.close()
+            with loader:
+                batches = iter(loader)
+                rate = self.rate(lambda b=batches: next(b), batch)
             self.record("loader", decode=decode, batch=batch, samples_per_s=rate)
 
     def step(self) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strata.dataload.loader import Batch, DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.convolutions import sound_convolutions
@@ -111,10 +113,8 @@ def measure_precisions(
     )
     plan = open_plan(reader, config.data, 0)
     loader = TrainLoader(reader, config.data, plan, world=World(), device=device, epochs=(0, 1))
-    try:
+    with loader:
         first = next(iter(loader))
-    finally:
-        loader.close()
     precisions = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
     for stage in stages:
         exact: dict[str, Tensor] = {}

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from strata.config import parse_config, plain
-from strata.dataload.loader import Batch, TrainLoader, open_plan
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.limits import usable_cpus
 from strata.tools.benchmarks.measure import (
@@ -49,7 +50,7 @@ from strata.train.method.schedules import phase_at
 
 __all__ = ["main"]
 
-_RECIPE = Path(__file__).resolve().parents[2] / "configs/pretrain/ucf101_r3d18_release.yaml"
+_RECIPE = "ucf101_r3d18_release"
 _ENDLESS = 1_000_000
 
 
@@ -118,7 +119,7 @@ class _Task:
         }
         flags = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
         self.config = parse_config(
-            TrainConfig, ["--config", str(_RECIPE), *flags], prog="published", description=""
+            TrainConfig, ["--config", _RECIPE, *flags], prog="published", description=""
         )
         # The stage in which every term is computed.
         self.phase = phase_at(self.config.schedule, self.config.schedule.second_stage_epoch)
@@ -194,7 +195,7 @@ class _Strata:
             world=World(),
             device=task.device,
             epochs=(0, _ENDLESS),
-        )
+        ).start()
         return iter(self._loader)
 
     def close(self) -> None:

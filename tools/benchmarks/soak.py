@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, TrainLoader, open_plan
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.format.schema import NormalForm
 from strata.preprocess.datasets.folder import find_folder
@@ -99,23 +101,19 @@ def _loader(shards: Path, batch: int, clip_frames: int) -> TrainLoader:
 
 def soak(shards: Path, *, batches: int, every: int, batch: int, frames: int) -> Iterator[Reading]:
     """Take a reading after each `every` of `batches` batches."""
-    loader = _loader(shards, batch, frames)
-    try:
+    with _loader(shards, batch, frames) as loader:
         for count, _ in enumerate(loader, start=1):
             if count % every == 0:
                 yield Reading.now(count)
             if count == batches:
                 return
-    finally:
-        loader.close()
 
 
 def reopen(shards: Path, *, loaders: int, every: int, batch: int, frames: int) -> Iterator[Reading]:
     """Take a reading after each `every` of `loaders` that are opened, used and closed."""
     for count in range(1, loaders + 1):
-        loader = _loader(shards, batch, frames)
-        next(iter(loader))
-        loader.close()
+        with _loader(shards, batch, frames) as loader:
+            next(iter(loader))
         if count % every == 0:
             yield Reading.now(count)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from strata.dataload.clips import ClipSpec
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
 from strata.errors import ConfigError, ShardError
@@ -121,7 +122,7 @@ def over_videos(
     samples: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {}
     hidden = shown is None or not world.is_first
-    try:
+    with loader:
         for batch in tqdm(loader, total=len(loader), desc=shown, disable=hidden):
             for name, value in compute(batch.clips).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy()[batch.valid])
@@ -132,8 +133,6 @@ def over_videos(
                 metrics.add("strata_clips_total", num * clips.num_clips * clips.num_crops)
                 metrics.add("strata_frames_decoded_total", batch.frames_decoded)
                 metrics.add("strata_bytes_read_total", batch.bytes_read)
-    finally:
-        loader.close()
     mine = {name: np.concatenate(rows) for name, rows in parts.items()}
     gathered = gather_objects((np.concatenate(samples), mine))
     order = np.concatenate([s for s, _ in gathered])

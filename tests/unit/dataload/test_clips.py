@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.clips import ClipSpec, evaluation_clips, training_clip, training_window
 from strata.errors import ConfigError
 
 
@@ -66,3 +66,15 @@ def test_evaluation_clips_span_the_video():
 def test_settings_out_of_range_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         ClipSpec(**changes)
+
+
+@pytest.mark.parametrize(("clip_frames", "stride"), [(8, 1), (16, 2), (16, 4), (40, 1)])
+def test_a_classifiers_clip_starts_at_every_place_where_it_fits(clip_frames: int, stride: int):
+    frames, draws = np.full(1000, 40), np.arange(1000) / 1000
+    got = training_clip(frames, draws, clip_frames=clip_frames, stride=stride)
+    last = max(40 - (clip_frames - 1) * stride - 1, 0)
+    assert sorted(set(got[:, 0].tolist())) == list(range(last + 1))
+    counts = np.bincount(got[:, 0])
+    assert counts.max() - counts.min() <= 1
+    want = np.minimum(got[:, :1] + stride * np.arange(clip_frames), 39)
+    np.testing.assert_array_equal(got, want)

@@ -11,10 +11,12 @@ import torch
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, refuse_mixed_payloads
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, open_plan
+from strata.dataload.loader import Batch, EvaluationLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_video, reference_view
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
@@ -107,8 +109,8 @@ def test_evaluation_shows_the_frames_it_should(folders: dict[str, Path], codec: 
     loader = EvaluationLoader(
         reader, config, world=World(), device=CPU, videos_per_batch=3, num_clips=2, stride=3
     )
-    batch = next(iter(loader))
-    loader.close()
+    with loader:
+        batch = next(iter(loader))
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
     frames = evaluation_clips(reader.num_frames[:3], num_clips=2, clip_frames=16, stride=3)
     # A clip of 46 frames ends beyond these videos: their last frame repeats.

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from strata.dataload.config import DataConfig
 from strata.dataload.faults import Fault, FaultLog, SampleFaultError, replace_faulty
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 
@@ -59,12 +61,10 @@ def stream(
         device=CPU,
         epochs=(0, 2),
         start_step=start_step,
-        wants_long=lambda _: False,
+        recipe=PretrainingRecipe(config.clips, lambda _: False),
     )
-    try:
+    with loader:
         yield from loader
-    finally:
-        loader.close()
 
 
 @pytest.mark.parametrize("how", ["header", "decoder"])
@@ -139,9 +139,8 @@ def test_evaluation_replaces_nothing(folder: Path):
         num_clips=2,
         stride=1,
     )
-    with pytest.raises(SampleFaultError, match="1 sample failed to decode: video-0003"):
+    with loader, pytest.raises(SampleFaultError, match="1 sample failed to decode: video-0003"):
         list(loader)
-    loader.close()
 
 
 def test_a_replacement_is_never_a_faulty_sample():

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import read_windows
 from strata.dataload.faults import SampleFaultError
 from strata.dataload.frame_cache import FrameCache
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader, TrainLoader, open_plan
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import World
 from strata.errors import ShardError
 from strata.format.manifest import read_manifest
@@ -116,12 +118,12 @@ def batches(folder: Path, max_faults: int, **changes: Any) -> Iterator[Batch]:
         world=World(),
         device=CPU,
         epochs=(0, 2),
-        wants_long=lambda _: False,
+        recipe=PretrainingRecipe(config.clips, lambda _: False),
     )
     try:
-        yield from loader
+        with loader:
+            yield from loader
     finally:
-        loader.close()
         reader.close()
 
 
@@ -179,9 +181,8 @@ def test_a_picture_of_another_size_is_a_fault_like_any_other(old: Path, edit: st
         num_clips=2,
         stride=1,
     )
-    with pytest.raises(SampleFaultError, match="1 sample failed to decode: video-0005"):
+    with loader, pytest.raises(SampleFaultError, match="1 sample failed to decode: video-0005"):
         list(loader)
-    loader.close()
     assert any("video-0005: " in fault for fault in check_folder(old, decode=0))
 
 

@@ -12,12 +12,13 @@ from webdataset.writer import ShardWriter
 
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import centre_crop, draw_view
-from strata.dataload.classification import LabelledLoader, LabelledSpec, labelled_plan
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
+from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, read_windows
-from strata.dataload.loader import Batch, DataConfig, EvaluationLoader
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import ClassificationRecipe, open_plan
 from strata.dataload.reference import reference_view
 from strata.distributed import World
 from strata.errors import ConfigError, ShardError
@@ -128,8 +129,8 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
     loader = EvaluationLoader(
         reader, config, world=World(), device=CPU, videos_per_batch=3, num_clips=2, stride=2
     )
-    batch = next(iter(loader))
-    loader.close()
+    with loader:
+        batch = next(iter(loader))
     # Decoded once for both clips, and not beyond the last frame.
     assert batch.frames_decoded <= sum(reader.num_frames[:3])
     crop = centre_crop(1, height=HEIGHT, width=WIDTH)
@@ -144,11 +145,13 @@ def test_evaluation_shows_the_frames_it_should(folder: Path):
 
 def test_a_classifier_gets_its_clips(folder: Path):
     reader, config = ShardReader(folder), config_for(folder)
-    spec = LabelledSpec(clip_frames=16, stride=1)
-    plan = labelled_plan(reader, config, SEED)
-    loader = LabelledLoader(reader, config, plan, spec, world=World(), device=CPU, epochs=(0, 1))
-    first = next(iter(loader))
-    loader.close()
+    recipe = ClassificationRecipe(clip_frames=16, stride=1)
+    plan = open_plan(reader, config, SEED, recipe)
+    loader = TrainLoader(
+        reader, config, plan, world=World(), device=CPU, epochs=(0, 1), recipe=recipe
+    )
+    with loader:
+        first = next(iter(loader))
     assert first.short.shape == (2, 1, 16, 32, 32, 3)
 
 

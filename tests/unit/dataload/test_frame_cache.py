@@ -11,7 +11,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
 from strata.dataload import frame_cache as cache_module
-from strata.dataload.classification import LabelledLoader, LabelledSpec, labelled_plan
+from strata.dataload.config import DataConfig
 from strata.dataload.faults import SampleFaultError
 from strata.dataload.frame_cache import (
     CacheChoice,
@@ -20,8 +20,9 @@ from strata.dataload.frame_cache import (
     decode_planes,
     to_rgb,
 )
-from strata.dataload.loader import Batch, DataConfig
+from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import ClassificationRecipe, open_plan
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.format.schema import NormalForm
@@ -122,19 +123,18 @@ def test_videos_of_several_segments(tmp_path: Path):
 def test_a_classifiers_clips_are_the_same(shards: Path):
     def clips(cache: CacheChoice) -> list[torch.Tensor]:
         config, reader = config_for(shards / "train", cache), ShardReader(shards / "train")
-        loader = LabelledLoader(
+        recipe = ClassificationRecipe(clip_frames=8, stride=2)
+        loader = TrainLoader(
             reader,
             config,
-            labelled_plan(reader, config, SEED),
-            LabelledSpec(clip_frames=8, stride=2),
+            open_plan(reader, config, SEED, recipe),
             world=World(),
             device=CPU,
             epochs=(0, 2),
+            recipe=recipe,
         )
-        try:
+        with loader:
             return [b.short for b in loader]
-        finally:
-            loader.close()
 
     plain, kept = clips("none"), clips("host")
     assert len(plain) == 12

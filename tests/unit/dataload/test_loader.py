@@ -13,16 +13,12 @@ import torch
 from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import draw_view
 from strata.dataload.clips import ClipSpec, training_window
-from strata.dataload.loader import (
-    Batch,
-    DataConfig,
-    EvaluationLoader,
-    TrainLoader,
-    open_plan,
-)
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
 from strata.dataload.pipeline import ViewSlice
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_strip, reference_view
 from strata.distributed import World
 from strata.errors import EXIT_LOST_PEER, ConfigError, ShardError, StallError
@@ -66,8 +62,10 @@ def test_batches_are_those_of_the_reference(shards: Path):
             want = reference_view(frames, cut, parameters, row, 32, photometric=True)
             got = batch.short[row, view] if view < 2 else batch.long[row]
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
+            # Colour enlarges a difference of 1 in the resize.
             assert gap.max() <= 4
-            assert gap.mean() <= 0.6
+            assert (gap > 1).mean() <= 0.03
+            assert gap.mean() <= 0.3
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -134,7 +132,7 @@ def test_three_epochs_show_every_sample_once_each(shards: Path):
         assert sorted(seen.tolist()) == list(range(24))
 
 
-def test_closing_a_loader_that_nobody_asked_ends_its_threads(shards: Path):
+def test_threads_live_from_the_start_to_the_close(shards: Path):
     reader = ShardReader(shards / "train")
     config = config_for(shards / "train")
     before = threading.active_count()
@@ -146,8 +144,11 @@ def test_closing_a_loader_that_nobody_asked_ends_its_threads(shards: Path):
         device=CPU,
         epochs=(0, 1000),
     )
-    assert threading.active_count() > before
-    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match=r"call start\(\) first"):
+        next(iter(loader))
+    with loader:
+        assert threading.active_count() > before
     assert threading.active_count() == before
 
 
@@ -175,11 +176,11 @@ def test_evaluation_takes_every_sample_once_on_any_number_of_ranks(shards: Path)
             stride=1,
         )
         found = {}
-        for batch in loader:
-            for row in np.flatnonzero(batch.valid):
-                assert int(batch.samples[row]) not in found
-                found[int(batch.samples[row])] = batch.clips[row]
-        loader.close()
+        with loader:
+            for batch in loader:
+                for row in np.flatnonzero(batch.valid):
+                    assert int(batch.samples[row]) not in found
+                    found[int(batch.samples[row])] = batch.clips[row]
         return found
 
     alone, first, second = clips(0, 1), clips(0, 2), clips(1, 2)
@@ -217,7 +218,7 @@ def test_a_late_batch_ends_the_run_with_stacks(capfd: pytest.CaptureFixture[str]
         yield 1
         let_go.wait(30)
 
-    prefetcher = Prefetcher(stuck(), depth=1, stall_s=0.5)
+    prefetcher = Prefetcher(stuck(), depth=1, stall_s=0.5).start()
     assert next(prefetcher) == 1
     with pytest.raises(StallError, match=r"no batch for 0\.5 s") as found:
         next(prefetcher)
@@ -249,14 +250,14 @@ def test_an_error_of_the_source_reaches_the_consumer():
         yield 1
         raise ShardError("sample x: broken")
 
-    prefetcher = Prefetcher(failing(), depth=1, stall_s=5)
+    prefetcher = Prefetcher(failing(), depth=1, stall_s=5).start()
     assert next(prefetcher) == 1
     with pytest.raises(ShardError, match="sample x: broken"):
         next(prefetcher)
 
 
 def test_closing_early_ends_the_thread():
-    prefetcher = Prefetcher(iter(range(1000)), depth=2, stall_s=5)
+    prefetcher = Prefetcher(iter(range(1000)), depth=2, stall_s=5).start()
     assert next(prefetcher) == 0
     before = time.monotonic()
     prefetcher.close()

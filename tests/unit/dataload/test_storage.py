@@ -15,8 +15,9 @@ import pytest
 
 from strata.dataload import reader as reader_module
 from strata.dataload import transfer
-from strata.dataload.loader import DataConfig, open_plan
+from strata.dataload.config import DataConfig
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ConfigError, ShardError
 

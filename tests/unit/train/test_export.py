@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from strata.config import plain
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.errors import CheckpointError, ConfigError
 from strata.tools.export import main
 from strata.train.config import TrainConfig

@@ -6,7 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
-from strata.dataload.loader import DataConfig, EvaluationLoader
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
@@ -139,9 +140,9 @@ def single_maps(backbone, reader: ShardReader, clips: VideoClips, weight: np.nda
         stride=clips.stride,
         samples=[1],
     )
-    (batch,) = loader
+    with loader:
+        (batch,) = loader
     (numbers,) = loader.frames_of([1])
-    loader.close()
     assert batch.samples.tolist() == [1]
     maps = activation_maps(backbone, batch.clips[0], weight, "mid", backwards=False)
     wide = functional.interpolate(maps[:, None], size=(16, 32, 32), mode="trilinear")

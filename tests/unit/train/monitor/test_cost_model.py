@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.train.config import TrainConfig
 from strata.train.engine import EngineConfig
 from strata.train.method.model import VideoModel

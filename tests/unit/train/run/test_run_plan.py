@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from strata.config import parse_config
-from strata.dataload.loader import open_plan
 from strata.dataload.reader import ShardReader
+from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.main import main
