@@ -38,7 +38,8 @@ class Prometheus:
     Args:
         folder: For its configuration and data.
         interval: Of scrapes, rules and refreshes.
-        hold: Replaces how long each alert must hold before it fires; "" leaves it.
+        hold: Replaces how long alerts must hold before they fire, up to those of 10 minutes;
+            "" leaves it.
     """
 
     def __init__(self, folder: Path, *, interval: str = "2s", hold: str = "") -> None:
@@ -47,7 +48,8 @@ class Prometheus:
         shutil.copytree(ROOT / "monitoring" / "rules", folder / "rules")
         alerts = folder / "rules" / "alerts.yml"
         if hold:
-            alerts.write_text(re.sub(r"(?m)^(    for: ).*$", rf"\g<1>{hold}", alerts.read_text()))
+            short = r"(?m)^(    for: )(?:\d+s|[1-9]m|10m)$"
+            alerts.write_text(re.sub(short, rf"\g<1>{hold}", alerts.read_text()))
         settings = (ROOT / "monitoring" / "prometheus.yml").read_text()
         for slow in ("scrape_interval: 5s", "evaluation_interval: 15s", "refresh_interval: 5s"):
             assert slow in settings
