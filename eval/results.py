@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -345,7 +344,6 @@ class EvaluationResult:
         }
 
 
-@cache
 def classified(
     accuracy: Accuracy,
     space: ClassSpace,

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def commit() -> str:
     """The code's commit, where it runs from a checkout."""
     asked = subprocess.run(

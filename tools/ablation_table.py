@@ -11,6 +11,7 @@ import strata
 from strata.code_digest import commit
 from strata.errors import ConfigError
 from strata.eval.protocols.pixels import PIXEL_MAPS
+from strata.eval.report import page_of
 from strata.eval.summary import set_sizes
 from strata.files import write_atomic
 from strata.logs import read_json_lines
@@ -407,10 +408,45 @@ def _settings_text(grid: Mapping[str, Any], row: str) -> str:
     return f"`{own['pretrain'] or grid['pretrain']}`" + (f" with {settings}" if settings else "")
 
 
-def _page(summary: Mapping[str, Any]) -> str:
+def _pretrained_on(summary: Mapping[str, Any], quote: str) -> str:
+    """The data and the settings that all rows share, in words."""
     grid = summary["grid"]
     seeds = ", ".join(map(str, grid["seeds"]))
-    shared = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in grid["set"].items())
+    shared = ", ".join(f"{quote}{k}{quote} {json.dumps(v)}" for k, v in grid["set"].items())
+    return (
+        f"Pretrained on {quote}{grid['shards']}{quote}{f' with {shared}' if shared else ''}, seeds "
+        f"{seeds}. A seed decides the pretraining's weights, order and augmentation, or the "
+        "untrained weights; what an evaluation draws itself is the same for all."
+    )
+
+
+def _protocols(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each evaluation, and its protocol in words; by row where rows differ."""
+    found: list[tuple[str, str]] = []
+    for name, evaluation in summary["evaluations"].items():
+        texts = dict.fromkeys(evaluation["in_words"].values())
+        if len(texts) <= 1:
+            found += [(name, text) for text in texts]
+        else:
+            found += [(f"{name}, {row}", text) for row, text in evaluation["in_words"].items()]
+    return found
+
+
+def _missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Runs that are not complete, and why."""
+    return [(r["name"], r["reason"]) for r in summary["runs"] if r["status"] != "whole"]
+
+
+def _footer(summary: Mapping[str, Any]) -> str:
+    measured = ", ".join(summary["commits"]) or "nothing yet"
+    return (
+        f"Strata {summary['strata']}, measured by {measured}; {summary['total_s']:.0f} s in all. "
+        "All figures of all runs: ablation.json."
+    )
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    grid = summary["grid"]
     lines = [
         *(f"{text}\n" for text in _incomplete(summary)),
         f"# {summary['title']}",
@@ -419,47 +455,51 @@ def _page(summary: Mapping[str, Any]) -> str:
         "",
         _markdown(_figures(summary)),
         "",
-        f"Pretrained on `{grid['shards']}`{f' with {shared}' if shared else ''}, seeds {seeds}. A "
-        "seed decides the pretraining's weights, order and augmentation, or the untrained weights; "
-        "what an evaluation draws itself is the same for all.",
+        _pretrained_on(summary, "`"),
         "",
         *(f"- {row}: {_settings_text(grid, row)}" for row in grid["rows"]),
         "",
         "## Protocols",
         "",
+        *(f"- {name}: {text}" for name, text in _protocols(summary)),
     ]
-    for name, evaluation in summary["evaluations"].items():
-        texts = dict.fromkeys(evaluation["in_words"].values())
-        if len(texts) <= 1:
-            lines += [f"- {name}: {text}" for text in texts]
-        else:
-            lines += [f"- {name}, {row}: {t}" for row, t in evaluation["in_words"].items()]
     healths = _healths(summary)
     if healths:
         lines += ["", "## Health at the end of pretraining", "", _markdown(healths)]
-    missing = [r for r in summary["runs"] if r["status"] != "whole"]
+    missing = _missing(summary)
     if missing:
-        lines += ["", "## Not whole", ""]
-        lines += [f"- {r['name']}: {r['reason']}" for r in missing]
-    lines += [
-        "",
-        f"Strata {summary['strata']}, measured by {', '.join(summary['commits']) or 'nothing yet'};"
-        f" {summary['total_s']:.0f} s in all. All figures of all runs: ablation.json.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines += ["", "## Not whole", "", *(f"- {name}: {reason}" for name, reason in missing)]
+    return "\n".join([*lines, "", _footer(summary)]) + "\n"
+
+
+def _html(summary: Mapping[str, Any]) -> str:
+    """The same as a page for a browser."""
+    grid, healths, missing = summary["grid"], _healths(summary), _missing(summary)
+    spread = f"Mean ± {_spread(grid)[1]}"
+    tables = [("", f"{spread}, in %.", _figures(summary))]
+    if healths:
+        tables.append(("Health at the end of pretraining", f"{spread}.", healths))
+    rows = [(row, _settings_text(grid, row).replace("`", "")) for row in grid["rows"]]
+    lists = [("Rows", rows), ("Protocols", _protocols(summary))]
+    return page_of(
+        "ablation.html.j2",
+        title=summary["title"],
+        incomplete=list(_incomplete(summary)),
+        tables=tables,
+        lists=[*lists, ("Not complete", missing)] if missing else lists,
+        footer=f"{_pretrained_on(summary, '')} {_footer(summary)}",
+    )
 
 
 def write_tables(out: Path, summary: Mapping[str, Any]) -> str:
-    """Write `ablation.json` and `ablation.md`.
+    """Write `ablation.json`, `ablation.md` and `ablation.html`.
 
     Returns:
         The table for a terminal.
     """
     write_json(out / "ablation.json", summary)
-    page = out / "ablation.md"
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(_page(summary), encoding="utf-8")
-    temporary.replace(page)
+    write_atomic(out / "ablation.md", _page(summary), sync=False)
+    write_atomic(out / "ablation.html", _html(summary), sync=False)
     head = "".join(f"{text}\n" for text in _incomplete(summary))
     head += f"{summary['title']} (mean ± {_spread(summary['grid'])[1]}, %)"
     return f"{head}\n{_aligned(_figures(summary))}"

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["Alert", "load_alerts", "rules_file", "runbook"]
+__all__ = ["Alert", "load_alerts", "rule_groups", "rules_file", "rules_resource", "runbook"]
 
 _LIVE = {
     "run": "strata_finished == 0",
     "gpu": "strata_gpu_up",
 }
 """What there is only while an alert's subject is watched and has not finished."""
+_HEAD = "# Written by `python tools/dashboards.py` from monitoring/alerts.yaml. Do not edit.\n"
 _ON = {"run": "run", "gpu": "node, gpu"}
 
 
@@ -67,8 +68,10 @@ def _link(alert: Alert, uid: str, number: int) -> str:
     return f"/d/{uid}?viewPanel={number}{choice}"
 
 
-def rules_file(alerts: list[Alert], pages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of monitoring/rules/alerts.yml.
+def rule_groups(
+    alerts: list[Alert], pages: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The alerts as a group of Prometheus's rules.
 
     Args:
         alerts: In the order of the file.
@@ -92,9 +95,29 @@ def rules_file(alerts: list[Alert], pages: Mapping[str, Mapping[str, Any]]) -> s
             "__panelId__": str(number),
         }
         rules.append(rule)
-    head = "# Written by `python tools/dashboards.py` from monitoring/alerts.yaml. Do not edit.\n"
-    body = msgspec.yaml.encode({"groups": [{"name": "strata-alerts", "rules": rules}]})
-    return head + body.decode()
+    return [{"name": "strata-alerts", "rules": rules}]
+
+
+def rules_file(groups: list[dict[str, Any]]) -> str:
+    """The text of monitoring/rules/alerts.yml."""
+    return _HEAD + msgspec.yaml.encode({"groups": groups}).decode()
+
+
+def rules_resource(groups: list[dict[str, Any]], recording: Path) -> str:
+    """The text of monitoring/kubernetes/rules.yaml: all rules, for the Prometheus operator.
+
+    Args:
+        groups: The alerts.
+        recording: The file of recording rules.
+    """
+    recorded = msgspec.yaml.decode(recording.read_bytes(), type=dict[str, list[dict[str, Any]]])
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "strata"},
+        "spec": {"groups": [*recorded["groups"], *groups]},
+    }
+    return _HEAD + msgspec.yaml.encode(resource).decode()
 
 
 def runbook(alerts: list[Alert]) -> str:

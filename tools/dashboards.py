@@ -19,7 +19,13 @@ import msgspec
 from strata.config import parse_config
 from strata.errors import exit_with_one_line
 from strata.telemetry.catalogue import CATALOGUE
-from strata.tools.alerts import load_alerts, rules_file, runbook
+from strata.tools.alerts import (
+    load_alerts,
+    rule_groups,
+    rules_file,
+    rules_resource,
+    runbook,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "monitoring" / "grafana" / "dashboards"
@@ -371,13 +377,17 @@ def metrics_page() -> str:
 def files() -> dict[Path, str]:
     """The text of every generated file, by its path."""
     pages, alerts = dashboards(), load_alerts(ROOT / "monitoring" / "alerts.yaml")
+    groups, rules = rule_groups(alerts, pages), ROOT / "monitoring" / "rules"
     made = {
         FOLDER / f"{uid}.json": json.dumps(dashboard, indent=1) + "\n"
         for uid, dashboard in pages.items()
     }
     return {
         **made,
-        ROOT / "monitoring" / "rules" / "alerts.yml": rules_file(alerts, pages),
+        rules / "alerts.yml": rules_file(groups),
+        ROOT / "monitoring" / "kubernetes" / "rules.yaml": rules_resource(
+            groups, rules / "recording.yml"
+        ),
         ROOT / "docs" / "metrics.md": metrics_page(),
         ROOT / "docs" / "runbook.md": runbook(alerts),
     }

@@ -64,6 +64,8 @@ class RenderCommand:
     """Folder for `dashboard-<name>.png`."""
     minutes: float = 5.0
     """Length of the time axis, up to now."""
+    remark: str = ""
+    """A sentence on where the data come from, for the caption of each picture."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -215,12 +217,13 @@ def _marks(dashboard: dict[str, Any], ask: Ask) -> list[tuple[float, str]]:
     return found
 
 
-def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
+def draw(dashboard: dict[str, Any], ask: Ask, remark: str = "") -> Figure:
     """A dashboard as a figure of 1200 pixels' width.
 
     Args:
         dashboard: Grafana's JSON.
         ask: Answers its queries.
+        remark: Ends the caption.
 
     Raises:
         StrataError: A panel uses a reducer that cannot be drawn.
@@ -231,7 +234,7 @@ def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=_PAGE)
     FigureCanvasAgg(figure)
     figure.text(8 / width, 1 - 22 / height, dashboard["title"], color=_TEXT, fontsize=12)
-    figure.text(8 / width, 9 / height, CAPTION, color=_DIM, fontsize=7)
+    figure.text(8 / width, 9 / height, f"{CAPTION} {remark}".strip(), color=_DIM, fontsize=7)
     for panel in panels:
         grid = panel["gridPos"]
         left, wide = grid["x"] * _COLUMN, grid["w"] * _COLUMN - _GAP
@@ -280,7 +283,8 @@ def main(argv: Sequence[str]) -> None:
     for source in sorted(_DASHBOARDS.glob("*.json")):
         dashboard = json.loads(source.read_text(encoding="utf-8"))
         picture = command.out / f"dashboard-{source.stem}.png"
-        draw(dashboard, prometheus(command.url, command.minutes)).savefig(picture)
+        ask = prometheus(command.url, command.minutes)
+        draw(dashboard, ask, command.remark).savefig(picture)
         print(f"wrote {picture}")
 
 

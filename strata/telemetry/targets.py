@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strata.distributed import World, only_writer
-from strata.files import write_atomic
+from strata.distributed import World, broadcast_object
+from strata.errors import ConfigError
+from strata.files import FolderLock, write_atomic
 from strata.logs import get_logger
 from strata.telemetry.catalogue import Role
 from strata.telemetry.metrics import ExporterConfig
@@ -55,13 +56,23 @@ def only_run(config: ExporterConfig, run: str, role: Role, world: World) -> Iter
     """Refuse a second live run of the same name among those of a target folder. All ranks call it.
 
     Raises:
-        ConfigError: There is one, or the folder cannot be written.
+        ConfigError: There is one.
     """
     with ExitStack() as stack:
-        if config.file_sd is not None and config.port:
+        wrong = ""
+        if config.file_sd is not None and config.port and world.is_first:
             work, advice = f"called {run!r} ({role})", "set another --monitor.name"
             name = f".{_file_name(run, role)}.lock"
-            stack.enter_context(only_writer(config.file_sd, work, world, advice=advice, name=name))
+            try:
+                config.file_sd.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FolderLock(config.file_sd, work, ConfigError, advice, name))
+            except ConfigError as error:
+                wrong = str(error)
+            except OSError as error:
+                # Monitoring is not worth the run; that there is no target file is reported.
+                logger.debug("%s cannot be locked: %s", config.file_sd, error)
+        if wrong := broadcast_object(wrong):
+            raise ConfigError(wrong)
         yield
 
 
