@@ -66,6 +66,8 @@ class _SetOptions(NormalForm):
     """How pictures are stored."""
     samples_per_shard: int = ShardSettings.samples_per_shard
     """Samples in a shard."""
+    samples_per_part: int = ShardSettings.samples_per_part
+    """Samples that a worker makes at a time; the bytes do not depend on it."""
     read_back: ReadBack = ShardSettings.read_back
     """Frames that are decoded again and compared: every 8th, or all for a sixth more CPU time."""
     damaged: Damaged = ShardSettings.damaged
@@ -354,6 +356,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     settings = ShardSettings(
         form=NormalForm(**{f.name: getattr(options, f.name) for f in fields(NormalForm)}),
         samples_per_shard=options.samples_per_shard,
+        samples_per_part=options.samples_per_part,
         seed=options.seed,
         read_back=options.read_back,
         damaged=options.damaged,

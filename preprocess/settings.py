@@ -34,12 +34,12 @@ class ShardSettings:
     timeout_s: float = 300.0
     """Seconds without a packet, a frame or a segment after which a video counts as hung; a long or
     slow video does not."""
-    buffer_bytes: int = 1 << 30
-    """Bytes of finished members that may wait for a slower video before them."""
+    samples_per_part: int = 16
+    """Sources to a task; a shard is made of such parts, and its bytes do not depend on them."""
     slice_index: int = 0
-    """Which part of the shards to make, from 0."""
+    """Which slice of the parts to make, from 0."""
     slice_count: int = 1
-    """Number of parts; a part has the shards whose number modulo this is its index."""
+    """Number of slices; each has the parts of a range of places."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -49,6 +49,8 @@ class ShardSettings:
         """
         if self.samples_per_shard < 1:
             raise ConfigError(f"samples per shard is {self.samples_per_shard}; use 1 or more")
+        if self.samples_per_part < 1:
+            raise ConfigError(f"samples per part is {self.samples_per_part}; use 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
         if self.workers < 0:
