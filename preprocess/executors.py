@@ -1,10 +1,11 @@
-"""Where tasks run: in processes of this machine. One small interface, whatever is behind it.
+"""Where tasks run: processes of this machine, or a Ray cluster, behind one small interface.
 
 A task is a function of a module and one argument, both pickled. A process that dies costs its task
 alone. Python's own pools cannot say which task a dead process had and need /dev/shm, so the local
 one is made of pipes.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,16 @@ from typing import Any, Protocol
 
 from strata.errors import ConfigError, StrataError
 
-__all__ = ["Died", "Executor", "Failed", "LocalExecutor", "Outcome", "WorkerError", "run_alone"]
+__all__ = [
+    "Died",
+    "Executor",
+    "Failed",
+    "LocalExecutor",
+    "Outcome",
+    "RayExecutor",
+    "WorkerError",
+    "run_alone",
+]
 
 
 class WorkerError(RuntimeError):
@@ -194,6 +204,79 @@ class LocalExecutor:
     ) -> None:
         for worker in self._workers:
             worker.stop()
+
+
+class RayExecutor:
+    """A Ray cluster: each task takes one CPU of any node.
+
+    Args:
+        address: As `ray.init` takes it: `auto` for the cluster that this machine belongs to, a
+            host and port, `local` for one that is started here.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers.
+    """
+
+    def __init__(self, address: str) -> None:
+        # Ray would report its use to its makers.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(
+                "--executor ray needs the package ray: pip install 'strata-video[ray]', on all "
+                "nodes of the cluster"
+            ) from error
+        self._ray: Any = ray
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster at {address} ({error}); start one with `ray start --head`, or "
+                "correct --ray_address"
+            ) from error
+        self.slots = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        # Ray runs a task again if its node or process is lost; a second loss is the driver's.
+        self._remote: Any = ray.remote(num_cpus=1, max_retries=1)(outcome_of)
+        self._pending: dict[Any, int] = {}
+
+    def submit(self, key: int, call: Callable[[Any], Any], argument: Any) -> None:
+        """Queue a task."""
+        self._pending[self._remote.remote(call, argument)] = key
+
+    def results(self, timeout_s: float) -> list[tuple[int, Outcome]]:
+        """Wait for finished tasks.
+
+        Raises:
+            ConfigError: A node cannot run the task.
+        """
+        self._ray.wait(list(self._pending), timeout=timeout_s)
+        ready, _ = self._ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+        return [(self._pending.pop(reference), self._outcome(reference)) for reference in ready]
+
+    def _outcome(self, reference: Any) -> Outcome:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise ConfigError(
+                f"a node of the cluster cannot run Strata ({error.cause}); install the same "
+                "version on all nodes"
+            ) from error
+        except self._ray.exceptions.RayError:
+            return Died(None)
+
+    def __enter__(self) -> "RayExecutor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for reference in self._pending:
+            self._ray.cancel(reference, force=True)
+        self._ray.shutdown()
 
 
 def run_alone(call: Callable[[Any], Any], argument: Any) -> Outcome:

@@ -40,7 +40,14 @@ from strata.format.schema import (
 from strata.logs import get_logger
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.datasets.listing import is_ignored
-from strata.preprocess.executors import Died, Executor, Failed, LocalExecutor, Outcome
+from strata.preprocess.executors import (
+    Died,
+    Executor,
+    Failed,
+    LocalExecutor,
+    Outcome,
+    RayExecutor,
+)
 from strata.preprocess.part import (
     PROGRESS_FOLDER,
     JoinTask,
@@ -209,12 +216,20 @@ def shard_slice(
             total, left = builds.count()
             with (
                 open_progress(log, source_set.split, total, total - left, metrics) as progress,
-                LocalExecutor(settings.num_workers) as executor,
+                _executor(settings) as executor,
             ):
                 builds.run(executor, progress)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return True
+
+
+def _executor(settings: ShardSettings) -> Executor:
+    match settings.executor:
+        case "local":
+            return LocalExecutor(settings.num_workers)
+        case "ray":
+            return RayExecutor(settings.ray_address)
 
 
 @dataclass

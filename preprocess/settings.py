@@ -29,6 +29,10 @@ class ShardSettings:
     compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded completely."""
     damaged: Damaged = "reject"
     """Videos with damaged or missing frames: `reject` them, or `keep` what decodes, with a note."""
+    executor: Literal["local", "ray"] = "local"
+    """Whether processes of this machine or a Ray cluster make the parts."""
+    ray_address: str = "auto"
+    """Of the cluster, as `ray.init` takes it."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0

@@ -85,6 +85,11 @@ def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path)
         main(["merge", str(tmp_path / "a" / "train")])
 
 
+def array(task: int, count: int, first: int, step: int) -> dict[str, str]:
+    values = {"ID": task, "COUNT": count, "MIN": first, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
 @pytest.mark.parametrize(
     ("given", "environment", "expected"),
     [
@@ -93,6 +98,11 @@ def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path)
         (None, {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "9"}, (3, 4)),
         (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1)),  # a batch script, no srun
+        (None, array(7, 4, 5, 1), (2, 4)),
+        (None, array(30, 3, 10, 10), (2, 3)),
+        (None, array(1, 2, 0, 1) | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, (5, 8)),
+        (None, array(7, 2, 0, 1), "SLURM_ARRAY_TASK_ID=7 .* is not a part"),  # --array=0,7
+        ("1/3", array(7, 4, 5, 1), (1, 3)),
         ("5/5", {}, "--slice 5/5 is not a part"),
         ("half", {}, "use i/n"),
         (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2: not numbers"),
