@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
                 *("--config", settings, "--data.shards", folder / "train", "--seed", seed),
                 *("--run", folder / run, "--monitor.root", folder, "--monitor.node", "node-1"),
                 *("--monitor.port", str(free_port()), "--monitor.file_sd", folder / "targets"),
-                *("--schedule.epochs", "120", "--checkpoint.every_steps", "60"),
+                *("--schedule.epochs", "400", "--checkpoint.every_steps", "60"),
                 *("--probe.every_epochs", "10", "--probe.num_clips", "1"),
                 *("--probe.gallery", folder / "train", "--probe.query", folder / "test"),
                 hook="tests.support.simulated_gpu:install",
