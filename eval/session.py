@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,10 +26,10 @@ from strata.eval.features import FeatureConfig, Features, extract_features
 from strata.eval.pixels import PIXEL_MAPS, PixelMaps, PixelMapsChoice
 from strata.eval.results import Role
 from strata.eval.sets import SetPair, open_pairs
-from strata.files import FolderLock
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from strata.telemetry.serve import export_process
+from strata.telemetry.targets import run_name
 from strata.train.engine import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
 from strata.train.run.checkpoint import (
@@ -289,16 +289,21 @@ def open_session(config: Evaluation) -> Iterator[Session]:
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     run = found.parent.parent
+    report = _report_of(config, run / "eval")
     exporter = export_process(
         config.monitor,
         role="evaluate",
-        run=run.resolve().name,
-        rank=world.rank,
-        local_rank=world.local_rank,
+        run=run_name(config.monitor, report),
+        world=world,
         places={"run": run},
     )
+    advice = "wait for it, or use another --out"
+    lock = f".{report.name}.lock"
     try:
-        with _only_report(config, run / "eval", world), exporter as metrics:
+        with (
+            only_writer(report.parent, "evaluating", world, advice=advice, name=lock),
+            exporter as metrics,
+        ):
             if device.type == "cuda":
                 properties = torch.cuda.get_device_properties(device)
                 metrics.add_collector(GpuCollector(str(properties.uuid)))
@@ -307,14 +312,9 @@ def open_session(config: Evaluation) -> Iterator[Session]:
         leave_world()
 
 
-def _only_report(
-    config: Evaluation, results: Path, world: World
-) -> AbstractContextManager[FolderLock | None]:
-    """Keep out a second evaluation that would write the same report."""
+def _report_of(config: Evaluation, results: Path) -> Path:
+    """A path that no two simultaneous evaluations may share: the report, or one by settings."""
     if config.out is not None:
-        folder, name = config.out.parent, f".{config.out.name}.lock"
-    else:
-        described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)
-        folder, name = results, f".{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
-    advice = "wait for it, or use another --out"
-    return only_writer(folder, "evaluating", world, advice=advice, name=name)
+        return config.out
+    described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)
+    return results / hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from strata.config import parse_config
 from strata.dataload.reader import ShardReader
 from strata.tools.ablation_grid import AblateConfig, pretraining
-from strata.tools.ablation_records import Cell
+from strata.tools.ablation_table import Cell
 from strata.train.config import TrainConfig
 from strata.train.method.schedules import phase_at
 

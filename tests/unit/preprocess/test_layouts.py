@@ -102,7 +102,7 @@ def test_a_class_folder_with_a_line_break_is_refused_before_the_work(tmp_path: P
         find_folder([tmp_path])
 
 
-def test_one_class_above_the_classes_is_told(tmp_path: Path) -> None:
+def test_one_class_above_the_classes_is_noted(tmp_path: Path) -> None:
     fill(tmp_path, "UCF-101/run/a.mp4", "UCF-101/walk/b.mp4")
     (only,) = find_folder([tmp_path])
     assert only.classes == ("UCF-101",)

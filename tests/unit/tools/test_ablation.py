@@ -12,7 +12,7 @@ from strata.config import parse_config
 from strata.errors import ConfigError
 from strata.tools.ablation import gpu_shares, main
 from strata.tools.ablation_grid import AblateConfig, pretraining
-from strata.tools.ablation_records import read_json
+from strata.tools.ablation_table import read_json
 from strata.tools.launchers import program
 from strata.train.config import TrainConfig
 from tests.support.commands import ROOT
