@@ -32,17 +32,10 @@ from strata.files import FolderLock
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from strata.telemetry.serve import export_process
-from strata.train.engine import EngineConfig, choose_device
+from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
-from strata.train.run.checkpoint import (
-    RunState,
-    backbone_config,
-    find_checkpoint,
-    load_backbone,
-    read_marker,
-    read_state,
-    trained_clips,
-)
+from strata.train.run.checkpoint import RunState, find_checkpoint, read_marker, read_state
+from strata.train.run.encoder import backbone_config, load_backbone, trained_clips
 
 __all__ = [
     "Evaluation",

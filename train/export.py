@@ -26,14 +26,8 @@ import strata
 from strata.errors import CheckpointError, ConfigError
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.models.inputs import DIFFERENCE_SCALE, IMAGENET_MEAN, IMAGENET_STD, InputChoice
-from strata.train.run.checkpoint import (
-    backbone_config,
-    build_for_file,
-    find_checkpoint,
-    load_backbone,
-    read_state,
-    trained_clips,
-)
+from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.encoder import backbone_config, build_for_file, load_backbone, trained_clips
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 

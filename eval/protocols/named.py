@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from strata.config import dotted, plain
-from strata.eval.classifier import ClassifierConfig
+from strata.eval.classifier.config import ClassifierConfig
 from strata.eval.protocols.features import FeatureConfig
 from strata.eval.protocols.retrieval import RetrievalConfig
 

@@ -10,9 +10,10 @@ import numpy as np
 from strata.config import plain
 from strata.dataload.reader import ShardReader
 from strata.distributed import all_equal, only_writer
-from strata.errors import ConfigError
+from strata.errors import ConfigError, StoppedError
 from strata.eval.accuracy import ClassSpace
-from strata.eval.classifier import ClassifierConfig, ClassifierRun
+from strata.eval.classifier.config import ClassifierConfig
+from strata.eval.classifier.run import ClassifierRun
 from strata.eval.pictures import encode_jpeg, write_video
 from strata.eval.protocols.features import LEVEL_CHOICES, FeatureConfig, Features, write_features
 from strata.eval.protocols.linear import LinearConfig, linear_probe
@@ -487,11 +488,13 @@ def _train_and_test(
     backbone, identity = session.network(network.which)
     sets = pair.facts()
     clips = session.features.clips()
+    # How many steps may be done or skipped does not change what is trained.
+    same = {k: v for k, v in plain(training).items() if k != "max_skipped_steps"}
     described = {
         "evaluation": name,
         "network": identity,
         "digests": {k: v["manifest_digest"] for k, v in sets.items()},
-        "training": plain(replace(training, max_steps=0)),
+        "training": same | {"max_steps": 0},
         "size": clips.size,
         "clip_frames": clips.clip_frames,
         "model": session.state.config["model"],
@@ -504,7 +507,7 @@ def _train_and_test(
             folder = folder / network_name(network.which)
     all_equal("folder of the training", str(folder))
     advice = "wait for it, or use another --run"
-    with only_writer(folder, "training a classifier", session.world, advice=advice):
+    with only_writer(folder, "training a classifier", session.world, advice=advice) as lock:
         run = ClassifierRun(
             backbone,
             pair.train,
@@ -515,8 +518,13 @@ def _train_and_test(
             described=described,
             world=session.world,
             device=session.device,
+            lock=lock,
         )
-        run.fit()
+        if not run.fit():
+            raise StoppedError(
+                f"{name} was stopped at step {run.state.step} by a signal; the same command "
+                f"resumes it ({folder})"
+            )
     if run.state.epoch < training.epochs:
         if session.world.is_first:
             print(

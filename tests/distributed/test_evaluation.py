@@ -11,7 +11,7 @@ import torch
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.eval.classifier import ClassifierRun
+from strata.eval.classifier.run import ClassifierRun
 from strata.eval.protocols.features import FeatureConfig, extract_features
 from strata.eval.protocols.named import PROTOCOLS
 from strata.train.models.backbones import BackboneConfig, build_backbone

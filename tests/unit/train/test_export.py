@@ -21,7 +21,8 @@ from strata.tools.export import main
 from strata.train.config import TrainConfig
 from strata.train.export import ExportCommand, example_code, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
-from strata.train.run.checkpoint import RunState, load_backbone
+from strata.train.run.checkpoint import RunState
+from strata.train.run.encoder import load_backbone
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
