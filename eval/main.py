@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from strata.config import parse_config
-from strata.errors import ConfigError, exit_with_one_line
+from strata.errors import ConfigError, run_rank
 from strata.eval.protocols.named import protocol_defaults
 from strata.eval.protocols.run import RUNNERS
 from strata.logs import set_up_logging
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one rank of an evaluation."""
+def main(argv: Sequence[str]) -> int:
+    """Run one rank of an evaluation and return its exit status."""
     set_up_logging()
     args = [a for a in argv if not a.startswith("--local_rank")]
     name = args[0] if args else ""
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
         named = protocol_defaults(settings, name, config.protocol)
         config = parse(settings, args[1:], defaults=named)
     run(config)
+    return 0
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
-        main(sys.argv[1:])
+    run_rank(lambda: main(sys.argv[1:]))

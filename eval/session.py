@@ -21,7 +21,7 @@ from strata.distributed import (
     leave_world,
     only_writer,
 )
-from strata.errors import CheckpointError
+from strata.errors import CheckpointError, LostPeerError
 from strata.eval.protocols.features import FeatureConfig, Features, extract_features
 from strata.eval.protocols.pixels import PixelMaps, PixelMapsChoice
 from strata.eval.report import write_page
@@ -320,8 +320,13 @@ def open_session(config: Evaluation) -> Iterator[Session]:
                 properties = torch.cuda.get_device_properties(device)
                 metrics.add_collector(GpuCollector(str(properties.uuid)))
             yield Session(config, found, world, device, metrics)
-    finally:
+    except LostPeerError:
+        # Destroying a group that has lost a rank may hang.
+        raise
+    except BaseException:
         leave_world()
+        raise
+    leave_world()
 
 
 def _only_report(
