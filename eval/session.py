@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from strata import commands
 from strata.config import plain
 from strata.dataload.reader import ShardReader
 from strata.distributed import (
@@ -77,6 +78,11 @@ def untrained_network(seed: int) -> NamedNetwork:
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What all evaluations share."""
+
+    SHOWN: ClassVar = (
+        *("checkpoint", "train", "test", "shards", "data", "splits", "protocol", "variant"),
+        *("weights", "untrained_seeds", "others", "features.num_clips", "device", "out"),
+    )
 
     checkpoint: Path
     """A run's folder, whose newest checkpoint is taken, or a checkpoint's folder."""
@@ -277,7 +283,9 @@ class Session:
         # Last: a video that cannot be read any more costs the page and not the figures.
         page = path.with_suffix(".html")
         write_page(result, page)
-        print(f"  written to {path} and {page}", flush=True)
+        print(f"  written to {path} and {page}\nto use the encoder elsewhere:")
+        words = ("--checkpoint", config.checkpoint, "--out", "exported")
+        print(f"  {commands.line('export', *words)}", flush=True)
 
 
 def _checkpoint_of(path: Path) -> Path:

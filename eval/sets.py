@@ -44,7 +44,6 @@ def open_pairs(
     splits: Sequence[int],
     train: Path | None,
     test: Path | None,
-    names: tuple[str, str],
 ) -> list[SetPair]:
     """Open the sets of an evaluation and compare their classes.
 
@@ -53,16 +52,14 @@ def open_pairs(
         splits: Splits of each of these folders.
         train: One training set, instead of `data`.
         test: Its test set.
-        names: What the two are called on the command line.
 
     Raises:
         ConfigError: Neither or both are given, or the classes of a pair differ.
         ShardError: A folder is missing or incomplete.
     """
-    both = f"--{names[0]} and --{names[1]}"
     if data:
         if train is not None or test is not None:
-            raise ConfigError(f"give either --data or {both}, not all")
+            raise ConfigError("give either --data or --train and --test, not all")
         if not splits:
             raise ConfigError("--splits is empty; use for instance [1,2,3]")
         return [
@@ -71,7 +68,7 @@ def open_pairs(
             for n in splits
         ]
     if train is None or test is None:
-        raise ConfigError(f"give {both}, or --data with folders of train01 and test01")
+        raise ConfigError("give --train and --test, or --data with folders of train01 and test01")
     return [open_pair(train, test)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from strata import launch
+from strata import commands, launch
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
@@ -17,13 +17,13 @@ from strata.preprocess.datasets.official import find_hmdb51, find_ucf101
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.index_existing import index_folder
 from strata.preprocess.options import (
-    USAGE,
     IndexOptions,
     MergeOptions,
     ShardCommand,
     parse_command,
     parse_index,
     parse_merge,
+    usage,
 )
 from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.summary import closing_table
@@ -124,7 +124,15 @@ def run_command(command: ShardCommand) -> list[Manifest]:
             print(closing_table(manifest, folder, seconds, source_set.notes), flush=True)
     for manifest in manifests:
         _check_rejects(manifest, command.out / manifest.split, command.max_rejects)
+    if manifests:
+        _say_next(command.out / manifests[0].split)
     return manifests
+
+
+def _say_next(folder: Path) -> None:
+    """Print the command that pretrains on a set."""
+    words = ("--config", "ucf101_r3d18", "--data.shards", folder, "--run", "runs/a")
+    print(f"to pretrain on it:\n  {commands.line('pretrain', *words)}", flush=True)
 
 
 def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
@@ -189,13 +197,14 @@ def _index(options: IndexOptions) -> None:
         raise ShardError(f"{folder}: {error}; correct that and run the command again") from error
     print(report, flush=True)
     _check_rejects(manifest, out, options.max_rejects)
+    _say_next(out)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command line."""
     match list(argv[:1]):
-        case ["--help" | "-h"]:
-            print(USAGE)
+        case ["--help" | "-h" | "--help_all"]:
+            print(usage())
         case ["merge"]:
             _merge(parse_merge(argv[1:]))
         case ["index"]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import yaml
 
-from strata import launch
+from strata import commands, launch
 from strata.config import parse_config
 from strata.decoding import Damaged
 from strata.errors import ConfigError, ShardError
@@ -19,10 +19,10 @@ from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
 from strata.preprocess.progress import LogKind
 from strata.preprocess.settings import ReadBack, ShardSettings
+from strata.suggestions import did_you_mean
 from strata.telemetry.metrics import ExporterConfig
 
 __all__ = [
-    "USAGE",
     "Dataset",
     "IndexOptions",
     "MergeOptions",
@@ -31,6 +31,7 @@ __all__ = [
     "parse_index",
     "parse_merge",
     "slice_of",
+    "usage",
 ]
 
 Dataset = Literal["ucf101", "hmdb51", "kinetics400", "kinetics600", "kinetics700", "folder"]
@@ -48,6 +49,12 @@ _OLD_NAMES = {
 @dataclass(frozen=True, kw_only=True)
 class _SetOptions(NormalForm):
     """Turn videos into shards."""
+
+    RECIPES: ClassVar = "shard"
+    SHOWN: ClassVar = (
+        *("videos", "splits", "split", "out", "test_fraction", "classes", "payload", "width"),
+        *("height", "workers", "dry_run", "strict", "slice"),
+    )
 
     dataset: Dataset | None = None
     """For YAML files: the data set that the file is for; must be the command's."""
@@ -134,11 +141,6 @@ _OPTIONS: dict[str, type[_SetOptions]] = {
     "kinetics700": _KineticsOptions,
     "folder": _FolderOptions,
 }
-USAGE = (
-    f"usage: tools/shard.py {{{','.join([*_OPTIONS, 'merge', 'index'])}}} ...; "
-    "`tools/shard.py folder --help` shows the options of one"
-)
-"""The first line of help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,26 @@ class ShardCommand:
     monitor: ExporterConfig
     """Where to answer Prometheus while it works."""
     settings: ShardSettings
+
+
+_TASKS = (*_OPTIONS, "merge", "index")
+
+
+def usage() -> str:
+    """The help of the command without a data set."""
+    program = commands.shown_program("tools/shard.py")
+    about = {name: options.__doc__ for name, options in _OPTIONS.items()}
+    about |= {"merge": MergeOptions.__doc__, "index": IndexOptions.__doc__}
+    lines = [f"  {name:<14}{(text or '').splitlines()[0]}" for name, text in about.items()]
+    return "\n".join(
+        [
+            f"usage: {program} {{{','.join(_TASKS)}}} ...",
+            "",
+            *lines,
+            "",
+            f"`{program} folder --help` explains the options of one.",
+        ]
+    )
 
 
 def slice_of(given: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -319,7 +341,11 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         ConfigError: An argument is unknown or out of its range.
     """
     if not argv or argv[0] not in _OPTIONS:
-        raise ConfigError(f"got {argv[0] if argv else 'nothing'}; {USAGE}")
+        given = argv[0] if argv else "nothing"
+        raise ConfigError(
+            f"{commands.shown_program('tools/shard.py')}: the first argument is one of "
+            f"{', '.join(_TASKS)}; got {given}{did_you_mean(given, _TASKS)}"
+        )
     dataset: Dataset = argv[0]  # pyright: ignore[reportAssignmentType]
     options = _parse(_OPTIONS[dataset], _normalized(argv[1:]), dataset)
     if options.dataset not in (None, dataset):

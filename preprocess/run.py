@@ -52,7 +52,7 @@ _PLAN_NAME = "plan.json"
 def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
     """The sources of each shard, in order; a pure function of its arguments."""
     present = source_set.present
-    order = permutation(settings.seed, Stream.SHUFFLE, 0, len(present)).tolist()
+    order = permutation(settings.seed, Stream.SHARD_PLACES, 0, len(present)).tolist()
     size = settings.samples_per_shard
     return [[present[k] for k in order[i : i + size]] for i in range(0, len(order), size)]
 

@@ -18,14 +18,28 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """The purpose of a draw; draws for different purposes are independent."""
+    """The purpose of a draw; draws of streams with different numbers are independent.
+
+    Three purposes have the number 4, since the losses of runs, the bytes of shards and the members
+    of test sets that exist depend on it. A new purpose gets a number of its own.
+    """
 
     PLAN = 1
+    """Order of samples within a pool."""
     WINDOW = 2
+    """Place and stride of a window."""
     VIEW = 3
-    SHUFFLE = 4
+    """Parameters of a view."""
+    TIME_ORDER = 4
+    """Altered orders of time steps, by sample; `view` is the level and view."""
+    SHARD_PLACES = 4
+    """Order in which videos are divided among shards, by place in the list; epoch 0, `view` 0."""
+    TEST_SPLIT = 4
+    """Videos of a class that form the test set; the epoch is the label + 1, `view` 1."""
     SHARD_ORDER = 5
+    """Order of shards in an epoch."""
     FRAME = 6
+    """Parameters of single frames of a view."""
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

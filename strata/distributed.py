@@ -6,7 +6,7 @@ is fatal: there is no fallback to a single process.
 """
 
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,54 +167,71 @@ def gather(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _gather_together(local: Sequence[Tensor]) -> list[Tensor]:
+    """All ranks' rows of several tensors of one shape, by one collective."""
+    stacked = gather(torch.stack(list(local)))
+    # [R n, b, ...] -> n of [R b, ...]
+    ordered = stacked.unflatten(0, (_size(), len(local))).transpose(0, 1)
+    return list(ordered.flatten(1, 2).unbind())
+
+
 class _GatherWithGrad(torch.autograd.Function):
     """Forward: gather. Backward: every rank's gradient of this rank's rows, summed."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.num_rows = local.shape[0]
-        return gather(local)
+    def forward(ctx: Any, *local: Tensor) -> tuple[Tensor, ...]:
+        gathered = _gather_together(local)
+        wanted = ctx.needs_input_grad
+        ctx.mark_non_differentiable(
+            *(g for g, is_wanted in zip(gathered, wanted, strict=True) if not is_wanted)
+        )
+        return tuple(gathered)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        # gloo has no reduce_scatter. The tensors are small: B x C floats for each term.
-        grad = grad.contiguous().clone()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [g for g, wanted in zip(grads, ctx.needs_input_grad, strict=True) if wanted]
+        # n of [R b, ...] -> R of [n, b, ...]
+        parts = [part.contiguous() for part in torch.stack(needed).chunk(_size(), dim=1)]
+        own = torch.empty_like(parts[0])
         with _watch():
-            dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.num_rows
-        return grad[start : start + ctx.num_rows]
+            dist.reduce_scatter(own, parts)
+        rows = iter(own.unbind())
+        return tuple(next(rows) if wanted else None for wanted in ctx.needs_input_grad)
 
 
-def gather_with_grad(local: Tensor) -> Tensor:
+def gather_with_grad(*local: Tensor) -> tuple[Tensor, ...]:
     """Concatenate every rank's rows in the order of ranks, with gradient to every rank.
 
     If each rank's loss is the mean over its own anchors and parameter gradients are then averaged
-    over ranks, R ranks of b rows give the gradient of one rank of R b rows.
+    over ranks, R ranks of b rows give the gradient of one rank of R b rows. All tensors travel in
+    one collective, and their gradients in another; those that need none get none.
 
     Args:
-        local: Shape `[b, ...]`, the same on every rank.
+        local: Each of shape `[b, ...]`, the same for all and on every rank.
 
     Returns:
-        Shape `[R b, ...]`.
+        Each of shape `[R b, ...]`.
     """
-    return local if _size() == 1 else _GatherWithGrad.apply(local)  # pyright: ignore[reportReturnType]
+    return local if _size() == 1 else _GatherWithGrad.apply(*local)  # pyright: ignore[reportReturnType]
 
 
-def gather_keeping_own_grad(local: Tensor) -> Tensor:
+def gather_keeping_own_grad(*local: Tensor) -> tuple[Tensor, ...]:
     """Concatenate every rank's rows in the order of ranks; only this rank's rows get gradient.
 
     Args:
-        local: Shape `[b, ...]`, the same on every rank.
+        local: Each of shape `[b, ...]`, the same for all and on every rank.
 
     Returns:
-        Shape `[R b, ...]`.
+        Each of shape `[R b, ...]`.
     """
     if _size() == 1:
         return local
-    parts = list(gather(local).split(local.shape[0]))
-    parts[dist.get_rank()] = local
-    return torch.cat(parts)
+    results = []
+    for mine, rows in zip(local, _gather_together(local), strict=True):
+        parts = list(rows.split(len(mine)))
+        parts[dist.get_rank()] = mine
+        results.append(torch.cat(parts))
+    return tuple(results)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

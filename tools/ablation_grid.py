@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from strata.config import dotted, parse_config, plain
 from strata.errors import ConfigError
@@ -121,6 +121,12 @@ class RatesConfig:
 @dataclass(frozen=True, kw_only=True)
 class AblateConfig:
     """A grid."""
+
+    RECIPES: ClassVar = "ablate"
+    SHOWN: ClassVar = (
+        *("pretrain", "rows", "evaluations", "shards", "out", "seeds", "splits", "launcher"),
+        *("side_by_side", "plan_only"),
+    )
 
     rows: dict[str, RowConfig]
     """The table's rows by name."""
@@ -256,8 +262,7 @@ def evaluating(config: AblateConfig, cell: Cell, name: str) -> list[str]:
             raise ConfigError(
                 f"evaluation {name}: {train} is not a folder; give it a train of its own"
             )
-        ours = ("gallery", "query") if evaluation.protocol == "retrieval" else ("train", "test")
-        words += [f"--{ours[0]}", str(train), f"--{ours[1]}", str(test)]
+        words += ["--train", str(train), "--test", str(test)]
     # The grid has a row for untrained networks, or does not want any.
     words += ["--untrained_seeds", "[]", *_words(evaluation.set)]
     row = config.rows[cell.row]

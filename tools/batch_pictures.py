@@ -6,6 +6,7 @@ A contact sheet has a row of frames for each view; a video has the views side by
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +31,12 @@ _ZOOM = 2
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """Write the views of a training batch as pictures and videos."""
+
+    SHOWN: ClassVar = (
+        *("data.shards", "data.batch_size", "data.size", "data.clips.max_stride"),
+        *("out", "num", "seed", "epoch", "step"),
+    )
+    RECIPES: ClassVar = "pretrain"
 
     data: DataConfig
     """As in training: every config of train/main.py has it."""

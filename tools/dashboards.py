@@ -7,12 +7,16 @@ The dashboards are described in monitoring/dashboards.yaml, whose head explains 
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from strata.config import parse_config
+from strata.errors import exit_with_one_line
 from strata.telemetry.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,12 +353,20 @@ def files() -> dict[Path, str]:
     return {**made, ROOT / "docs" / "metrics.md": metrics_page()}
 
 
-def main() -> None:
-    """Write the files."""
+@dataclass(frozen=True, kw_only=True)
+class DashboardsCommand:
+    """Write Grafana's dashboards and docs/metrics.md from the catalogue of metrics."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line: write the files."""
+    described = DashboardsCommand.__doc__ or ""
+    parse_config(DashboardsCommand, argv, prog="tools/dashboards.py", description=described)
     for path, content in files().items():
         path.write_text(content, encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_with_one_line():
+        main(sys.argv[1:])

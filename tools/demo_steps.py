@@ -1,6 +1,7 @@
 """The demo: each step is a command that a user would type; the last one writes a report."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,8 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from strata.config import parse_config
+from strata.dataload.loader import DataConfig
 from strata.errors import ConfigError, StrataError
+from strata.format.manifest import read_manifest
+from strata.format.schema import MANIFEST_NAME
+from strata.recipes import find_recipe
 from strata.tools.launchers import QUIET, program
 
 __all__ = ["DemoConfig", "main", "run_demo"]
@@ -102,7 +109,26 @@ def _shard(config: DemoConfig, videos: Path, out: Path) -> tuple[Path, Path]:
     if config.videos is None:
         options += ["--width", "96", "--height", "80"]
     _command("python", "tools/shard.py", "folder", "--videos", videos, "--out", shards, *options)
-    return shards / "train", shards / "test"
+    train, test = shards / "train", shards / "test"
+    if not (train / MANIFEST_NAME).is_file() or not (test / MANIFEST_NAME).is_file():
+        raise ConfigError(
+            f"{videos} gives no training and test set of classes; give --videos a folder with a "
+            "subfolder of two or more videos for each class"
+        )
+    found, needed = read_manifest(train).num_samples, _batch_size(config.pretrain)
+    if found < needed:
+        raise ConfigError(
+            f"{found} videos are left to train on, and the demo's batches have {needed}; give "
+            f"--videos a folder of about {math.ceil(needed / (1 - config.test_fraction))} videos "
+            "or more"
+        )
+    return train, test
+
+
+def _batch_size(recipe: Path) -> int:
+    """Videos in a batch of the pretraining."""
+    settings = yaml.safe_load(find_recipe(str(recipe), "pretrain").read_text(encoding="utf-8"))
+    return settings.get("data", {}).get("batch_size", DataConfig.batch_size)
 
 
 def _pretrain(config: DemoConfig, seed: int, train: Path, out: Path) -> Path:

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_config(ExportCommand, argv, prog="tools/export.py", description=described)
     out = write_export(command)
     print(f"wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    print(f"{out / 'README.md'} has the code that loads it")
 
 
 if __name__ == "__main__":

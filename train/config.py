@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from strata.dataload.config import DataConfig
 from strata.distributed import World
@@ -58,6 +58,13 @@ class MonitorConfig(ExporterConfig):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A pretraining run."""
+
+    SHOWN: ClassVar = (
+        *("run", "data.shards", "data.batch_size", "model.name", "schedule.epochs", "seed"),
+        *("engine.learning_rate", "engine.precision", "resume", "plan_only"),
+    )
+    RENAMED: ClassVar = {"probe.gallery": "probe.train", "probe.query": "probe.test"}
+    RECIPES: ClassVar = "pretrain"
 
     run: Path
     """The run's folder: config, log, checkpoints."""

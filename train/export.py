@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import strata
 from strata.errors import CheckpointError, ConfigError
+from strata.files import open_atomic
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.models.inputs import DIFFERENCE_SCALE, IMAGENET_MEAN, IMAGENET_STD, InputChoice
 from strata.train.run.checkpoint import find_checkpoint, read_state
@@ -147,7 +148,8 @@ def write_export(command: ExportCommand) -> Path:
                 if as_trained
                 else export_backbone(encoder)
             )
-            save_file(weights, writing / _WEIGHTS, metadata={"format": "pt"})
+            with open_atomic(writing / _WEIGHTS) as out:
+                save_file(weights, out.name, metadata={"format": "pt"})
         text = json.dumps(described, indent=2)
         (writing / _CONFIG).write_text(text + "\n", encoding="utf-8")
         (writing / _CARD).write_text(_card(described), encoding="utf-8")
@@ -159,12 +161,16 @@ def write_export(command: ExportCommand) -> Path:
     return command.out
 
 
-def load_export(folder: Path) -> Backbone:
+def load_export(folder: str | Path) -> Backbone:
     """Load the encoder of an export with weights, in evaluation mode, without executing code.
+
+    Args:
+        folder: The export's folder.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another architecture.
     """
+    folder = Path(folder)
     try:
         content, path = (folder / _CONFIG).read_bytes(), folder / _CONFIG
         described = decode_json(content, _Exported, path, CheckpointError, max_bytes=1 << 24)
@@ -274,11 +280,9 @@ clips = torch.cat([change, change[:, :, -1:]], dim=2)
 """
 
 _STRATA_CODE = """\
-from pathlib import Path
-
 from strata.train.export import load_export
 
-model = load_export(Path("{folder}"))
+model = load_export("{folder}")
 features = model(clips).high.mean(dim=(2, 3, 4))
 """
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from strata import commands
 from strata.code_digest import code_digest
 from strata.config import dotted, dump_config, parse_config, plain
 from strata.dataload.reader import ShardReader
@@ -27,6 +28,7 @@ from strata.train.engine_config import choose_device
 from strata.train.monitor.run_monitor import serve_run
 from strata.train.pretraining import open_pretraining
 from strata.train.representation.online_retrieval import OnlineProbe
+from strata.train.run.history import find_checkpoint
 from strata.train.run.run_plan import describe_run
 
 
@@ -66,6 +68,10 @@ def main(argv: Sequence[str]) -> int:
     # Not after an error: destroying a group that has lost a rank may hang.
     leave_world()
     if finished:
+        if world.is_first:
+            print(f"the encoder is in {find_checkpoint(config.run)}; to evaluate it:")
+            words = ("--checkpoint", config.run, "--train", config.data.shards, "--test", "DIR")
+            print(f"  {commands.line('evaluate', 'compare', *words)}", flush=True)
         return 0
     print(
         f"stopped at step {trainer.state.step} after a signal; resume with --resume auto "
@@ -92,7 +98,7 @@ def _write_config(config: TrainConfig) -> None:
 def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
     """Facts that must be equal on all ranks; the path of the shards may differ by node."""
     facts = {f"setting {k}": repr(v) for k, v in dotted(plain(config)).items()}
-    for name in ("data.shards", "probe.gallery", "probe.query"):
+    for name in ("data.shards", "probe.train", "probe.test"):
         del facts[f"setting {name}"]
     return facts | {"data manifest": reader.manifest.digest, "code version": code_digest()}
 

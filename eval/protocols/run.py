@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -90,10 +90,12 @@ _CENTRE_TEXT: dict[Centring, str] = {
 class RetrievalEvaluation(OneNetwork):
     """Settings of `eval/main.py retrieval`."""
 
-    gallery: Path | None = None
-    """Shards of the training set."""
-    query: Path | None = None
-    """Shards of the test set."""
+    RENAMED: ClassVar = {"gallery": "train", "query": "test"}
+
+    train: Path | None = None
+    """Shards of the training set: the gallery."""
+    test: Path | None = None
+    """Shards of the test set: the queries."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -301,8 +303,7 @@ def chance_accuracy(num_classes: int) -> dict[str, float]:
 
 def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
-    names = ("gallery", "query")
-    pairs = open_pairs(config.data, config.splits, config.gallery, config.query, names)
+    pairs = open_pairs(config.data, config.splits, config.train, config.test)
     with open_session(config) as session:
         measured = [_measure_retrieval(session, config, pair) for pair in pairs]
         text = retrieval_text(session, config.retrieval.centre)
@@ -433,7 +434,7 @@ def run_linear(config: LinearEvaluation) -> None:
 
 
 def _labelled_pairs(config: OneNetwork, train: Path | None, test: Path | None) -> list[SetPair]:
-    return open_pairs(config.data, config.splits, train, test, ("train", "test"))
+    return open_pairs(config.data, config.splits, train, test)
 
 
 def run_finetune(config: FinetuneEvaluation) -> None:

@@ -339,7 +339,7 @@ def _divided(every: SourceSet, test_fraction: float, seed: int) -> list[SourceSe
     for label, members in by_label.items():
         # A class with two videos or more is in both sets.
         count = min(max(round(test_fraction * len(members)), 1), len(members) - 1)
-        order = permutation(seed, Stream.SHUFFLE, label + 1, len(members), view=1)
+        order = permutation(seed, Stream.TEST_SPLIT, label + 1, len(members), view=1)
         test_names.update(members[k] for k in order[:count].tolist())
     train = tuple(s for s in every.sources if s.name not in test_names)
     test = tuple(s for s in every.sources if s.name in test_names)

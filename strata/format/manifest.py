@@ -148,6 +148,12 @@ def read_manifest(folder: Path) -> Manifest:
         )
     path, rows_path = folder / MANIFEST_NAME, folder / SAMPLES_NAME
     if not path.is_file():
+        sets = sorted(below.parent.name for below in folder.glob(f"*/{MANIFEST_NAME}"))
+        if sets:
+            raise ShardError(
+                f"{folder} is the folder of {len(sets)} shard folders, {', '.join(sets[:6])}; give "
+                f"one of them, for instance {folder / sets[-1]}"
+            )
         raise ShardError(
             f"shard folder {folder} has no {MANIFEST_NAME}; sharding did not finish or this is "
             "another kind of folder: run the same tools/shard.py command again"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strata.dataload.config import DataConfig
-from strata.dataload.pipeline import ClipPipeline
+from strata.dataload.pipeline import WindowDecoder
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.telemetry.metrics import Metrics
@@ -33,7 +33,7 @@ _SCENES: dict[str, dict[str, Any]] = {
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
     # It competes with the step for the core, so it must take longer.
-    "decode": {"owner": ClipPipeline, "name": "run", "steps": 12, "repeat": True},
+    "decode": {"owner": WindowDecoder, "name": "decode", "steps": 12, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Pretraining, "name": "step", "steps": 6, "rank": 1},
     "network": {"owner": Engine, "name": "watch_averaging", "steps": 6},

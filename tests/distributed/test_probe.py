@@ -61,7 +61,7 @@ def measure(world: World, sets: Path) -> dict[str, Any]:
     """Measured results, and what the measurement changed on this rank."""
     backbone = encoder(world.rank).train()
     config = ProbeConfig(
-        every_epochs=1, gallery=sets / "gallery", query=sets / "query", videos_per_batch=2
+        every_epochs=1, train=sets / "gallery", test=sets / "query", videos_per_batch=2
     )
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     random, beats = torch.get_rng_state(), []

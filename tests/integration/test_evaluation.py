@@ -91,7 +91,7 @@ def test_splits_and_their_mean_in_one_command(
 
 
 def test_any_number_of_ranks_gives_the_same_report(pretrained: Path, sets: Path, tmp_path: Path):
-    pair = one_split(sets, ("--gallery", "--query"))
+    pair = one_split(sets)
     alone = evaluate("retrieval", pretrained, tmp_path / "one.json", *pair)
     # 22 and 11 videos do not divide by 3: ranks get unequal shares.
     out = tmp_path / "three.json"
@@ -115,7 +115,7 @@ def test_it_answers_prometheus_while_it_works(pretrained: Path, sets: Path, tmp_
             "retrieval",
             pretrained,
             tmp_path / "report.json",
-            *one_split(sets, ("--gallery", "--query")),
+            *one_split(sets),
             *("--monitor.port", str(port), "--monitor.file_sd", tmp_path / "targets"),
             *("--features.videos_per_batch", "1", "--features.num_clips", "3"),
             *("--untrained_seeds", "[]"),
@@ -209,7 +209,7 @@ def test_sets_that_do_not_fit_are_refused(pretrained: Path, sets: Path, tmp_path
         "retrieval",
         pretrained,
         tmp_path / "report.json",
-        *("--gallery", gap, "--query", sets / "test01"),
+        *("--train", gap, "--test", sets / "test01"),
     )
     assert record["results"][0]["details"]["queries_without_match"] == 3
     line = fail_with_one_line(*linear, "--train", sets / "train01")

@@ -42,7 +42,7 @@ def test_from_foreign_tars_to_a_figure(tmp_path: Path):
     said = succeed(
         "eval/main.py",
         "retrieval",
-        *("--checkpoint", run, "--gallery", tmp_path / "train", "--query", tmp_path / "test"),
+        *("--checkpoint", run, "--train", tmp_path / "train", "--test", tmp_path / "test"),
     )
     assert "used 8; " in said
     assert "evaluated 8" in said

@@ -44,7 +44,7 @@ def plain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | 
 
 @pytest.fixture(scope="module")
 def probed(plain: list[str | Path], labelled: Path) -> list[str | Path]:
-    sets = ("--probe.gallery", labelled / "gallery", "--probe.query", labelled / "query")
+    sets = ("--probe.train", labelled / "gallery", "--probe.test", labelled / "query")
     return [*plain, *sets, "--probe.every_epochs", "2", "--probe.videos_per_batch", "3"]
 
 
@@ -102,7 +102,7 @@ def test_a_probed_run_is_the_same_run_to_the_bit(
     out = tmp_path / "report.json"
     succeed(
         *("eval/main.py", "retrieval", "--checkpoint", tmp_path / "probed", "--device", "cpu"),
-        *("--gallery", labelled / "gallery", "--query", labelled / "query", "--out", out),
+        *("--train", labelled / "gallery", "--test", labelled / "query", "--out", out),
         *("--features.num_clips", "2", "--retrieval.variants", "false"),
     )
     figures = json.loads(out.read_text())["figures"]
@@ -142,9 +142,9 @@ def test_it_is_exported(server: ForkServer, probed: list[str | Path], tmp_path: 
 def test_what_does_not_fit_is_refused(
     server: ForkServer, probed: list[str | Path], labelled: Path, tmp_path: Path
 ):
-    with pytest.raises(ConfigError, match=r"give --probe\.gallery and --probe\.query"):
-        ProbeConfig(every_epochs=1, gallery=labelled / "gallery")
+    with pytest.raises(ConfigError, match=r"give --probe\.train and --probe\.test"):
+        ProbeConfig(every_epochs=1, train=labelled / "gallery")
     make_shards(tmp_path / "other", num_videos=6, num_classes=3, shard_size=6, seed=5)
-    more = ("--run", tmp_path / "run", "--probe.query", tmp_path / "other")
+    more = ("--run", tmp_path / "run", "--probe.test", tmp_path / "other")
     assert "have different classes (4 and 3" in server.finish(*probed, *more, code=2)
     assert not (tmp_path / "run").exists()

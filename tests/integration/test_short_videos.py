@@ -69,8 +69,7 @@ def test_pretraining_names_the_videos_that_it_leaves_out(pretrained: tuple[Path,
 
 
 def evaluate(name: str, run: Path, sets: Path, out: Path, *more: str) -> Any:
-    pair = ("--gallery", "--query") if name == "retrieval" else ("--train", "--test")
-    words = (pair[0], sets / "train" / "train", pair[1], sets / "test" / "train")
+    words = ("--train", sets / "train" / "train", "--test", sets / "test" / "train")
     command = ("eval/main.py", name, "--checkpoint", run, "--out", out, *words, *QUICK, *more)
     said = succeed(*command)
     assert SIZES in said

@@ -36,7 +36,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tiny: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run: 18 steps, 3 epochs, both stages, a learning-rate drop."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    succeed("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
+    words = ("--config", tiny, "--data.shards", shards / "train", "--run", run)
+    said = succeed("train/main.py", *words)
+    # The end says where the encoder is and which command comes next.
+    assert f"the encoder is in {run}/checkpoints/step-" in said
+    assert f"deepspeed eval/main.py compare --checkpoint {run} --train {shards / 'train'}" in said
+    for made in run.rglob("*.safetensors"):
+        assert made.stat().st_mode & 0o777 == (run / "log.jsonl").stat().st_mode & 0o777
     return run
 
 
@@ -205,10 +211,10 @@ def test_an_evaluation_without_checkpoint_says_so(shards: Path, tmp_path: Path):
     line = fail_with_one_line(
         "eval/main.py",
         "retrieval",
-        *("--checkpoint", tmp_path, "--gallery", shards / "train", "--query", shards / "test"),
+        *("--checkpoint", tmp_path, "--train", shards / "train", "--test", shards / "test"),
     )
     assert "holds no complete checkpoint" in line
-    assert "not known; use retrieval" in fail_with_one_line("eval/main.py", "retrievel")
+    assert "did you mean retrieval?" in fail_with_one_line("eval/main.py", "retrievel")
 
 
 def test_an_altered_checkpoint_is_refused(whole: Path, tiny: Path, shards: Path, tmp_path: Path):

@@ -230,7 +230,7 @@ def test_a_second_evaluation_with_the_same_report_is_refused(
     with FolderLock(out.parent, "evaluating", ConfigError, "wait for it", ".report.json.lock"):
         line = fail_with_one_line(
             *("eval/main.py", "retrieval", "--checkpoint", tmp_path / "run", "--out", out),
-            *("--gallery", shards / "train", "--query", shards / "test"),
+            *("--train", shards / "train", "--test", shards / "test"),
         )
     assert "is evaluating there; wait for it, or use another --out" in line
     assert not out.exists()

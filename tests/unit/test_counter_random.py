@@ -60,3 +60,21 @@ def test_permutation_is_one():
     order = permutation(1, Stream.PLAN, 2, 1000)
     assert sorted(order.tolist()) == list(range(1000))
     assert (order != permutation(1, Stream.PLAN, 3, 1000)).any()
+
+
+@pytest.mark.parametrize(
+    ("stream", "order"),
+    [
+        (Stream.PLAN, [4, 1, 3, 2, 5, 0]),
+        (Stream.WINDOW, [5, 0, 3, 4, 1, 2]),
+        (Stream.VIEW, [4, 2, 1, 3, 0, 5]),
+        (Stream.TIME_ORDER, [1, 5, 4, 3, 0, 2]),
+        (Stream.SHARD_PLACES, [1, 5, 4, 3, 0, 2]),
+        (Stream.TEST_SPLIT, [1, 5, 4, 3, 0, 2]),
+        (Stream.SHARD_ORDER, [2, 3, 0, 5, 4, 1]),
+        (Stream.FRAME, [5, 3, 1, 2, 4, 0]),
+    ],
+)
+def test_streams_give_the_numbers_of_earlier_versions(stream, order):
+    """Losses of runs, bytes of shards and members of test sets depend on them."""
+    assert permutation(7, stream, 2, 6, view=1).tolist() == order

@@ -4,7 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from strata.files import open_atomic, sha256_of, write_atomic
 
@@ -28,6 +30,10 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path):
     before = os.umask(0o027)
     try:
         write_atomic(tmp_path / "file", "text")
+        # It replaces the file by one of its own, which only its owner can read.
+        with open_atomic(tmp_path / "tensors") as out:
+            save_file({"x": np.zeros(2)}, out.name)
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    for name in ("file", "tensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640

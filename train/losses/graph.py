@@ -1,7 +1,7 @@
 """The graph constraint: lower levels follow the distribution graphs of the high level.
 
 Shape suffixes: B videos of the global batch (rows: first view; columns, also B: second view),
-R anchor videos, V = 2 views, C embedding size.
+R anchor videos (R = B unless a slice is given), V = 2 views, C embedding size.
 """
 
 from typing import NamedTuple
@@ -18,21 +18,26 @@ __all__ = ["DistributionGraphs", "distribution_graphs", "graph_loss"]
 class DistributionGraphs(NamedTuple):
     """Graphs of the similarity of videos at the high level, without gradient."""
 
-    instance_BB: Tensor
+    instance_RB: Tensor
     """G_ins: similarities of view 1 to view 2, softmax over columns, those below eta set to 0
-    except the diagonal; rows do not sum to 1."""
-    semantic_BB: Tensor
-    """G_sem: bool, whether two videos have the same prototype; the diagonal is true."""
-    target_BB: Tensor
-    """E: the product of both, normalised; rows sum to 1, positive diagonal, not symmetric."""
+    except an anchor's with itself; rows do not sum to 1."""
+    semantic_RB: Tensor
+    """G_sem: bool, whether two videos have the same prototype; true for an anchor itself."""
+    target_RB: Tensor
+    """E: the product of both, normalised; rows sum to 1, an anchor's own weight is above 0."""
 
 
 @full_precision
 @torch.no_grad()
 def distribution_graphs(
-    clips_BVC: Tensor, labels_B: Tensor, *, temperature: float = 0.07, threshold: float = 0.05
+    clips_BVC: Tensor,
+    labels_B: Tensor,
+    *,
+    temperature: float = 0.07,
+    threshold: float = 0.05,
+    anchors: slice | None = None,
 ) -> DistributionGraphs:
-    """Compute G_ins, G_sem and the soft targets E.
+    """Compute G_ins, G_sem and the soft targets E, or the rows of them that a rank needs.
 
     As loops, with s(a, b) = <a, b> / tau of vectors at unit length::
 
@@ -51,6 +56,9 @@ def distribution_graphs(
         labels_B: `[B]`, int, see `prototypical.hard_labels`.
         temperature: tau.
         threshold: eta, in [0, 1].
+        anchors: The rows to compute, a slice of the global batch with both ends; all if None. Of 8
+            videos or more they are those of the complete graphs to the bit; of fewer, a matrix
+            product may round them in another order.
 
     Returns:
         The three graphs.
@@ -59,11 +67,13 @@ def distribution_graphs(
         ConfigError: Fewer than two videos.
     """
     require_pairs(clips_BVC.shape[0], "the graph")
+    rows = anchors or slice(None)
     clips = unit_length(clips_BVC)
-    log_w = functional.log_softmax(clips[:, 0] @ clips[:, 1].T / temperature, dim=1)
+    log_w = functional.log_softmax(clips[rows, 0] @ clips[:, 1].T / temperature, dim=1)
     w = log_w.exp()
-    keep = (w >= threshold).fill_diagonal_(True)
-    semantic = labels_B[:, None] == labels_B[None, :]
+    keep = w >= threshold
+    keep.diagonal(rows.start or 0).fill_(True)
+    semantic = labels_B[rows, None] == labels_B[None, :]
     target = log_w.masked_fill(~(keep & semantic), -torch.inf).softmax(dim=1)
     return DistributionGraphs(w * keep, semantic, target)
 
@@ -71,7 +81,7 @@ def distribution_graphs(
 @full_precision
 def graph_loss(
     clips_BVC: Tensor,
-    target_BB: Tensor,
+    target_RB: Tensor,
     *,
     temperature: float = 0.07,
     anchors: slice | None = None,
@@ -92,7 +102,7 @@ def graph_loss(
 
     Args:
         clips_BVC: `[B, 2, C]`, the level's graph embeddings of the global batch.
-        target_BB: `[B, B]`, the complete E; treated as constant.
+        target_RB: `[R, B]`, the anchors' rows of E; treated as constant.
         temperature: tau.
         anchors: The rows of the loss, a slice of the global batch; all if None.
         divide_by_batch: The release's extra 1/B.
@@ -108,5 +118,5 @@ def graph_loss(
     rows = anchors or slice(None)
     clips = unit_length(clips_BVC)
     log_pi = functional.log_softmax(clips[rows, 0] @ clips[:, 1].T / temperature, dim=1)
-    loss = -(target_BB.detach()[rows] * log_pi).sum(dim=1).mean()
+    loss = -(target_RB.detach() * log_pi).sum(dim=1).mean()
     return loss / num_videos if divide_by_batch else loss

@@ -38,6 +38,8 @@ class Embeddings:
     """`[b, V, D]`: for L_ins and the graph."""
     scores: Tensor
     """`[b, V, K]`: cosines with the prototypes."""
+    scored: Tensor
+    """`[b, V, D]`: the unit vectors that have these cosines."""
     graph: dict[str, Tensor] = field(default_factory=dict)
     """By level, `[b, V, D]`."""
     clips: dict[str, Tensor] = field(default_factory=dict)
@@ -154,7 +156,7 @@ class VideoModel(nn.Module):
                 counters = [2 * view + number for view in range(_NUM_VIEWS)]
                 if level == "high":
                     counters = [2 * _NUM_VIEWS + view for view in range(_NUM_VIEWS)]
-                draws = [uniforms(seed, Stream.SHUFFLE, epoch, samples, c, 2) for c in counters]
+                draws = [uniforms(seed, Stream.TIME_ORDER, epoch, samples, c, 2) for c in counters]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
             result.append(
@@ -201,10 +203,12 @@ class VideoModel(nn.Module):
         long_maps = None if long is None else self._encode(long)
 
         high_steps = pool_space(maps.high)
-        scores = self.prototypes(self.global_head(high_steps), frozen=phase.prototypes_frozen)
+        scored = self.global_head(high_steps)
+        scores = self.prototypes(scored, frozen=phase.prototypes_frozen)
         result = Embeddings(
             instance=self.instance_head(high_steps).unflatten(0, split)[:, :2],
             scores=scores.unflatten(0, split)[:, :2],
+            scored=scored.detach().unflatten(0, split)[:, :2],
         )
         orders: dict[str, Tensor] = {
             level: order.unflatten(1, (num_videos, _NUM_VIEWS))[:, :, : split[1]].flatten(1, 2)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from strata.distributed import (
     World,
-    gather,
     gather_keeping_own_grad,
     gather_with_grad,
     mean_over_ranks,
@@ -75,9 +74,14 @@ class Method:
         config = self._config
         num_local = out.instance.shape[0]
         own = slice(self._world.rank * num_local, (self._world.rank + 1) * num_local)
-        instance = self._gather(widen(out.instance))
+        local = {"instance": out.instance, "scored": out.scored}
+        local |= {f"graph_{level}": each for level, each in out.graph.items()}
+        local |= {f"augmentation_{level}": each for level, each in out.clips.items()}
+        gathered = self._gather(*map(widen, local.values()))
+        of_all = dict(zip(local, gathered, strict=True))
+        instance = of_all["instance"]
 
-        self._model.queue.push(gather(widen(out.scores)))
+        self._model.queue.push(self._scores(out, of_all["scored"]))
         num_rows = len(self._model.queue) if phase.queue else num_local * self._world.size
         rows = self._model.queue.rows()[-num_rows:]
         assignments = sinkhorn(rows, epsilon=config.sinkhorn_epsilon)
@@ -96,21 +100,22 @@ class Method:
                 hard_labels(batch_assignments),
                 temperature=config.temperature,
                 threshold=config.graph_threshold,
+                anchors=own,
             )
-            for level, embedded in out.graph.items():
+            for level in out.graph:
                 terms[f"graph_{level}"] = graph_loss(
-                    self._gather(widen(embedded)),
-                    graphs.target_BB,
+                    of_all[f"graph_{level}"],
+                    graphs.target_RB,
                     temperature=config.temperature,
                     anchors=own,
                     divide_by_batch=config.graph_divides_by_batch,
                 )
             if with_health:
-                health |= graph_health(graphs) | prototype_health(rows, assignments)
+                health |= graph_health(graphs, own) | prototype_health(rows, assignments)
                 health |= embedding_health(instance.detach().flatten(0, 1))
         for level, clips in out.clips.items():
             terms[f"augmentation_{level}"] = augmentation_loss(
-                self._gather(widen(clips)),
+                of_all[f"augmentation_{level}"],
                 out.altered[level],
                 temperature=config.temperature,
                 anchors=own,
@@ -130,6 +135,16 @@ class Method:
             terms={name: value.detach() for name, value in terms.items()},
             health=health,
         )
+
+    @torch.no_grad()
+    def _scores(self, out: Embeddings, scored: Tensor) -> Tensor:
+        """Scores of the global batch, `[B, V, K]`, the same on all ranks.
+
+        The vectors are gathered and not the scores, which are K / D times as large.
+        """
+        if self._world.size == 1:
+            return widen(out.scores.detach())
+        return self._model.prototypes(scored)
 
     def chance(self, num_videos: int, clip_frames: int, long_frames: int) -> dict[str, float]:
         """Value of each term at chance, in nats, by name."""

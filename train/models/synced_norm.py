@@ -34,10 +34,11 @@ class HostSyncedNorm(_BatchNorm):
         shape = [1, -1, *(1 for _ in over[1:])]
         with torch.autocast(input.device.type, enabled=False):
             values = input.to(torch.promote_types(input.dtype, torch.float32))
-            means = gather_with_grad(values.mean(dim=over)[None])
+            (means,) = gather_with_grad(values.mean(dim=over)[None])
             mean_C = means.mean(dim=0)
             centred = values - mean_C.view(shape)
-            variance_C = gather_with_grad(centred.square().mean(dim=over)[None]).mean(dim=0)
+            (variances,) = gather_with_grad(centred.square().mean(dim=over)[None])
+            variance_C = variances.mean(dim=0)
             count = values.numel() // values.shape[1] * means.shape[0]
             self._track(mean_C.detach(), variance_C.detach() * (count / (count - 1)))
             scale = self.weight * torch.rsqrt(variance_C + self.eps)

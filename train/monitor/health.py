@@ -31,20 +31,24 @@ IDENTITY_MASS = 1e-3
 
 
 @torch.no_grad()
-def graph_health(graphs: DistributionGraphs) -> dict[str, Tensor]:
+def graph_health(graphs: DistributionGraphs, anchors: slice | None = None) -> dict[str, Tensor]:
     """Distance of the graph from the identity, at which the constraint is only an InfoNCE.
+
+    Args:
+        graphs: The rows of the anchors; the mean over ranks is that of the global batch.
+        anchors: As in `distribution_graphs`.
 
     Returns:
         `graph_off_diagonal_mass`: mean over rows of E's weight of other videos, in [0, 1);
         `graph_semantic_partners`: other videos of the same prototype, mean over rows;
         `graph_instance_partners`: other videos above eta, mean over rows.
     """
-    off_diagonal = 1 - graphs.target_BB.diagonal()
-    dtype = graphs.target_BB.dtype
+    off_diagonal = 1 - graphs.target_RB.diagonal((anchors or slice(None)).start or 0)
+    dtype = graphs.target_RB.dtype
     return {
         "graph_off_diagonal_mass": off_diagonal.mean(),
-        "graph_semantic_partners": graphs.semantic_BB.sum(dim=1).to(dtype).mean() - 1,
-        "graph_instance_partners": (graphs.instance_BB > 0).sum(dim=1).to(dtype).mean() - 1,
+        "graph_semantic_partners": graphs.semantic_RB.sum(dim=1).to(dtype).mean() - 1,
+        "graph_instance_partners": (graphs.instance_RB > 0).sum(dim=1).to(dtype).mean() - 1,
     }
 
 

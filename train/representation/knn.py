@@ -36,7 +36,7 @@ def nearest_by_cosine(
         ConfigError: A feature is not finite, the gallery is empty, or the widths differ.
     """
     if not len(gallery):
-        raise ConfigError("retrieval: the gallery is empty; choose another --gallery")
+        raise ConfigError("retrieval: the gallery is empty; choose another --train")
     if queries.shape[1:] != gallery.shape[1:]:
         raise ConfigError(
             f"retrieval: queries have {queries.shape[1:]} features, the gallery "
@@ -82,7 +82,7 @@ def recall_at(
         ConfigError: There are no queries.
     """
     if len(query_labels) == 0:
-        raise ConfigError("retrieval: the query set is empty; choose another --query")
+        raise ConfigError("retrieval: the query set is empty; choose another --test")
     hits = gallery_labels[nearest] == query_labels[:, None]
     return {k: float(hits[:, :k].any(axis=1).mean()) for k in counts}
 

@@ -31,9 +31,9 @@ class ProbeConfig:
 
     every_epochs: int = 0
     """Epochs between measurements, which include start and end of training; 0 for none."""
-    gallery: Path | None = None
+    train: Path | None = None
     """Shards of a labelled training set. Training does not use the labels."""
-    query: Path | None = None
+    test: Path | None = None
     """Shards of its test set. Settings chosen by these results are tuned on the test set."""
     num_clips: int = 2
     """Clips placed uniformly along each video. The evaluation (TEXT) has 10."""
@@ -50,10 +50,10 @@ class ProbeConfig:
         """
         if self.every_epochs < 0:
             raise ConfigError(f"probe.every_epochs is {self.every_epochs}; use 0 or more")
-        if self.every_epochs and (self.gallery is None or self.query is None):
+        if self.every_epochs and (self.train is None or self.test is None):
             raise ConfigError(
-                "probe.every_epochs asks for retrieval on a labelled set; give --probe.gallery and "
-                "--probe.query"
+                "probe.every_epochs asks for retrieval on a labelled set; give --probe.train and "
+                "--probe.test"
             )
         for name in ("num_clips", "stride", "videos_per_batch"):
             if getattr(self, name) < 1:
@@ -88,10 +88,10 @@ class OnlineProbe:
     """
 
     def __init__(self, config: ProbeConfig, *, size: int, clip_frames: int) -> None:
-        assert config.gallery is not None
-        assert config.query is not None
+        assert config.train is not None
+        assert config.test is not None
         self._every = config.every_epochs
-        self._sets = [ShardReader(config.gallery), ShardReader(config.query)]
+        self._sets = [ShardReader(config.train), ShardReader(config.test)]
         for reader in self._sets:
             check_labels(reader)
         check_pair(*self._sets)

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from strata.dataload.loader import TrainLoader
+from strata.files import open_atomic
 from strata.logs import get_logger
 from strata.train.run.non_finite import Report
 
@@ -35,7 +36,8 @@ def write_bad_batch(loader: TrainLoader, report: Report, run: Path, rank: int) -
         tensors["long"] = batch.long
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+        with open_atomic(path, sync=False) as out:
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, out.name)
     except (OSError, SafetensorError) as error:
         logger.warning("the batch of rank %d cannot be written: %s", rank, error)
         return

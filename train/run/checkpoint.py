@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from strata.errors import CheckpointError, ConfigError, NotSavedError
-from strata.files import sha256_of, sync_path, write_atomic
+from strata.files import open_atomic, sha256_of, sync_path, write_atomic
 from strata.train.engine import Engine
 from strata.train.engine_state import Snapshot
 from strata.train.run.history import COMPLETE, FOLDER, History, find_checkpoint, name_of
@@ -133,8 +133,9 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        save_file(dict(snapshot.model), writing / _MODEL)
-        save_file(dict(snapshot.training), writing / _TRAINING)
+        for file, tensors in ((_MODEL, snapshot.model), (_TRAINING, snapshot.training)):
+            with open_atomic(writing / file, sync=False) as out:
+                save_file(dict(tensors), out.name)
         text = json.dumps(dataclasses.asdict(state), indent=2)
         (writing / _STATE).write_text(text, encoding="utf-8")
         _seal(writing)

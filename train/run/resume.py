@@ -23,7 +23,7 @@ _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed
 """Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
-    *("data.shards", "probe.gallery", "probe.query"),
+    *("data.shards", "probe.train", "probe.test"),
 )
 
 

@@ -277,7 +277,7 @@ def _probe(config: TrainConfig) -> str:
     probe = config.probe
     return (
         f"retrieval before training, every {probe.every_epochs} epochs and at the end: "
-        f"{probe.query} in {probe.gallery}, {probe.num_clips} clips a video"
+        f"{probe.test} in {probe.train}, {probe.num_clips} clips a video"
     )
 
 

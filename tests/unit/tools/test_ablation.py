@@ -148,7 +148,7 @@ def test_gpu_hours_are_epochs_of_videos_at_the_rates(
     assert "--data.shards data/train03" in one
     assert "--seed 2" in one
     (two,) = (c for c in commands if "motion" in c and "split-1" in c)
-    assert "--gallery data/train01 --query data/test01" in two
+    assert "--train data/train01 --test data/test01" in two
     assert "--checkpoint " + str(tmp_path / "out/rows/one/split-1/seed-0/run") in two
     assert "--weights motion --seed 0" in two
 

@@ -39,7 +39,7 @@ def test_the_graph_by_rows_is_the_graph():
     # Similar clips and few labels, so that some entries are kept and some are not.
     clips = torch.randn(1, 2, 8) + 0.4 * torch.randn(12, 2, 8)
     labels = torch.arange(12) % 3
-    target = distribution_graphs(clips, labels).target_BB
+    target = distribution_graphs(clips, labels).target_RB
     assert (target > 0).sum() > 12
     torch.testing.assert_close(graph_by_rows(clips, labels), target, rtol=1e-4, atol=1e-6)
 

@@ -26,7 +26,7 @@ def terms(features: dict[str, Tensor], tau: float) -> Terms:
 
     def graph() -> Tensor:
         labels = hard_labels(sinkhorn(scores, epsilon=tau))
-        target = distribution_graphs(clips, labels, temperature=tau).target_BB
+        target = distribution_graphs(clips, labels, temperature=tau).target_RB
         return graph_loss(clips, target, temperature=tau)
 
     return {

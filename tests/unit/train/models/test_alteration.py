@@ -11,7 +11,7 @@ from strata.train.models.alteration import alter_time, draw_permutations, time_o
 
 
 def draws(num_clips: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(uniforms(seed, Stream.SHUFFLE, 0, np.arange(num_clips), 0, 2))
+    return torch.from_numpy(uniforms(seed, Stream.TIME_ORDER, 0, np.arange(num_clips), 0, 2))
 
 
 def evenly_spaced(num_clips: int) -> torch.Tensor:
