@@ -20,8 +20,8 @@ from functools import partial
 from strata import commands
 from strata.config import parse_config
 from strata.errors import ConfigError, run_rank
+from strata.eval.evaluations.runners import RUNNERS
 from strata.eval.protocols.named import protocol_defaults
-from strata.eval.protocols.run import RUNNERS
 from strata.logs import set_up_logging
 from strata.suggestions import did_you_mean
 

@@ -19,7 +19,8 @@ ProtocolName = Literal["coclr", "supplement", "ours"]
 _NOT_COMPARED = (
     *("features.size", "features.clip_frames", "features.videos_per_batch", "features.level"),
     *("retrieval.shown", "retrieval.variants"),
-    *("training.max_steps", "training.seed", "training.precision", "training.checkpoint."),
+    *("training.max_steps", "training.max_skipped_steps", "training.seed"),
+    *("training.precision", "training.checkpoint."),
 )
 """Settings that no protocol decides."""
 
