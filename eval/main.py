@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
         )
     settings, run = RUNNERS[name]
     parse = partial(
-        parse_config, prog=f"eval/main.py {name}", description=settings.__doc__.splitlines()[0]
+        parse_config,
+        prog=f"eval/main.py {name}",
+        description=(settings.__doc__ or "").splitlines()[0],
     )
     config = parse(settings, args[1:])
     if hasattr(config, "protocol"):

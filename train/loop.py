@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -55,7 +55,7 @@ class LoopConfig:
     """Whether rank 0 shows a progress bar."""
 
 
-TaskT = TypeVar("TaskT", bound=Task)
+TaskT = TypeVar("TaskT", bound=Task[Any])
 
 
 class Trainer(Generic[TaskT]):

@@ -36,7 +36,7 @@ from strata.train.task import Task
 __all__ = ["Pretraining", "open_pretraining"]
 
 
-class Pretraining(Task):
+class Pretraining(Task[VideoModel]):
     """A step of the method on DeepSpeed, and what a run reports of its steps.
 
     Args:

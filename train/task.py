@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -14,14 +15,16 @@ from strata.train.run.non_finite import NonFiniteFlags, Report
 
 __all__ = ["Task"]
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
-class Task(ABC):
+
+class Task(ABC, Generic[ModelT]):
     """What a loop trains: one step, and the report on an interval of steps.
 
     Pretraining is one (train/pretraining.py), a classifier another (eval/classifier/run.py).
     """
 
-    model: nn.Module
+    model: ModelT
     engine: Engine
     clock: Clock
 

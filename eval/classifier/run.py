@@ -40,7 +40,7 @@ _MOMENTUM = 0.9
 """Of SGD; CoCLR's, and the works' that its protocol comes from."""
 
 
-class ClassifierTask(Task):
+class ClassifierTask(Task[Classifier]):
     """A step of a classifier's training, and what is reported of its steps.
 
     Args:
