@@ -122,20 +122,11 @@ def describe_run(
         ("figures", _figures(config)),
     ]
     record = {
-        "strata": strata.__version__,
-        "torch": torch.__version__,
-        "world_size": world.size,
-        "device": device.type,
         "autocast": dtype,
-        "batch_size": data.batch_size,
-        "steps_per_epoch": plan.steps_per_epoch,
         "step": step,
         "last_step": last,
-        "manifest_digest": reader.manifest.digest,
-        "plan_digest": plan.digest,
-        "left_out": [reader.keys[sample] for sample in plan.left_out],
-        "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
+        **_facts(config, world, device, reader, plan),
         "stages": {
             str(stage): {
                 "epochs": list(stages[stage]),
@@ -147,6 +138,24 @@ def describe_run(
         },
     }
     return RunPlan(lines=tuple(lines), record=record)
+
+
+def _facts(
+    config: TrainConfig, world: World, device: torch.device, reader: ShardReader, plan: Plan
+) -> dict[str, Any]:
+    """What is trained where on what, for the record."""
+    return {
+        "strata": strata.__version__,
+        "torch": torch.__version__,
+        "world_size": world.size,
+        "device": device.type,
+        "batch_size": config.data.batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "manifest_digest": reader.manifest.digest,
+        "plan_digest": plan.digest,
+        "left_out": [reader.keys[sample] for sample in plan.left_out],
+        "cache_bytes": cache_bytes(reader) if config.data.cache != "none" else 0,
+    }
 
 
 def announce_run(
