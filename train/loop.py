@@ -152,6 +152,8 @@ class Trainer(Generic[TaskT]):
                 self.saver.finish()
                 watchdog.beat("waiting for the other ranks")
                 barrier()
+                if not self._stopped:
+                    self._metrics.finish()
         except SampleFaultError as error:
             self._record_faults(error.faults)
             raise

@@ -89,6 +89,12 @@ class Pretraining(Task[VideoModel]):
         self._step_report = StepReport(config, metrics, is_first=world.is_first)
         self._latest: LossTerms | None = None
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, at most `stop_after_steps`."""
+        steps = self._config.schedule.epochs * self._plan.steps_per_epoch
+        return min(steps, self._config.stop_after_steps or steps)
+
     def _phase(self, epoch: int) -> Phase:
         return phase_at(self._config.schedule, epoch)
 
@@ -161,6 +167,9 @@ class Pretraining(Task[VideoModel]):
 
     def announce(self, state: RunState) -> None:
         """Log the run plan and the losses at chance level."""
+        self.monitor.start(
+            step=state.step, total_steps=self.total_steps, data=self._reader.manifest.digest
+        )
         clips = self._config.data.clips
         announce_run(
             self._config,
@@ -191,6 +200,7 @@ class Pretraining(Task[VideoModel]):
         health = self.method.averaged(terms.health)
         times, phase = self.clock.interval(), self._phase(batch.epoch)
         self.monitor.report(times, phase.stage)
+        self.monitor.health(health)
         self._step_report.write(
             state,
             batch.epoch,
@@ -273,7 +283,6 @@ def open_pretraining(
     task = Pretraining(
         config, plan, world=world, device=device, reader=reader, metrics=metrics, probe=probe
     )
-    steps = config.schedule.epochs * plan.steps_per_epoch
     return Trainer(
         task,
         RunState(
@@ -287,7 +296,7 @@ def open_pretraining(
         ),
         LoopConfig(
             run=config.run,
-            total_steps=min(steps, config.stop_after_steps or steps),
+            total_steps=task.total_steps,
             steps_per_epoch=plan.steps_per_epoch,
             checkpoint=config.checkpoint,
             settings="engine",

@@ -1,5 +1,6 @@
 """The run plan: a summary of a run that is printed and logged before it starts."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.logs import get_logger
+from strata.logs import get_logger, read_json_lines
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine_config import derive_deepspeed
@@ -24,6 +25,8 @@ __all__ = ["RunPlan", "announce_run", "describe_run", "stage_epochs"]
 
 logger = get_logger(__name__)
 
+_RATES = 20
+"""Records of log.jsonl whose median is the measured speed."""
 _NAMED = 5
 """Number of videos that a line names; the log has all of them."""
 
@@ -107,6 +110,7 @@ def describe_run(
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
             f"order {plan.digest}, seed {config.seed}",
         ),
+        ("hours", _hours(config, last - step)),
         (
             "model",
             f"{config.model.name}, width {config.model.width}, "
@@ -189,6 +193,20 @@ def announce_run(
     for term, value in chance.items():
         metrics.set("strata_loss_chance", value, term=term)
     metrics.record("start", step=step, chance=chance, plan=record, config=plain(config))
+
+
+def _hours(config: TrainConfig, steps: int) -> str:
+    """How long the remaining steps take at the given or the last measured speed."""
+    rate, source = config.plan_rate, "as given"
+    log = config.run / "log.jsonl"
+    if not rate and log.is_file():
+        records = [r for r in read_json_lines(log)[0] if r["kind"] == "step"]
+        rates = [r["samples_per_second"] for r in records[-_RATES:]]
+        rate, source = statistics.median(rates) if rates else 0.0, "as this run's log measured last"
+    if not rate:
+        return "unknown until the speed is measured; --plan_rate gives it in samples/s"
+    hours = steps * config.data.batch_size / rate / 3600
+    return f"{hours:.3g} for {steps} steps at {rate:.4g} samples/s, {source}; without evaluation"
 
 
 def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:

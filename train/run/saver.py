@@ -160,6 +160,7 @@ class RunSaver:
             self._record(self._thread.take())
         except NotSavedError as error:
             self._num_failed += 1
+            self._metrics.add("strata_checkpoint_failures_total", 1)
             self._metrics.record("checkpoint_failed", step=state.step, reason=str(error))
             if self._num_failed > 1 or find_checkpoint(self._run) is None:
                 return error

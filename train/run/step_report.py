@@ -55,8 +55,6 @@ class StepReport:
         samples_per_s = times.rate(self._config.data.batch_size)
         for term, value in losses.items():
             metrics.set("strata_loss", value, term=term)
-        for measure, value in health.items():
-            metrics.set("strata_health", value, measure=measure)
         self._log_graph(state.step, health, phase)
         metrics.set("strata_learning_rate", rate)
         metrics.set("strata_stage", phase.stage)
