@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,10 +29,10 @@ from strata.eval.report import write_page
 from strata.eval.results import EvaluationResult, Kind, PairResult, Role, write_json
 from strata.eval.sets import SetPair
 from strata.eval.summary import full_text
-from strata.files import FolderLock
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from strata.telemetry.serve import export_process
+from strata.telemetry.targets import run_name
 from strata.train.engine import EngineConfig, choose_device
 from strata.train.models.backbones import Backbone, build_backbone
 from strata.train.run.checkpoint import (
@@ -321,16 +321,21 @@ def open_session(config: Evaluation) -> Iterator[Session]:
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     run = found.parent.parent
+    report = _report_of(config, run / "eval")
     exporter = export_process(
         config.monitor,
         role="evaluate",
-        run=run.resolve().name,
-        rank=world.rank,
-        local_rank=world.local_rank,
+        run=run_name(config.monitor, report),
+        world=world,
         places={"run": run},
     )
+    advice = "wait for it, or use another --out"
+    lock = f".{report.name}.lock"
     try:
-        with _only_report(config, run / "eval", world), exporter as metrics:
+        with (
+            only_writer(report.parent, "evaluating", world, advice=advice, name=lock),
+            exporter as metrics,
+        ):
             if device.type == "cuda":
                 properties = torch.cuda.get_device_properties(device)
                 metrics.add_collector(GpuCollector(str(properties.uuid)))
@@ -339,14 +344,9 @@ def open_session(config: Evaluation) -> Iterator[Session]:
         leave_world()
 
 
-def _only_report(
-    config: Evaluation, results: Path, world: World
-) -> AbstractContextManager[FolderLock | None]:
-    """Keep out a second evaluation that would write the same report."""
+def _report_of(config: Evaluation, results: Path) -> Path:
+    """What two evaluations at a time must not share: the report's path, or one by the settings."""
     if config.out is not None:
-        folder, name = config.out.parent, f".{config.out.name}.lock"
-    else:
-        described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)
-        folder, name = results, f".{hashlib.sha256(described.encode()).hexdigest()[:16]}.lock"
-    advice = "wait for it, or use another --out"
-    return only_writer(folder, "evaluating", world, advice=advice, name=name)
+        return config.out
+    described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)
+    return results / hashlib.sha256(described.encode()).hexdigest()[:16]

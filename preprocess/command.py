@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from strata import commands, launch
+from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
 from strata.preprocess.datasets.folder import SourceSet, find_folder, mark_duplicates
 from strata.preprocess.datasets.kinetics import find_kinetics
-from strata.preprocess.datasets.listing import name_of, path_of, read_lines, some_of
+from strata.preprocess.datasets.listing import path_of, read_lines
 from strata.preprocess.datasets.official import find_hmdb51, find_ucf101
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.index_existing import index_folder
@@ -31,6 +32,7 @@ from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.summary import closing_table
 from strata.telemetry.metrics import Metrics
 from strata.telemetry.serve import export_process
+from strata.telemetry.targets import run_name
 from strata.transfer import as_url
 
 __all__ = ["find_sets", "main", "run_command"]
@@ -150,9 +152,12 @@ def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
     return export_process(
         command.monitor,
         role="preprocess",
-        run=some_of([name_of(out.name)]),
-        rank=command.settings.slice_index,
-        local_rank=launch.local_rank_of_task(),
+        run=run_name(command.monitor, out),
+        world=World(
+            rank=command.settings.slice_index,
+            size=command.settings.slice_count,
+            local_rank=launch.local_rank_of_task(),
+        ),
         places=places if as_url(command.out) is None else {},
     )
 

@@ -22,8 +22,9 @@ from strata.config import parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
 from strata.eval.protocols.run import RUNNERS
 from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
+from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_plan import gpu_hours
-from strata.tools.ablation_table import Cell, read_json, summarise, write_json, write_tables
+from strata.tools.ablation_table import Cell, read_json, summarise, write_json
 from strata.tools.launchers import QUIET, program
 from strata.train.config import TrainConfig
 

@@ -93,6 +93,9 @@ class TrainConfig:
     collect_every_steps: int = 100
     """Steps between garbage collections, the same on all ranks; with 0 Python collects at any time
     on any rank while the others wait."""
+    plan_rate: float = 0.0
+    """Samples per second on all ranks, for the hours of the start-up page; 0 takes the speed that
+    the run's log measured last."""
     plan_only: bool = False
     """Print the run plan (docs/operations.md, The start-up page) and end."""
 
@@ -104,6 +107,8 @@ class TrainConfig:
         """
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
+        if self.plan_rate < 0:
+            raise ConfigError(f"plan_rate is {self.plan_rate}; use 0 or more samples per second")
         if self.stop_after_steps < 0:
             raise ConfigError(f"stop_after_steps is {self.stop_after_steps}; use 0 or more")
         if self.collect_every_steps < 0:

@@ -89,6 +89,12 @@ class EngineConfig:
         if self.world_timeout_s <= 0:
             raise ConfigError("engine.world_timeout_s must be above 0")
 
+    def precision_on(self, device: torch.device) -> str:
+        """The precision of steps on a device: `fp32`, `bf16` or `fp16`."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if device.type == "cuda" else "fp32"
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -140,10 +146,7 @@ def derive_deepspeed(
     Raises:
         ConfigError: The device does not support a setting.
     """
-    on_gpu = device.type == "cuda"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
+    precision = config.precision_on(device)
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],

@@ -217,6 +217,8 @@ class Trainer:
                 self._finish_saving()
                 watchdog.beat("waiting for the other ranks")
                 barrier()
+                if not self._stopped:
+                    self.metrics.finish()
         except SampleFaultError as error:
             self._record_faults(error.faults)
             raise
@@ -434,6 +436,7 @@ class Trainer:
             written = self._saver.take()
         except NotSavedError as error:
             self._failed_saves += 1
+            self.metrics.add("strata_checkpoint_failures_total", 1)
             self.metrics.record("checkpoint_failed", step=self.state.step, reason=str(error))
             if self._failed_saves > 1 or checkpoint.find_checkpoint(self.config.run) is None:
                 return error
@@ -484,6 +487,9 @@ class Trainer:
             )
             logger.info("run plan:\n%s", page.text())
             plan = page.record
+        self.monitor.start(
+            step=self.state.step, total_steps=self.total_steps, data=self.reader.manifest.digest
+        )
         clips = config.data.clips
         chance = self.method.chance(config.data.batch_size, clips.clip_frames, clips.long_frames)
         for term, value in chance.items():
@@ -549,8 +555,7 @@ class Trainer:
         metrics = self.metrics
         for term, value in losses.items():
             metrics.set("strata_loss", value, term=term)
-        for measure, value in health.items():
-            metrics.set("strata_health", value, measure=measure)
+        self.monitor.health(health)
         self._say_graph(health, phase)
         metrics.set("strata_learning_rate", rate)
         metrics.set("strata_stage", phase.stage)

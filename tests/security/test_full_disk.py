@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from strata import logs
+from strata.distributed import World
 from strata.logs import JsonLines, read_json_lines, set_up_logging
-from strata.telemetry.metrics import ExporterConfig, Metrics, TargetFile
-from tests.support.commands import ROOT, TINY
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
+from tests.support.commands import ROOT, TINY, free_port
 from tests.support.shard_folders import moving_picture
 from tests.support.training_processes import ForkServer
 
@@ -98,8 +100,9 @@ def test_lines_for_people_that_cannot_be_written_are_dropped(monkeypatch: pytest
 
 
 def test_a_target_file_that_cannot_be_written_is_told(caplog: pytest.LogCaptureFixture):
-    config = ExporterConfig(file_sd=Path("/proc/strata"))
-    TargetFile(config, 9480, run="a", rank=0, role="train").remove()
+    config = ExporterConfig(port=free_port(), file_sd=Path("/proc/strata"))
+    with export_process(config, role="evaluate", run="a", world=World(), places={}):
+        pass
     assert "Prometheus does not find this process" in caplog.text
 
 

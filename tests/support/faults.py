@@ -106,3 +106,52 @@ def log_full_from_the_fifth_record() -> None:
         return original(handle, data)
 
     logs.os.write = write
+
+
+def slow_steps() -> None:
+    """Steps take 0.3 s more, so that a Prometheus sees each of them."""
+    from strata.train import loop
+
+    original = loop.Trainer._advance
+
+    def advance(self: Any) -> None:
+        time.sleep(0.3)
+        original(self)
+
+    setattr(loop.Trainer, "_advance", advance)  # noqa: B010
+
+
+def slow_nan_at_step_5() -> None:
+    slow_steps()
+    nan_at_step_5()
+
+
+def blocked_reads_on_rank_1() -> None:
+    """The storage does not answer any more after eight batches of rank 1."""
+    from strata.dataload.reader import ShardReader
+
+    slow_steps()
+    original, calls = ShardReader.strips, []
+
+    def strips(self: Any, *args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) > 8:
+            time.sleep(3600)
+        return original(self, *args, **more)
+
+    setattr(ShardReader, "strips", strips)  # noqa: B010
+
+
+def full_disk_for_one_save() -> None:
+    """The second checkpoint fails, and all disks but /dev/shm report 1 GB of 1 TB as free."""
+    from strata.telemetry import host
+
+    slow_steps()
+    disk_full_once()
+    original = host.psutil.disk_usage
+
+    def disk_usage(path: str) -> Any:
+        found = original(path)
+        return found if path == "/dev/shm" else found._replace(total=10**12, free=10**9)
+
+    setattr(host.psutil, "disk_usage", disk_usage)  # noqa: B010

@@ -1,5 +1,6 @@
 """The run plan: a summary of a run that is printed and logged before it starts."""
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
+from strata.logs import read_json_lines
 from strata.train.config import TrainConfig
 from strata.train.engine import derive_deepspeed
 from strata.train.method.schedules import ScheduleConfig, phase_at
@@ -18,6 +20,8 @@ from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_est
 
 __all__ = ["RunPlan", "describe_run", "stage_epochs"]
 
+_RATES = 20
+"""Records of log.jsonl whose median is the measured speed."""
 _NAMED = 5
 """Number of videos that a line names; the log has all of them."""
 
@@ -101,6 +105,7 @@ def describe_run(
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
             f"order {plan.digest}, seed {config.seed}",
         ),
+        ("hours", _hours(config, last - step)),
         (
             "model",
             f"{config.model.name}, width {config.model.width}, "
@@ -141,6 +146,20 @@ def describe_run(
         },
     }
     return RunPlan(lines=tuple(lines), record=record)
+
+
+def _hours(config: TrainConfig, steps: int) -> str:
+    """How long the remaining steps take at the given or the last measured speed."""
+    rate, source = config.plan_rate, "as given"
+    log = config.run / "log.jsonl"
+    if not rate and log.is_file():
+        records = [r for r in read_json_lines(log)[0] if r["kind"] == "step"]
+        rates = [r["samples_per_second"] for r in records[-_RATES:]]
+        rate, source = statistics.median(rates) if rates else 0.0, "as this run's log measured last"
+    if not rate:
+        return "unknown until the speed is measured; --plan_rate gives it in samples/s"
+    hours = steps * config.data.batch_size / rate / 3600
+    return f"{hours:.3g} for {steps} steps at {rate:.4g} samples/s, {source}; without evaluation"
 
 
 def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:
