@@ -16,8 +16,8 @@ import numpy as np
 import strata
 from strata.code_digest import commit
 from strata.eval.accuracy import Accuracy, ClassSpace
-from strata.eval.features import Features
-from strata.eval.nearest_videos import RECALL_AT
+from strata.eval.protocols.features import Features
+from strata.eval.protocols.retrieval import RECALL_AT
 from strata.eval.sets import SetPair
 from strata.files import write_atomic
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strata.eval.pixels import PIXEL_MAPS
+from strata.eval.protocols.pixels import PIXEL_MAPS
 from strata.eval.report import page_of
 from strata.files import write_atomic
 from strata.tools.ablation_table import write_json

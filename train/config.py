@@ -9,7 +9,7 @@ from strata.distributed import World
 from strata.errors import ConfigError
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
-from strata.train.engine import EngineConfig
+from strata.train.engine_config import EngineConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig

@@ -1,111 +1,122 @@
-"""The linear probe: a linear classifier on a frozen encoder."""
+"""Linear probe: a linear classifier on frozen features; predictions averaged over clips."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from strata.errors import ConfigError
-from strata.eval.accuracy import ClassSpace
-from strata.eval.classifier import ClassifierConfig
-from strata.eval.linear_probe import LinearConfig, linear_probe
-from strata.eval.protocols.classifiers import (
-    ClassifierEvaluation,
-    NetworkAccuracy,
-    join_rows,
-    run_classifier,
-)
-from strata.eval.protocols.named import PROTOCOLS, ProtocolName, protocol_words
-from strata.eval.reporting import report_one
-from strata.eval.results import Measurement
-from strata.eval.session import NamedNetwork, Session, open_session
-from strata.eval.sets import SetPair
+from strata.eval.accuracy import Accuracy, measure_accuracy
 
-__all__ = [
-    "LinearEvaluation",
-    "cached_text",
-    "measure_cached_probe",
-    "refuse_cached",
-    "run_linear",
-]
+__all__ = ["LinearConfig", "LinearResult", "linear_probe"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearEvaluation(ClassifierEvaluation):
-    """Settings of `eval/main.py linear`."""
+class LinearConfig:
+    """The cached probe, which is ours: after CoCLR's, on features of centre crops."""
 
-    variant: Literal["augmented", "cached"] = "augmented"
-    """augmented trains on augmented clips, encoded again each epoch (CoCLR). cached trains on the
-    features of the training videos' test clips, encoded once: minutes instead of hours."""
-    training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].linear)
-    """Of the augmented variant; `run` is its folder."""
-    probe: LinearConfig = field(default_factory=LinearConfig)
-    """Of the cached variant."""
+    epochs: int = 100
+    """Passes over the training clips."""
+    learning_rate: float = 1e-3
+    """Of Adam; falls to 0 along half a cosine."""
+    weight_decay: float = 1e-3
+    """L2 penalty in the gradient."""
+    batch_size: int = 32
+    """Clips a step."""
+    seed: int = 0
+    """Of the classifier's weights and the order of clips."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: A field is out of its range.
+        """
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ConfigError("probe.epochs must be 1 or more and probe.batch_size 2 or more")
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ConfigError("probe.learning_rate must be above 0, probe.weight_decay 0 or more")
 
 
-def refuse_cached(protocol: ProtocolName) -> None:
-    """Refuse to give CoCLR's name to a probe that is not CoCLR's.
+@dataclass(frozen=True)
+class LinearResult:
+    """Accuracy of a probe.
+
+    Args:
+        accuracy: On the test videos.
+        train_top1: Top-1 on the training videos.
+    """
+
+    accuracy: Accuracy
+    train_top1: float
+
+
+def _probabilities(classifier: nn.Module, clips: Tensor) -> Tensor:
+    """Mean over clips of the softmax probabilities: `[N, K]`."""
+    with torch.inference_mode():
+        logits = classifier(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+    return logits.softmax(dim=2).mean(dim=1)
+
+
+def linear_probe(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    num_classes: int,
+    config: LinearConfig,
+) -> LinearResult:
+    """Train on the clips of the training videos, test on those of the test videos.
+
+    Features are brought to unit length and batch-normalised without scale before the linear layer
+    (CoCLR). The prediction of a video is the mean of its clips' softmax probabilities (TEXT).
+
+    Args:
+        train: Shape `[N, clips, C]`.
+        train_labels: Shape `[N]`.
+        test: Shape `[M, clips, C]`.
+        test_labels: Shape `[M]`.
+        num_classes: K.
+        config: Settings of the training.
+
+    Returns:
+        Accuracies and predictions; the same on every machine rank that calls it.
 
     Raises:
-        ConfigError: The protocol is CoCLR's.
+        ConfigError: The training set is empty.
     """
-    if protocol == "coclr":
-        raise ConfigError(
-            "--protocol coclr trains its probe on augmented clips, the cached probe is ours; use "
-            "linear with --variant augmented, or --protocol supplement or ours"
-        )
-
-
-def cached_text(session: Session) -> str:
-    """The protocol of the cached linear probe in words."""
-    named = protocol_words(session.settings(), "cached")
-    return (
-        f"linear, cached, {named} with a probe of ours: a linear layer on frozen features of the "
-        f"centre crops, {session.clips_text()}; {session.level_text()}, unit length and batch "
-        "norm; softmax probabilities averaged over a video's clips"
+    if len(train) * train.shape[1] < 2:
+        raise ConfigError("linear probe: fewer than two training clips; choose another --train")
+    generator = torch.Generator().manual_seed(config.seed)
+    clips = functional.normalize(torch.from_numpy(train), dim=2)
+    test_clips = functional.normalize(torch.from_numpy(test), dim=2)
+    flat = clips.flatten(0, 1)
+    labels = torch.from_numpy(train_labels).repeat_interleave(train.shape[1])
+    linear = nn.Linear(flat.shape[1], num_classes)
+    with torch.no_grad():
+        linear.weight.normal_(0.0, 0.01, generator=generator)
+        linear.bias.zero_()
+    classifier = nn.Sequential(nn.BatchNorm1d(flat.shape[1], affine=False), linear)
+    optimizer = torch.optim.Adam(
+        linear.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-
-
-def measure_cached_probe(
-    session: Session, networks: Sequence[NamedNetwork], pair: SetPair, config: LinearConfig
-) -> Measurement:
-    """Accuracy of the cached linear probe of some networks on one pair of sets."""
-    level = session.features.level
-    tested = []
-    for network in networks:
-        train = session.encode(pair.train, network.which)
-        test = session.encode(pair.test, network.which)
-        space = ClassSpace.of(train.labels, test.labels, train.classes, learned=True)
-        result = linear_probe(
-            train.clips(level),
-            space.index(train.labels),
-            test.clips(level),
-            space.index(test.labels),
-            len(space),
-            config,
-        )
-        tested.append(
-            NetworkAccuracy(
-                network=network,
-                test=result.accuracy,
-                space=space,
-                train_top1=result.train_top1,
-            )
-        )
-    return join_rows(tested)
-
-
-def run_linear(config: LinearEvaluation) -> None:
-    """Train a linear classifier on a frozen encoder and report Top-1 and Top-5."""
-    if config.training.train != "head":
-        raise ConfigError("training.train is all; the linear probe is for head, use finetune")
-    if config.variant == "augmented":
-        run_classifier("linear", config)
-        return
-    refuse_cached(config.protocol)
-    pairs = config.open_pairs()
-    with open_session(config) as session:
-        measured = [
-            measure_cached_probe(session, config.networks, pair, config.probe) for pair in pairs
-        ]
-        name, text = config.report_name("linear-cached"), cached_text(session)
-        report_one(session, name, "linear", text, pairs, measured)
+    size = min(config.batch_size, len(flat))
+    steps = config.epochs * (len(flat) // size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(config.epochs):
+        order = torch.randperm(len(flat), generator=generator)
+        for start in range(0, len(flat) - size + 1, size):
+            chosen = order[start : start + size]
+            loss = functional.cross_entropy(classifier(flat[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    classifier.eval()
+    on_train = _probabilities(classifier, clips).argmax(dim=1)
+    return LinearResult(
+        accuracy=measure_accuracy(_probabilities(classifier, test_clips).numpy(), test_labels),
+        train_top1=(on_train == torch.from_numpy(train_labels)).double().mean().item(),
+    )

@@ -1,151 +1,304 @@
-"""Temporal cues: where a frozen network sees the direction of time, as figures and maps."""
+"""Where a frozen network sees the direction of time: a head on a level's maps, its activations.
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+A linear head without bias separates clips from the same clips with reversed frames. It acts on the
+average of a level's map over time and space. Its weights applied at each place of the map are a
+class activation map (Zhou et al., CVPR 2016, arXiv 1512.04150, section 2) whose mean is the head's
+logit: without bias the map contains the complete logit. The backbone's convolutions see the order
+of frames, so the average can distinguish a reversed clip. The reversed clip goes through the
+complete network, since a map that is reversed afterwards has the same average.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
+from strata.dataload.clips import ClipSpec
+from strata.dataload.config import DataConfig
+from strata.dataload.loader import EvaluationLoader
+from strata.dataload.reader import ShardReader
+from strata.distributed import World
 from strata.errors import ConfigError
-from strata.eval.direction_maps import (
-    CamConfig,
-    direction_accuracy,
-    fit_direction_head,
-    shown_samples,
-    video_cam,
-)
-from strata.eval.features import FeatureConfig
-from strata.eval.pictures import encode_jpeg, write_video
-from strata.eval.reporting import report_one, report_path
-from strata.eval.results import Cue, Cues, Measurement, Row
-from strata.eval.session import OneNetwork, Session, open_session
-from strata.eval.sets import SetPair
-from strata.untrusted import file_stem
+from strata.eval.pictures import contact_sheet
+from strata.train.models.backbones import Backbone
+from strata.train.models.inputs import normalise
+from strata.train.representation.encode import VideoClips, inference_autocast
 
-__all__ = ["TemporalCamEvaluation", "run_temporal_cam"]
+__all__ = [
+    "CamConfig",
+    "VideoCam",
+    "activation_maps",
+    "direction_accuracy",
+    "fit_direction_head",
+    "overlay",
+    "shown_samples",
+    "video_cam",
+]
 
-_CUE_RATE = 12.0
-"""Frames a second of the videos of temporal cues: about half of the usual speed."""
+_RED, _BLUE = (222.0, 45.0, 38.0), (33.0, 102.0, 205.0)
+_OPACITY = 0.75
+_ZOOM = 2
+_SHEET_FRAMES, _SHEET_PIXELS = 8, 96
+"""Frames in a row of a sheet, and their least rows and columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemporalCamEvaluation(OneNetwork):
-    """Settings of `eval/main.py temporal_cam`: where an encoder sees the direction of time."""
-
-    features: FeatureConfig = field(default_factory=lambda: FeatureConfig(level="mid"))
-    """How a video becomes features; `level` is the map that the head acts upon. mid has 4 time
-    steps and 7x7 places for a clip of 16x112x112, high but 2 and 4x4, and low sees little of the
-    surroundings of a place."""
-    cam: CamConfig = field(default_factory=CamConfig)
+class CamConfig:
     """The head, and what is shown of it."""
-    out: Path | None = None
-    """Folder for report.json, its page, and pictures and videos of the maps; by default one of its
-    own under the checkpoint's run, in eval/."""
+
+    weight_decay: float = 1e-3
+    """L2 penalty on the head, whose features are scaled to a mean square of 1 for each channel."""
+    videos: int = 8
+    """Test videos that are shown, evenly spaced in the set."""
+    max_clips: int = 32
+    """Clips of a video that are shown, at most. Up to here they cover the video without gaps (at
+    stride 1); of a longer one, this many clips placed uniformly."""
 
     def __post_init__(self) -> None:
-        """Check the level.
+        """Check the ranges.
 
         Raises:
-            ConfigError: Several levels have no common map.
+            ConfigError: A field is out of its range.
         """
-        if self.features.level == "all":
-            raise ConfigError("features.level all has no map of its own; use low, mid or high")
+        if self.weight_decay <= 0:
+            raise ConfigError("cam.weight_decay must be above 0, or the head has no one solution")
+        if self.videos < 1 or self.max_clips < 1:
+            raise ConfigError("cam.videos and cam.max_clips must be 1 or more")
 
 
-def cam_text(session: Session, config: CamConfig) -> str:
-    """The protocol of the temporal cues in words."""
-    return (
-        "temporal_cam: a linear head without bias on frozen features separates clips from the "
-        "same clips reversed in time (one logit, right above and below 0); "
-        f"{session.clips_text()}, each once as it is and once reversed; {session.level_text()}, "
-        f"logistic regression with L2 {config.weight_decay:g}; "
-        "videos: the mean of their clips' logits"
+def fit_direction_head(
+    originals: np.ndarray, backwards: np.ndarray, weight_decay: float
+) -> np.ndarray:
+    """The weights of logistic regression without intercept: the one minimum of a convex loss.
+
+    Args:
+        originals: Shape `[N, C]`: features of clips.
+        backwards: Shape `[N, C]`: of the same clips reversed in time.
+        weight_decay: See `CamConfig`.
+
+    Returns:
+        Shape `[C]`, float64: for the features as they are. Above 0 speaks for the original.
+    """
+    features = np.concatenate([originals, backwards]).astype(np.float64)
+    scale = np.sqrt(np.square(features).mean(axis=0))
+    scale[scale == 0] = 1.0
+    rows = torch.from_numpy(features / scale)
+    signs = torch.ones(len(rows), dtype=torch.float64)
+    signs[len(originals) :] = -1
+    weight = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        max_iter=1000,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.softplus(-signs * (rows @ weight)).mean()
+        value = value + 0.5 * weight_decay * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach().numpy() / scale
+
+
+def direction_accuracy(
+    weight: np.ndarray, originals: np.ndarray, backwards: np.ndarray
+) -> dict[str, float]:
+    """How often the direction is predicted correctly; every clip counts once in each direction.
+
+    Args:
+        weight: Shape `[C]`.
+        originals: Shape `[N, clips, C]`.
+        backwards: Shape `[N, clips, C]`.
+
+    Returns:
+        `clips`, and `videos` by the mean of their clips' logits.
+    """
+    logits = [features.astype(np.float64) @ weight for features in (originals, backwards)]
+    # A logit of 0 is a guess, right in one of the two directions.
+    return {
+        "clips": float(((logits[0] > 0).mean() + (logits[1] <= 0).mean()) / 2),
+        "videos": float(((logits[0].mean(1) > 0).mean() + (logits[1].mean(1) <= 0).mean()) / 2),
+    }
+
+
+@torch.inference_mode()
+def activation_maps(
+    backbone: Backbone, clips: Tensor, weight: np.ndarray, level: str, *, backwards: bool
+) -> Tensor:
+    """The head's class activation maps of clips.
+
+    Args:
+        backbone: In evaluation mode.
+        clips: uint8 `[n, T, S, S, 3]`, on the backbone's device.
+        weight: Shape `[C]`: the head.
+        level: `low`, `mid` or `high`: the map that it acts upon.
+        backwards: Whether the network sees the clips reversed in time.
+
+    Returns:
+        Shape `[n, t, h, w]`, float32, in the order of the clips' own frames in both cases; the mean
+        over t, h and w is the logit.
+    """
+    seen = clips.flip(1) if backwards else clips
+    with inference_autocast(clips.device):
+        maps = getattr(backbone(normalise(seen, backbone.in_channels)), level)
+    head = torch.from_numpy(weight).to(maps.device, torch.float32)
+    cam = torch.einsum("ncthw,c->nthw", maps.float(), head)
+    return cam.flip(1) if backwards else cam
+
+
+def overlay(frames: np.ndarray, heat: np.ndarray, top: float) -> np.ndarray:
+    """Frames in gray with a map over them: red above 0, blue below, the stronger the denser.
+
+    Args:
+        frames: Shape `[T, S, S, 3]`, uint8.
+        heat: Shape `[T, S, S]`.
+        top: The absolute value that is shown at full density.
+
+    Returns:
+        Shape `[T, S, S, 3]`, uint8.
+    """
+    gray = frames.mean(axis=3, keepdims=True)
+    density = (_OPACITY * np.minimum(np.abs(heat) / max(top, 1e-12), 1.0))[..., None]
+    colour = np.where(heat[..., None] > 0, np.array(_RED), np.array(_BLUE))
+    return np.rint(gray * (1 - density) + colour * density).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoCam:
+    """A video with its maps; F frames, each once, in order."""
+
+    frames: np.ndarray
+    """Shape `[F, S, S, 3]`, uint8: all that a clip holds."""
+    places: np.ndarray
+    """Shape `[F]`: their numbers in the stored video."""
+    heat: np.ndarray
+    """Shape `[2, F, S, S]`, float32: maps of the original and of the reversed clips, in the order
+    of the frames; where clips overlap, their mean."""
+    logits: np.ndarray
+    """Shape `[2, clips]`."""
+    middle: tuple[int, int]
+    """First row of `frames` of the clip in the middle of the video, and the one after its last."""
+
+    @property
+    def top(self) -> float:
+        """The absolute value that is shown at full density: 99 % of the maps are below."""
+        return float(np.quantile(np.abs(self.heat), 0.99))
+
+    def rows(self) -> list[np.ndarray]:
+        """The frames; with the original's map; with the reversed one's. `[F, S, S, 3]` each."""
+        return [self.frames, *(overlay(self.frames, heat, self.top) for heat in self.heat)]
+
+    def video(self) -> np.ndarray:
+        """The three side by side, enlarged: `[F, rows, columns, 3]`, uint8."""
+        joined = np.concatenate(self.rows(), axis=2)
+        return joined.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+
+    def sheet(self, title: str) -> Image.Image:
+        """Frames of the middle clip above both maps."""
+        first, end = self.middle
+        chosen = np.unique(np.linspace(first, end - 1, _SHEET_FRAMES).round().astype(int))
+        middle = self.logits[:, self.logits.shape[1] // 2]
+        captions = (
+            "frames of the clip in the middle",
+            f"clip as it is: logit {middle[0]:+.2f}, right if above 0",
+            f"reversed (shown in the order above): logit {middle[1]:+.2f}, right if below 0",
+        )
+        zoom = -(-_SHEET_PIXELS // self.frames.shape[1])
+        parts = [
+            (caption, rows[chosen].repeat(zoom, axis=1).repeat(zoom, axis=2))
+            for caption, rows in zip(captions, self.rows(), strict=True)
+        ]
+        return contact_sheet(parts, title, len(chosen))
+
+
+def video_cam(
+    backbone: Backbone,
+    reader: ShardReader,
+    sample: int,
+    clips: VideoClips,
+    weight: np.ndarray,
+    level: str,
+    *,
+    max_clips: int,
+    device: torch.device,
+) -> VideoCam:
+    """The maps of one video, from clips that cover it. One rank alone calls it.
+
+    Args:
+        backbone: On the device, in evaluation mode.
+        reader: The data set.
+        sample: Which video.
+        clips: Size, frames and stride of a clip; their number follows from the video's length.
+        weight: Shape `[C]`: the head.
+        level: The map that it acts upon.
+        max_clips: See `CamConfig`.
+        device: Where to compute.
+
+    Raises:
+        ShardError: The video does not decode.
+    """
+    span = (clips.clip_frames - 1) * clips.stride + 1
+    num_clips = min(-(-int(reader.num_frames[sample]) // span), max_clips)
+    spec = ClipSpec(clip_frames=clips.clip_frames)
+    loader = EvaluationLoader(
+        reader,
+        DataConfig(shards=reader.location, size=clips.size, clips=spec),
+        world=World(),
+        device=device,
+        videos_per_batch=1,
+        num_clips=num_clips,
+        stride=clips.stride,
+        samples=[sample],
+    )
+    with loader:
+        (batch,) = loader
+    (numbers,) = loader.frames_of([sample])
+    pixels = batch.clips[0]
+    heat, logits = [], []
+    for backwards in (False, True):
+        maps = torch.cat(
+            [
+                activation_maps(backbone, part, weight, level, backwards=backwards)
+                for part in pixels.split(clips.videos_per_batch)
+            ]
+        )
+        logits.append(maps.mean(dim=(1, 2, 3)).cpu().numpy())
+        size = tuple(pixels.shape[1:4])
+        wide = functional.interpolate(maps.unsqueeze(1), size=size, mode="trilinear")
+        heat.append(wide.squeeze(1).flatten(0, 1).cpu().numpy())
+    return _joined(pixels.flatten(0, 1).cpu().numpy(), np.stack(heat), numbers, np.stack(logits))
+
+
+def _joined(
+    pixels: np.ndarray, heat: np.ndarray, numbers: np.ndarray, logits: np.ndarray
+) -> VideoCam:
+    """Clips as one video: each frame once, maps averaged where clips overlap."""
+    flat = numbers.reshape(-1)
+    places, first, where, counts = np.unique(
+        flat, return_index=True, return_inverse=True, return_counts=True
+    )
+    summed = np.zeros((2, len(places), *heat.shape[2:]), np.float32)
+    for way in range(2):
+        np.add.at(summed[way], where, heat[way])
+    middle = np.searchsorted(places, numbers[len(numbers) // 2])
+    return VideoCam(
+        frames=pixels[first],
+        places=places,
+        heat=summed / counts[:, None, None].astype(np.float32),
+        logits=logits,
+        middle=(int(middle[0]), int(middle[-1]) + 1),
     )
 
 
-def run_temporal_cam(config: TemporalCamEvaluation) -> None:
-    """Train the head, report how often it is right, and draw its maps. Rank 0 draws."""
-    pairs = config.open_pairs()
-    with open_session(config) as session:
-        found = [_measure_direction(session, config, pair) for pair in pairs]
-        if not session.world.is_first:
-            return
-        name = config.report_name("temporal_cam")
-        path = report_path(session, name, pairs)
-        path = path if config.out is None else config.out / "report.json"
-        measured = []
-        for pair, (measurement, head) in zip(pairs, found, strict=True):
-            folder = path.parent / f"{pair.data}-{pair.split}" if config.data else path.parent
-            cues = _draw_cues(session, config, pair, head, folder)
-            measured.append(replace(measurement, details=cues))
-        text = cam_text(session, config.cam)
-        report_one(session, name, "temporal_cam", text, pairs, measured, path=path)
-
-
-def _measure_direction(
-    session: Session, config: TemporalCamEvaluation, pair: SetPair
-) -> tuple[Measurement, np.ndarray]:
-    """How often each network's head is right, and the head of the evaluated network."""
-    level = session.features.level
-    rows: list[Row] = []
-    heads: list[np.ndarray] = []
-    for network in config.networks:
-        train, test = (
-            [session.encode(s, network.which, backwards=b).clips(level) for b in (False, True)]
-            for s in (pair.train, pair.test)
-        )
-        flat = [part.reshape(-1, part.shape[2]) for part in train]
-        head = fit_direction_head(flat[0], flat[1], config.cam.weight_decay)
-        shares = direction_accuracy(head, test[0], test[1])
-        rows.append(Row(name=network.row, role=network.role, shares=shares))
-        if network.role == "measured":
-            shares = direction_accuracy(head, train[0], train[1])
-            rows.append(Row(name="training", role="training", shares=shares))
-        heads.append(head)
-    rows.append(Row(name="chance", role="chance", shares={"clips": 0.5, "videos": 0.5}))
-    return Measurement(rows=tuple(rows)), heads[0]
-
-
-def _draw_cues(
-    session: Session,
-    config: TemporalCamEvaluation,
-    pair: SetPair,
-    head: np.ndarray,
-    folder: Path,
-) -> Cues:
-    """Write a picture and a video of each shown test video."""
-    folder.mkdir(parents=True, exist_ok=True)
-    backbone, _ = session.network(config.measured)
-    backbone.eval()
-    reader = pair.test
-    cues = []
-    for number, sample in enumerate(shown_samples(reader.num_samples, config.cam.videos)):
-        made = video_cam(
-            backbone,
-            reader,
-            sample,
-            session.features.clips(),
-            head,
-            session.features.level,
-            max_clips=config.cam.max_clips,
-            device=session.device,
-        )
-        key, label = reader.keys[sample], reader.manifest.classes[reader.labels[sample]]
-        stem = f"{number:03d}-{file_stem(key)}"
-        sheet = made.sheet(f"{key}   {label}   {session.features.level} level")
-        sheet.save(folder / f"{stem}.png")
-        write_video(folder / f"{stem}.mp4", made.video(), _CUE_RATE)
-        forth, back = made.logits.mean(axis=1).tolist()
-        cues.append(
-            Cue(
-                key=key,
-                label=label,
-                num_clips=made.logits.shape[1],
-                num_frames=len(made.frames),
-                logit=forth,
-                logit_reversed=back,
-                picture=folder / f"{stem}.png",
-                video=folder / f"{stem}.mp4",
-                sheet=encode_jpeg(sheet, 80),
-            )
-        )
-    return Cues(shown=tuple(cues))
+def shown_samples(num_samples: int, count: int) -> Sequence[int]:
+    """Videos evenly spaced in a set."""
+    return np.unique(np.linspace(0, num_samples - 1, count).round().astype(int)).tolist()

@@ -8,8 +8,8 @@ import torch
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.eval.features import FeatureConfig, extract_features
-from strata.eval.nearest_videos import recall_at, retrieve
+from strata.eval.protocols.features import FeatureConfig, extract_features
+from strata.eval.protocols.retrieval import recall_at, retrieve
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.representation.online_retrieval import OnlineProbe, ProbeConfig
 from tests.support.rank_processes import run_ranks

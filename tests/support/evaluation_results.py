@@ -7,8 +7,8 @@ import numpy as np
 
 from strata.dataload.reader import ShardReader
 from strata.eval.accuracy import ClassSpace, measure_accuracy
-from strata.eval.features import Features
-from strata.eval.nearest_videos import RECALL_AT, retrieve
+from strata.eval.protocols.features import Features
+from strata.eval.protocols.retrieval import RECALL_AT, retrieve
 from strata.eval.results import (
     EvaluationResult,
     Kind,

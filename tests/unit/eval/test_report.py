@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from strata.dataload.reader import ShardReader
-from strata.eval.nearest_videos import RECALL_AT
+from strata.eval.protocols.retrieval import RECALL_AT
 from strata.eval.report import probe_curves, render, run_curves, shown_queries
 from strata.eval.results import EvaluationResult, Retrieved, Row, write_json
 from strata.eval.summary import figure_lines, full_text, summary

@@ -11,7 +11,7 @@ from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.eval.direction_maps import (
+from strata.eval.protocols.temporal_cam import (
     CamConfig,
     activation_maps,
     direction_accuracy,

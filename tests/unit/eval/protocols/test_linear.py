@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from strata.errors import ConfigError
-from strata.eval.linear_probe import LinearConfig, linear_probe
+from strata.eval.protocols.linear import LinearConfig, linear_probe
 
 
 def clusters(rng: np.random.Generator, num: int, spread: float):

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.errors import ShardError
-from strata.eval import features
-from strata.eval.features import FeatureConfig, Features, extract_features
+from strata.eval.protocols import features
+from strata.eval.protocols.features import FeatureConfig, Features, extract_features
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from tests.support.shard_folders import make_shards
 

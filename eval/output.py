@@ -1,4 +1,4 @@
-"""Reports a finished evaluation: the figures on the terminal, report.json and its page."""
+"""What an evaluation leaves: printed figures, report.json and its page."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,22 +7,15 @@ from pathlib import Path
 from strata import commands
 from strata.config import plain
 from strata.eval.report import write_page
-from strata.eval.results import EvaluationResult, Kind, Measurement, PairResult, write_json
-from strata.eval.session import OneNetwork, Session
-from strata.eval.sets import SetPair
+from strata.eval.results import EvaluationResult, Kind, PairResult, write_json
+from strata.eval.session import Session
+from strata.eval.settings import OneNetwork
 from strata.eval.summary import full_text
 
-__all__ = ["report", "report_one", "report_path"]
+__all__ = ["write_result"]
 
 
-def report_path(session: Session, name: str, sets: Sequence[SetPair]) -> Path:
-    """The path of report.json: `out`, or in a folder of its own."""
-    facts = [pair.facts() for pair in sets]
-    default = session.folder(name, [session.settings(), facts]) / "report.json"
-    return session.config.out or default
-
-
-def report(
+def write_result(
     session: Session,
     name: str,
     protocols: Mapping[Kind, str],
@@ -34,7 +27,7 @@ def report(
     """Print the figures, and write report.json and its page. Rank 0 does.
 
     Args:
-        session: What was evaluated.
+        session: The evaluation.
         name: Of the evaluation.
         protocols: Each protocol in words.
         pairs: One result for each pair of sets.
@@ -49,7 +42,7 @@ def report(
         protocols=protocols,
         is_untrained=isinstance(config, OneNetwork) and config.weights == "untrained",
         checkpoint=session.found,
-        checkpoint_digest=hashlib.sha256(session.identity.encode()).hexdigest(),
+        checkpoint_digest=hashlib.sha256(session.networks.identity.encode()).hexdigest(),
         step=session.state.step,
         settings=session.settings(),
         num_ranks=session.world.size,
@@ -59,30 +52,12 @@ def report(
         pairs=tuple(pairs),
         remark=remark,
     )
-    path = path or report_path(session, name, [pair.sets for pair in pairs])
+    path = path or session.report_path(name, [pair.sets for pair in pairs])
     write_json(result, path)
     print(full_text(result))
-    # Last: a video that can no longer be read costs the page and not the figures.
+    # Last: a video that cannot be read any more costs the page and not the figures.
     page = path.with_suffix(".html")
     write_page(result, page)
     print(f"  written to {path} and {page}\nto use the encoder elsewhere:")
     words = ("--checkpoint", config.checkpoint, "--out", "exported")
     print(f"  {commands.line('export', *words)}", flush=True)
-
-
-def report_one(
-    session: Session,
-    name: str,
-    kind: Kind,
-    text: str,
-    pairs: Sequence[SetPair],
-    measured: Sequence[Measurement],
-    *,
-    path: Path | None = None,
-) -> None:
-    """Report an evaluation by a single protocol; the arguments are those of `report`."""
-    results = [
-        PairResult(sets=pair, measured={kind: found})
-        for pair, found in zip(pairs, measured, strict=True)
-    ]
-    report(session, name, {kind: text}, results, path=path)

@@ -1,4 +1,4 @@
-"""Exports the features of a data set for use elsewhere."""
+"""Features of a data set as a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Literal
 
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
-from strata.eval.features import write_features
-from strata.eval.session import Evaluation, open_session
+from strata.eval.protocols.features import write_features
+from strata.eval.session import open_session
+from strata.eval.settings import Evaluation
 
 __all__ = ["FeaturesExport", "run_features"]
 

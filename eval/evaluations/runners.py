@@ -1,14 +1,18 @@
-"""The evaluations by name."""
+"""The evaluations by the first word of eval/main.py."""
 
 from collections.abc import Callable
 from typing import Any
 
-from strata.eval.protocols.compare import CompareEvaluation, run_compare
-from strata.eval.protocols.export import FeaturesExport, run_features
-from strata.eval.protocols.finetune import FinetuneEvaluation, run_finetune
-from strata.eval.protocols.linear import LinearEvaluation, run_linear
-from strata.eval.protocols.retrieval import RetrievalEvaluation, run_retrieval
-from strata.eval.protocols.temporal_cam import TemporalCamEvaluation, run_temporal_cam
+from strata.eval.evaluations.classify import (
+    FinetuneEvaluation,
+    LinearEvaluation,
+    run_finetune,
+    run_linear,
+)
+from strata.eval.evaluations.compare import CompareEvaluation, run_compare
+from strata.eval.evaluations.export_features import FeaturesExport, run_features
+from strata.eval.evaluations.retrieval import RetrievalEvaluation, run_retrieval
+from strata.eval.evaluations.temporal_cues import TemporalCamEvaluation, run_temporal_cam
 
 __all__ = ["RUNNERS"]
 

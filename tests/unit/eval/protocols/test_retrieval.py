@@ -6,8 +6,8 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
 from strata.errors import ConfigError
-from strata.eval.features import Features
-from strata.eval.nearest_videos import CENTRINGS, chance_recall, recall_at, retrieve
+from strata.eval.protocols.features import Features
+from strata.eval.protocols.retrieval import CENTRINGS, chance_recall, recall_at, retrieve
 
 
 def by_scikit_learn(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -1,17 +1,30 @@
-"""Retrieval and the cached linear probe at once, of checkpoints beside untrained networks."""
+"""Retrieval and the cached probe of one or more checkpoints beside untrained networks."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from strata.eval.linear_probe import LinearConfig
-from strata.eval.nearest_videos import RetrievalConfig
-from strata.eval.protocols.linear import cached_text, measure_cached_probe, refuse_cached
+from strata.eval.evaluations.cached_probe import (
+    Tested,
+    cached_probe,
+    cached_text,
+    joined,
+    refuse_cached,
+)
+from strata.eval.evaluations.retrieval import (
+    chance_shares,
+    recall_shares,
+    retrieval_details,
+    retrieval_text,
+)
+from strata.eval.networks import NamedNetwork, untrained_network
+from strata.eval.output import write_result
+from strata.eval.protocols.linear import LinearConfig
 from strata.eval.protocols.named import ProtocolName
-from strata.eval.protocols.retrieval import measure_retrieval, retrieval_text
-from strata.eval.reporting import report
-from strata.eval.results import Kind, Measurement, PairResult
-from strata.eval.session import Evaluation, NamedNetwork, open_session, untrained_network
+from strata.eval.protocols.retrieval import RetrievalConfig
+from strata.eval.results import Kind, Measurement, PairResult, Retrieved, Row
+from strata.eval.session import open_session
 from strata.eval.sets import open_pair
+from strata.eval.settings import Evaluation
 
 __all__ = ["CompareEvaluation", "run_compare"]
 
@@ -59,17 +72,29 @@ def run_compare(config: CompareEvaluation) -> None:
         *(untrained_network(seed) for seed in config.untrained_seeds),
     ]
     with open_session(config) as session:
-        # Features are encoded for the first protocol; the second one finds them in the cache.
-        recall = measure_retrieval(session, networks, pair, config.retrieval, variants=False)
-        probe = measure_cached_probe(session, networks, pair, config.probe)
-        rows = tuple(row for row in probe.rows if row.role != "training")
+        level, centre = session.features.level, config.retrieval.centre
+        recalls: list[Row] = []
+        probes: list[tuple[NamedNetwork, Tested]] = []
+        details: Retrieved | None = None
+        chance: dict[str, float] = {}
+        for network in networks:
+            train = session.encode(pair.train, network.which)
+            test = session.encode(pair.test, network.which)
+            shares = recall_shares(train, test, level, centre)
+            recalls.append(Row(name=network.row, role=network.role, shares=shares))
+            found = cached_probe(train, test, level, config.probe)
+            probes.append((network, replace(found, training={})))
+            if details is None:
+                details = retrieval_details(train, test, level, config.retrieval)
+                chance = chance_shares(train, test)
+        recalls.append(Row(name="chance", role="chance", shares=chance))
         measured: dict[Kind, Measurement] = {
-            "retrieval": recall,
-            "linear": replace(probe, rows=rows),
+            "retrieval": Measurement(rows=tuple(recalls), details=details),
+            "linear": joined(probes),
         }
         protocols: dict[Kind, str] = {
-            "retrieval": retrieval_text(session, config.retrieval.centre),
+            "retrieval": retrieval_text(session, centre),
             "linear": cached_text(session),
         }
         result = PairResult(sets=pair, measured=measured)
-        report(session, "compare", protocols, [result], remark=config.remark)
+        write_result(session, "compare", protocols, [result], remark=config.remark)
