@@ -194,9 +194,9 @@ def test_the_journeys_in_the_design_pass_functions_that_exist():
 
 @pytest.mark.parametrize("journey", ["From tar to loss", "From checkpoint to report"])
 def test_a_journey_does_not_return_to_a_file(journey: str):
-    steps = DESIGN.partition(f"### {journey}\n")[2].partition("\n#")[0].splitlines()
+    text = DESIGN.partition(f"### {journey}\n")[2].partition("\n#")[0].strip()
     entered = Counter()
-    for step in "\n".join(steps).split("\n\n")[1].replace("\n   ", " ").splitlines():
+    for step in text.replace("\n   ", " ").splitlines():
         entered.update({name for name in step.split("`")[1::2] if name.endswith(".py")})
     assert len(entered) > 9
     assert {name: count for name, count in entered.items() if count > 1} == {}
