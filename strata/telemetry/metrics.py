@@ -80,7 +80,7 @@ class ExporterConfig:
             self.credentials()
 
     def credentials(self) -> str | None:
-        """What the password file holds.
+        """User and password from the password file.
 
         Raises:
             ConfigError: It is not `user:password`.
