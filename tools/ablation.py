@@ -20,7 +20,7 @@ import torch
 from strata import commands
 from strata.config import parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
-from strata.eval.protocols.run import RUNNERS
+from strata.eval.evaluations.runners import RUNNERS
 from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
 from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_plan import gpu_hours

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from strata.config import dotted, parse_config, plain
 from strata.errors import ConfigError
-from strata.eval.protocols.run import RUNNERS
+from strata.eval.evaluations.runners import RUNNERS
 from strata.tools.ablation_table import Cell
 from strata.train.config import TrainConfig
 

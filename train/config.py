@@ -10,7 +10,7 @@ from strata.errors import ConfigError
 from strata.telemetry.loggers import require_logger
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
-from strata.train.engine import EngineConfig
+from strata.train.engine_config import EngineConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig

@@ -13,20 +13,20 @@ from torch import nn
 
 from strata.distributed import World
 from strata.errors import CheckpointError
-from strata.train.engine import Engine, EngineConfig, ParameterGroup, Snapshot
+from strata.train.engine import Engine
+from strata.train.engine_config import EngineConfig, ParameterGroup
+from strata.train.engine_state import Snapshot
 from strata.train.export import ExportCommand, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from strata.train.run.checkpoint import (
     CheckpointConfig,
     RunState,
-    backbone_config,
-    load_backbone,
     read_marker,
     read_state,
     restore,
-    trained_clips,
     write,
 )
+from strata.train.run.encoder import backbone_config, load_backbone, trained_clips
 from tests.support.rank_processes import run_ranks
 
 CONFIG = {
@@ -249,7 +249,7 @@ def restore_odd(world: World, tmp_path: Path) -> list[str]:
         run=tmp_path,
     )
     engine.step(engine(torch.rand(2, 3)).square().sum(), lr_factor=1.0, frozen=())
-    good = engine.snapshot()
+    good = engine.state.snapshot()
     folder = write(good, STATE, tmp_path, CheckpointConfig())
     restore(engine, model, folder)
     refused = []

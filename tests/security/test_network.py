@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strata.dataload import storage, transfer
+from strata import transfer
+from strata.dataload import storage
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ConfigError, ShardError
@@ -249,7 +250,7 @@ def test_the_leftover_of_a_killed_process_goes_and_the_file_of_a_living_one_stay
 ):
     server.faults["samples.jsonl"] = silent
     code = (
-        "import sys; from pathlib import Path; from strata.dataload.transfer import Store; "
+        "import sys; from pathlib import Path; from strata.transfer import Store; "
         "folder = Path(sys.argv[2]) / 'set'; folder.mkdir(); "
         "Store(sys.argv[1], 60).download('samples.jsonl', folder / 'samples.jsonl', limit=9999)"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from strata.errors import CheckpointError, NotSavedError
-from strata.train.engine import Snapshot
+from strata.train.engine_state import Snapshot
 from strata.train.run import checkpoint, history
 from strata.train.run.checkpoint import CheckpointConfig, RunState, find_checkpoint, write
 

@@ -11,7 +11,7 @@ from strata import driver
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.tools import choose_build
-from strata.train.engine import EngineConfig, choose_device
+from strata.train.engine_config import EngineConfig, choose_device
 
 
 def with_driver(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

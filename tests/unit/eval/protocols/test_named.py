@@ -8,9 +8,9 @@ import pytest
 from strata.config import dotted, parse_config, plain
 from strata.dataload.augment import centre_crop, ten_crops
 from strata.errors import ConfigError
+from strata.eval.evaluations.runners import RUNNERS
 from strata.eval.main import main
 from strata.eval.protocols.named import PROTOCOLS, ProtocolName, protocol_defaults, protocol_words
-from strata.eval.protocols.run import RUNNERS
 
 # CoCLR: README.md at its last commit and eval/main_classifier.py, github.com/TengdaHan/CoCLR.
 CLIPS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.distributed import World
 from strata.telemetry.metrics import Metrics
 from strata.train.config import MonitorConfig, TrainConfig
