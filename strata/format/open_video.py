@@ -59,7 +59,7 @@ _NO_VIDEOS = (
     (rb"ID3", "sound alone (MP3)"),
     (rb"fLaC", "sound alone (FLAC)"),
 )
-"""How files begin that are often met under a video's name, for the reason that is told."""
+"""First bytes of files that are often named like videos, and what the message calls them."""
 
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _DEFAULT_BONUS = 5_000_000
