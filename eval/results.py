@@ -262,7 +262,7 @@ class EvaluationResult:
     """All that an evaluation found, and all that decided it."""
 
     name: str
-    """Like `linear-cached`: tells reports of one run apart."""
+    """Like `linear-cached`; different for each report of a run."""
     protocols: Mapping[Kind, str]
     """Each protocol in words."""
     is_untrained: bool

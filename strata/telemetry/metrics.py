@@ -1,7 +1,7 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
-nothing. What there is to be set stands in strata/telemetry/catalogue.py.
+nothing. strata/telemetry/catalogue.toml lists all metrics.
 """
 
 import time
