@@ -88,7 +88,7 @@ def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Sou
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What a run will make; stored in the progress folder until the manifest is written."""
+    """The plan of a run; stored in the progress folder until the manifest is written."""
 
     dataset: str
     split: str

@@ -1,4 +1,4 @@
-"""How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
+"""Speed of loading compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
 the complete loader. Then complete loaders in turns, on the same clips, with the same recipe and as
@@ -276,7 +276,7 @@ class _Parts:
         self._plan = open_plan(reader, config, _SEED)
 
     def _cost(self, run: Callable[[int], Any]) -> _Cost:
-        """What a function costs that makes batch `k`."""
+        """The cost of a function that makes batch `k`."""
         run(0)
         start, cpu, count = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < self._seconds:
@@ -301,7 +301,7 @@ class _Parts:
         return self._cost(self._coded)
 
     def checksums(self) -> _Cost:
-        """What of reading is the comparison with checksums: of table, head and used frames."""
+        """The share of reading that checks checksums: of table, head and used frames."""
         batches = []
         for number in range(min(4, self._plan.steps_per_epoch)):
             samples, windows = self._windows(number)

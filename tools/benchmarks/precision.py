@@ -1,4 +1,4 @@
-"""What a precision does to the gradient, beside its speed: a part of `tools/bench.py device`.
+"""Error of the gradient in each precision, beside its speed: a part of `tools/bench.py device`.
 
 Every precision computes the same step: the same untrained weights, and the same clips of the
 shards, augmented as the `paper` recipe does. The gradient before the first update is compared with
