@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from strata.config import dotted, plain
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.faults import Fault, SampleFaultError
 from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.plan import Plan
@@ -74,6 +75,7 @@ class Trainer:
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
         lock: The lock of the run's folder, on rank 0.
+        augment_choice: Where views are augmented, if that was measured; for the start-up page.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Trainer:
         metrics: Metrics,
         probe: OnlineProbe | None = None,
         lock: FolderLock | None = None,
+        augment_choice: AugmentChoice | None = None,
     ) -> None:
+        self._augment_choice = augment_choice
         self.config, self.world, self.device = config, world, device
         self.reader, self.metrics, self.probe, self._lock = reader, metrics, probe, lock
         self.plan: Plan = open_plan(reader, config.data, config.seed)
@@ -481,6 +485,7 @@ class Trainer:
                 reader=self.reader,
                 plan=self.plan,
                 step=self.state.step,
+                augment_choice=self._augment_choice,
             )
             logger.info("run plan:\n%s", page.text())
             plan = page.record

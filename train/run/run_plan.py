@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import strata
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
@@ -52,6 +53,7 @@ def describe_run(
     reader: ShardReader,
     plan: Plan,
     step: int = 0,
+    augment_choice: AugmentChoice | None = None,
 ) -> RunPlan:
     """Make the summary of a run.
 
@@ -62,6 +64,7 @@ def describe_run(
         reader: The data set, opened.
         plan: The order of samples.
         step: Steps already done, if the run is resumed.
+        augment_choice: Where views are augmented, if that was measured.
 
     Raises:
         ConfigError: The device does not support the precision.
@@ -91,6 +94,7 @@ def describe_run(
             f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
         ),
         *_left_out(config, reader, plan),
+        *([("augmentation", augment_choice.text())] if augment_choice else []),
         (
             "batch",
             f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
@@ -128,6 +132,7 @@ def describe_run(
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
         "left_out": [reader.keys[sample] for sample in plan.left_out],
+        "augment_rates": augment_choice.rates if augment_choice else None,
         "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
         "stages": {
