@@ -1,7 +1,8 @@
-"""Facts of a source file: its hash, its container's fields, its timing."""
+"""A source file: its bytes and hash, its container's fields, its timing."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,15 @@ from av.video.stream import VideoStream
 from strata.decoding import LONGEST, MAX_IRREGULAR_SHARE, Packets, has_gaps
 from strata.errors import FaultKind, VideoFault
 
-__all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
+__all__ = [
+    "SourceContent",
+    "Timing",
+    "VideoFacts",
+    "open_source",
+    "read_facts",
+    "stamp_of",
+    "timing_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +46,24 @@ class VideoFacts:
     """Width of a pixel divided by its height."""
 
 
-_HASH_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_MEMORY_BYTES = 1 << 26
+"""A source up to this size is read into memory; a worker holds one at a time."""
 
 
-def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, int]:
-    """SHA-256 and size of a file.
+@dataclass(frozen=True)
+class SourceContent:
+    """A source that was read completely, once."""
+
+    where: Path | bytes
+    """Its bytes; of a large one the file, whose pages the kernel holds."""
+    sha256: str
+    num_bytes: int
+
+
+@contextmanager
+def open_source(path: Path, source: str, pulse: Callable[[], None]) -> Iterator[SourceContent]:
+    """Read a source from storage once: hash, timing and decoding use the same bytes.
 
     Args:
         path: The file.
@@ -51,16 +73,30 @@ def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, 
     Raises:
         VideoFault: The file is missing or may not be read.
     """
+    digest, num_bytes, pieces = hashlib.sha256(), 0, list[bytes]()
     try:
-        digest, num_bytes = hashlib.sha256(), 0
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(_HASH_BYTES):
+            while piece := file.read(_PIECE_BYTES):
                 digest.update(piece)
                 num_bytes += len(piece)
+                if num_bytes <= _MEMORY_BYTES:
+                    pieces.append(piece)
+                else:
+                    pieces.clear()
                 pulse()
-        return digest.hexdigest(), num_bytes
     except OSError as error:
         raise VideoFault(FaultKind.UNREADABLE, source, error.strerror or str(error)) from error
+    where = path if num_bytes > _MEMORY_BYTES else b"".join(pieces)
+    yield SourceContent(where, digest.hexdigest(), num_bytes)
+
+
+def stamp_of(path: Path) -> str:
+    """Size and time of change of a source, to see whether it changes; empty if it is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def read_facts(stream: VideoStream) -> VideoFacts:

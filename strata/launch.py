@@ -6,7 +6,7 @@ errors and logs can ask for the rank.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 __all__ = [
     "LaunchError",
@@ -109,8 +109,13 @@ def local_rank_of_task() -> int:
     return int(told) if told.isdecimal() else 0
 
 
+_ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP"))
+
+
 def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
-    """Which task of how many a process is, of ranks or of a step of `srun`.
+    """Which task of how many a process is: of ranks or of a step of `srun`, and of a Slurm array.
+
+    Each task of an array may have ranks or steps of its own; then all have the same number of them.
 
     Args:
         environment: Of the process.
@@ -122,14 +127,31 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
     Raises:
         LaunchError: A variable is not a number.
     """
+    parts: list[tuple[int, int]] = []
+    told: list[str] = []
+
+    def add(names: tuple[str, ...], numbers: Callable[[list[int]], tuple[int, int]]) -> bool:
+        if not all(name in environment for name in names):
+            return False
+        origin = " ".join(f"{name}={environment[name]}" for name in names)
+        try:
+            parts.append(numbers([int(environment[name]) for name in names]))
+        except ValueError as error:
+            raise LaunchError(f"{origin}: not numbers") from error
+        told.append(origin)
+        return True
+
+    # Numbers of an array may begin anywhere and have steps: --array=10-30:10 is three tasks.
+    add(_ARRAY, lambda n: ((n[0] - n[2]) // max(n[3], 1), n[1]))
     for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if all(name in environment for name in names):
-            origin = " ".join(f"{name}={environment[name]}" for name in names)
-            try:
-                return int(environment[names[0]]), int(environment[names[1]]), origin
-            except ValueError as error:
-                raise LaunchError(f"{origin}: not numbers") from error
-    return None
+        if add(names, lambda n: (n[0], n[1])):
+            break
+    if not parts:
+        return None
+    index, count = 0, 1
+    for number, size in parts:
+        index, count = index * size + number, count * size
+    return index, count, " ".join(told)
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:

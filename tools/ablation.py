@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 
+from strata import commands
 from strata.config import parse_config, plain
 from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
 from strata.eval.protocols.run import RUNNERS
@@ -28,7 +29,6 @@ from strata.train.config import TrainConfig
 
 __all__ = ["gpu_shares", "main"]
 
-_ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
 _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hostfile -H".split())
 """Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
@@ -201,9 +201,9 @@ class _Runner:
         config = self._config
         steps = {}
         if not config.rows[cell.row].untrained:
-            steps["pretraining"] = [_script("train/main.py"), *pretraining(config, cell)]
+            steps["pretraining"] = [_script("pretrain"), *pretraining(config, cell)]
         for name in config.evaluations:
-            steps[name] = [_script("eval/main.py"), *evaluating(config, cell, name)]
+            steps[name] = [_script("evaluate"), *evaluating(config, cell, name)]
         return steps
 
     def shown(self, words: Sequence[str]) -> str:
@@ -337,9 +337,9 @@ def _next(
     return next((each for each in waiting if each[1].source not in busy), None)
 
 
-def _script(path: str) -> str:
+def _script(command: str) -> str:
     """A script of ours from the folder where the command was given."""
-    return os.path.relpath(_ROOT / path)
+    return os.path.relpath(commands.script(command))
 
 
 def _last_line(log: Path) -> str:

@@ -14,7 +14,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -38,7 +38,14 @@ from strata.train.run.checkpoint import (
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 
-__all__ = ["ExportCommand", "example_code", "load_export", "write_export"]
+__all__ = [
+    "ExportCommand",
+    "example_code",
+    "exported_clips",
+    "is_export",
+    "load_export",
+    "write_export",
+]
 
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
@@ -65,11 +72,17 @@ class ExportCommand:
     clips, of the size and frames that the encoder was trained on."""
 
 
+class _ExportedInput(msgspec.Struct, frozen=True):
+    frames: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+
+
 class _Exported(msgspec.Struct, frozen=True):
-    """The part of config.json that `load_export` reads."""
+    """The part of config.json that is read again."""
 
     format: Literal[1]
     backbone: dict[str, Any]
+    input: _ExportedInput
 
 
 class _CardMethod(msgspec.Struct, frozen=True):
@@ -178,14 +191,33 @@ def load_export(folder: str | Path) -> Backbone:
     """
     folder = Path(folder)
     try:
-        content, path = (folder / _CONFIG).read_bytes(), folder / _CONFIG
-        described = decode_json(content, _Exported, path, CheckpointError, max_bytes=1 << 24)
+        described = _read_config(folder)
         config = backbone_config({"model": described.backbone})
         backbone = build_for_file(config, folder / _WEIGHTS)
         load_torchvision(backbone, load_file(folder / _WEIGHTS))
     except (OSError, SafetensorError, CheckpointError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} is not an export with weights: {error}") from error
     return backbone.eval()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the files of an export."""
+    return (folder / _CONFIG).is_file()
+
+
+def exported_clips(folder: Path) -> tuple[int, int]:
+    """Frames of the clips of an export's encoder, and their rows and columns.
+
+    Raises:
+        CheckpointError: The config is damaged.
+    """
+    clips = _read_config(folder).input
+    return clips.frames, clips.size
+
+
+def _read_config(folder: Path) -> _Exported:
+    path = folder / _CONFIG
+    return decode_json(path.read_bytes(), _Exported, path, CheckpointError, max_bytes=1 << 24)
 
 
 def _describe(

@@ -53,6 +53,8 @@ class Source:
     """Index into the set's classes, or -1."""
     num_bytes: int = 0
     """Size of the file."""
+    stamp: str = ""
+    """Size and time of change, to see whether it changes."""
     fault: tuple[FaultKind, str] | None = None
     """Reason and detail of a rejection before decoding; None if it is not rejected."""
 
@@ -130,7 +132,7 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
     if found is None:
         return Source(name=name, path=None, label=label)
     try:
-        num_bytes = found.path.stat().st_size
+        status = found.path.stat()
         if not os.access(found.path, os.R_OK, effective_ids=True):
             raise PermissionError("no permission to read it")
     except FileNotFoundError:  # A link without a target counts as a missing file.
@@ -140,7 +142,14 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
             f"video {found.path} cannot be read ({error.strerror or error}); give permission, or "
             "move it away"
         ) from error
-    return Source(name=name, path=found.path, file=found.name, label=label, num_bytes=num_bytes)
+    return Source(
+        name=name,
+        path=found.path,
+        file=found.name,
+        label=label,
+        num_bytes=status.st_size,
+        stamp=f"{status.st_size}:{status.st_mtime_ns}",
+    )
 
 
 _SPLIT_WORDS: tuple[str, ...] = tuple(

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import av
 import av.error
@@ -113,7 +113,7 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         VideoFault: It is no such file, or cannot be read.
     """
     # A name with a colon would be a protocol. PyAV hands over the bytes that Python was given.
-    file = f"file:{os.fspath(where)}" if isinstance(where, Path) else io.BytesIO(where)
+    file = f"file:{os.fspath(where)}" if isinstance(where, Path) else _Content(where, source)
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": "file",
@@ -126,6 +126,14 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         raise VideoFault(FaultKind.UNREADABLE, source, _why_not(where, error)) from error
     with container:
         yield container
+
+
+class _Content(io.BytesIO):
+    """A file in memory; where its first bytes are not clear, FFmpeg looks at its name."""
+
+    def __init__(self, content: bytes, source: str) -> None:
+        super().__init__(content)
+        self.name = f"video{PurePosixPath(source).suffix}"
 
 
 def _why_not(where: Path | bytes, error: Exception) -> str:

@@ -259,10 +259,18 @@ def test_records_of_unfinished_shards(
     head = json.loads((folder / "manifest.json").read_bytes())
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().splitlines()]
     plan = {n: head[n] for n in ("dataset", "split", "form", "classes")}
-    plan |= {"settings": {"plan": "p"}, "num_shards": 1, "absent": [["b.avi", 1]]}
+    plan |= {
+        "settings": {"plan": "p"},
+        "names": "p",
+        "shards": [[1, "s"]],
+        "absent": [["b.avi", 1]],
+    }
     files = {
         "plan.json": plan,
-        "shard-000000.tar.json": {"plan": "p", "entry": head["shards"][0], "rows": rows[:1]},
+        "shard-000000.tar.json": {
+            **{"plan": "p", "sizes": "s", "stamps": []},
+            **{"entry": head["shards"][0], "rows": rows[:1]},
+        },
     }
     for suffix in (".tar", ".idx"):
         shutil.copyfile(folder / f"shard-000000{suffix}", where / f"shard-000000{suffix}")

@@ -16,8 +16,8 @@ from PIL import Image
 from strata.format.ffmpeg_filters import Orientation
 from strata.format.schema import NormalForm
 from strata.format.source_video import decode_frames
+from strata.preprocess.sample import Member, Task, make_sample
 from strata.preprocess.transcode import FrameSource
-from strata.preprocess.worker import Member, Task, make_sample
 from tests.support.source_videos import write_video
 from tests.unit.preprocess.test_transcode import transcode
 

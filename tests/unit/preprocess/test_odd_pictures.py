@@ -10,8 +10,8 @@ import pytest
 
 from strata.errors import FaultKind
 from strata.format.schema import NormalForm, segment_ext
+from strata.preprocess.sample import Done, Member, Task, make_sample
 from strata.preprocess.transcode import FrameSource
-from strata.preprocess.worker import Done, Member, Task, make_sample
 from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM, expected_frames, fault_of, psnr, transcode
 
