@@ -29,7 +29,7 @@ _SCENES: dict[str, dict[str, Any]] = {
     # steps and not seconds, because the loader runs in parallel to steps, whose time varies.
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
-    # For each of a rank's two samples. It competes with the step for the core, so it must take longer.
+    # For each of a rank's two samples. It competes with the step for the core: it takes longer.
     "decode": {"owner": WindowDecoder, "name": "decode", "steps": 6, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Trainer, "name": "step", "steps": 6, "rank": 1},

@@ -1,7 +1,7 @@
 """How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
-the complete loader. Then complete loaders in turns, on the same clips, with the same recipe and as
+the complete loader, also with more threads. Then complete loaders in turns, on the same clips, with the same recipe and as
 many workers as cores: Strata, webdataset in a torch DataLoader over H.264 and over our JPEGs, and
 DALI's own reader and random operators. Every loader makes the same views: two clips of 16 and the
 sequence of 32 frames, uint8. Before anything is timed, a batch of each is compared with Strata's.
@@ -259,11 +259,6 @@ def main(argv: Sequence[str]) -> None:
         rounds = in_turns(runs, options.rounds)
         summary = summarize(rounds)
         print(_summary_table(summary, config.clips.window_frames))
-        record = {
-            "machine": facts,
-            "parts": parts,
-            "threads": threads,
-            "rounds": rounds,
-            "summary": summary,
-        }
+        measured = {"parts": parts, "threads": threads, "rounds": rounds, "summary": summary}
+        record = {"machine": facts, **measured}
         write_record(options.out, record)

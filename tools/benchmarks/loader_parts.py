@@ -1,4 +1,4 @@
-"""Strata's loader taken apart: what reading, decoding and augmenting cost, and with more threads."""
+"""Strata's loader taken apart: the costs of reading, decoding, augmenting; and more threads."""
 
 import dataclasses
 import time
