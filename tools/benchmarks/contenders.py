@@ -80,6 +80,7 @@ class StrataContender:
             device=device,
             epochs=(0, FOREVER),
         ).start()
+        self.ahead = self._loader.ahead
         self._batches = iter(self._loader)
 
     def next(self) -> tuple[Tensor, ...]:

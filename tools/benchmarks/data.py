@@ -1,10 +1,11 @@
 """How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
-the complete loader, also with more threads. Then complete loaders in turns, on the same clips, with the same recipe and as
-many workers as cores: Strata, webdataset in a torch DataLoader over H.264 and over our JPEGs, and
-DALI's own reader and random operators. Every loader makes the same views: two clips of 16 and the
-sequence of 32 frames, uint8. Before anything is timed, a batch of each is compared with Strata's.
+the complete loader, also with more threads. Then complete loaders in turns, on the same clips,
+with the same recipe and as many workers as cores: Strata, webdataset in a torch DataLoader over
+H.264 and over our JPEGs, and DALI's own reader and random operators. Every loader makes the same
+views: two clips of 16 and the sequence of 32 frames, uint8. Before anything is timed, a batch of
+each is compared with Strata's.
 
 A ratio is taken within a round, in which all loaders run one after the other; the table gives its
 median and range over the rounds.
