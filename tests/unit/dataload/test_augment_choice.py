@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -61,7 +61,9 @@ def measured(shards: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("cpu_s", "gpu_s", "augment"), [(2.0, 1.0, "gpu"), (1.0, 2.0, "cpu"), (2.0, 2.0, "cpu")]
 )
-def test_the_faster_device_augments(measured, cpu_s: float, gpu_s: float, augment: str):
+def test_the_faster_device_augments(
+    measured, cpu_s: float, gpu_s: float, augment: Literal["cpu", "gpu"]
+):
     FakeLoader.seconds = {"cpu": cpu_s, "gpu": gpu_s}
     choice = measured()
     assert choice == AugmentChoice(augment, {"gpu": 4 / gpu_s, "cpu": 4 / cpu_s})
