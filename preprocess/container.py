@@ -1,17 +1,21 @@
 """A source file: its bytes and hash, its container's fields, its timing."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from av.video.stream import VideoStream
 
 from strata.decoding import LONGEST, MAX_IRREGULAR_SHARE, Packets, has_gaps
 from strata.errors import FaultKind, VideoFault
+from strata.transfer import Store, as_url
 
 __all__ = [
     "SourceContent",
@@ -48,7 +52,7 @@ class VideoFacts:
 
 _PIECE_BYTES = 1 << 20
 _MEMORY_BYTES = 1 << 26
-"""A source up to this size is read into memory; a worker holds one at a time."""
+"""A source up to this size is read into memory, a larger one from a URL to an unnamed file."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +70,62 @@ def open_source(path: Path, source: str, pulse: Callable[[], None]) -> Iterator[
     """Read a source from storage once: hash, timing and decoding use the same bytes.
 
     Args:
-        path: The file.
+        path: The file, or its URL.
         source: The file as the user would name it.
         pulse: Called after each piece.
 
     Raises:
         VideoFault: The file is missing or may not be read.
     """
-    digest, num_bytes, pieces = hashlib.sha256(), 0, list[bytes]()
+    url = as_url(path)
+    if url is not None:
+        with _downloaded(url, source, pulse) as file:
+            yield _content_of(file, Path(f"/proc/self/fd/{file.fileno()}"), pulse)
+        return
     try:
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
-                num_bytes += len(piece)
-                if num_bytes <= _MEMORY_BYTES:
-                    pieces.append(piece)
-                else:
-                    pieces.clear()
-                pulse()
+            content = _content_of(file, path, pulse)
     except OSError as error:
         raise VideoFault(FaultKind.UNREADABLE, source, error.strerror or str(error)) from error
+    yield content
+
+
+def _content_of(file: IO[bytes], path: Path, pulse: Callable[[], None]) -> SourceContent:
+    digest, num_bytes, pieces = hashlib.sha256(), 0, list[bytes]()
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+        num_bytes += len(piece)
+        if num_bytes <= _MEMORY_BYTES:
+            pieces.append(piece)
+        else:
+            pieces.clear()
+        pulse()
     where = path if num_bytes > _MEMORY_BYTES else b"".join(pieces)
-    yield SourceContent(where, digest.hexdigest(), num_bytes)
+    return SourceContent(where, digest.hexdigest(), num_bytes)
+
+
+@contextmanager
+def _downloaded(url: str, source: str, pulse: Callable[[], None]) -> Iterator[IO[bytes]]:
+    """A local copy without a name, which is gone when it is closed, however a process ends."""
+    folder, _, name = url.rpartition("/")
+    with tempfile.TemporaryFile() as file:
+        if not _store(folder).fetch(name, file, pulse):
+            raise VideoFault(FaultKind.UNREADABLE, source, "no such file")
+        yield file
+
+
+@lru_cache(maxsize=64)
+def _store(url: str) -> Store:
+    return Store(url)
 
 
 def stamp_of(path: Path) -> str:
-    """Size and time of change of a source, to see whether it changes; empty if it is missing."""
+    """Size, and time of change or the store's hash, of a source; empty if it is missing."""
+    url = as_url(path)
+    if url is not None:
+        folder, _, name = url.rpartition("/")
+        found = _store(folder).info(name)
+        return "" if found is None else found.stamp
     try:
         status = path.stat()
     except OSError:

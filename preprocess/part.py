@@ -33,7 +33,7 @@ from strata.format.schema import (
 from strata.format.shard_tar import ARCHIVE_END, MemberPlace, append_members
 from strata.preprocess.container import stamp_of
 from strata.preprocess.executors import Died, Failed, WorkerError, run_alone
-from strata.preprocess.places import LocalPlace, open_place
+from strata.preprocess.places import Place, open_place
 from strata.preprocess.sample import (
     Done,
     Task,
@@ -342,7 +342,7 @@ def _rows_of_shard(parts: Iterable[PartRecord]) -> tuple[SourceRow, ...]:
     return tuple(rows)
 
 
-def _copy_parts(place: LocalPlace, task: JoinTask, tar: IO[bytes]) -> tuple[list[str], str, int]:
+def _copy_parts(place: Place, task: JoinTask, tar: IO[bytes]) -> tuple[list[str], str, int]:
     """Write a shard; returns the lines of its index, its SHA-256 and its size."""
     digest, lines = hashlib.sha256(), list[str]()
     for name, part in task.parts:

@@ -24,7 +24,6 @@ from strata.format.manifest import (
     build_manifest,
     canonical_json,
     manifest_json,
-    read_manifest,
     rows_json,
 )
 from strata.format.schema import (
@@ -61,7 +60,7 @@ from strata.preprocess.part import (
     record_name,
     shard_name,
 )
-from strata.preprocess.places import LocalPlace, open_place
+from strata.preprocess.places import Place, open_place
 from strata.preprocess.progress import LogKind, Progress, open_progress
 from strata.preprocess.sample import task_of
 from strata.preprocess.settings import ShardSettings
@@ -172,7 +171,7 @@ def shard_set(
     if settings.slice_count != 1:
         raise AssertionError("one slice has no manifest")
     if not shard_slice(source_set, folder, settings, log=log):
-        return read_manifest(folder)
+        return open_place(folder).manifest()
     return merge_set(folder)
 
 
@@ -205,11 +204,11 @@ def shard_slice(
         WorkerError: A bug of the program; finished parts are kept.
     """
     plan, shards = _plan(source_set, settings)
-    place = open_place(str(folder))
-    if _is_finished(place, folder, plan):
+    place = open_place(folder)
+    if _is_finished(place, plan):
         return False
     try:
-        _claim_folder(place, folder, plan)
+        _claim_folder(place, plan)
         slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
         with place.locked(f"{PROGRESS_FOLDER}/lock-{slice_name}"):
             builds = _Builds(place, plan, shards, source_set.classes, settings)
@@ -265,7 +264,7 @@ class _Builds:
 
     def __init__(
         self,
-        place: LocalPlace,
+        place: Place,
         plan: _Plan,
         shards: Sequence[Sequence[Source]],
         classes: Sequence[str],
@@ -429,11 +428,11 @@ def merge_set(folder: Path) -> Manifest:
     Raises:
         ShardError: A part is missing, or comes from a run with other videos or settings.
     """
-    place = open_place(str(folder))
+    place = open_place(folder)
     content = place.read(_PLAN_NAME)
     if content is None:
-        return read_manifest(folder)
-    plan = decode_json(content, _Plan, folder / _PLAN_NAME, ShardError)
+        return place.manifest()
+    plan = decode_json(content, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError)
     found, tars = place.names(PROGRESS_FOLDER), place.names("")
     try:
         records = []
@@ -446,16 +445,16 @@ def merge_set(folder: Path) -> Manifest:
         lacking = [shard_name(index) for index, record in enumerate(records) if record is None]
         if lacking:
             raise ShardError(
-                f"{folder}: {len(lacking)} of {len(records)} shards are not finished, first "
-                f"{lacking[0]}; run the same tools/shard.py command again for their slices, or "
-                "without --slice, and bring all slices' files together"
+                f"{place.location}: {len(lacking)} of {len(records)} shards are not finished, "
+                f"first {lacking[0]}; run the same tools/shard.py command again for their slices, "
+                "or without --slice, and bring all slices' files together"
             )
         manifest = _manifest(plan, [record for record in records if record is not None])
         place.remove(name for name in tars if name.endswith(".tmp"))
         place.write(SAMPLES_NAME, rows_json(manifest))
         # Its presence marks the data set as complete.
         place.write(MANIFEST_NAME, manifest_json(manifest))
-        place.remove_folder(PROGRESS_FOLDER)
+        place.remove([PROGRESS_FOLDER])
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return manifest
@@ -482,7 +481,7 @@ def _manifest(plan: _Plan, records: Iterable[ShardRecord]) -> Manifest:
     )
 
 
-def _join(place: LocalPlace, found: dict[str, int], index: int, plan: _Plan) -> bool:
+def _join(place: Place, found: dict[str, int], index: int, plan: _Plan) -> bool:
     """Join a shard of which several slices have parts; returns whether they cover it."""
     length, sizes = plan.shards[index]
     pattern = re.compile(rf"(shard-{index:06d}\.(\d+)-(\d+)\.part)\.json")
@@ -524,26 +523,27 @@ def _cannot_write(folder: Path, error: OSError) -> ShardError:
     )
 
 
-def _is_finished(place: LocalPlace, folder: Path, plan: _Plan) -> bool:
+def _is_finished(place: Place, plan: _Plan) -> bool:
     found = place.names("")
     if MANIFEST_NAME not in found:
         return False
-    manifest = read_manifest(folder)
+    manifest = place.manifest()
     if manifest.settings.get("plan") != plan.settings["plan"]:
         raise ShardError(
-            f"{folder} already holds shards of other videos or with other settings; "
+            f"{place.location} already holds shards of other videos or with other settings; "
             "remove it or choose another --out"
         )
     for entry in manifest.shards:
         if found.get(entry.name) != entry.num_bytes:
             raise ShardError(
-                f"{folder / entry.name} is missing or damaged; remove {folder} and run again"
+                f"{place.location}/{entry.name} is missing or damaged; remove {place.location} "
+                "and run again"
             )
-    place.remove_folder(PROGRESS_FOLDER)
+    place.remove([PROGRESS_FOLDER])
     return True
 
 
-def _claim_folder(place: LocalPlace, folder: Path, plan: _Plan) -> None:
+def _claim_folder(place: Place, plan: _Plan) -> None:
     """Reserve the folder for this plan.
 
     Raises:
@@ -552,23 +552,21 @@ def _claim_folder(place: LocalPlace, folder: Path, plan: _Plan) -> None:
     content = canonical_json(dataclasses.asdict(plan))
     old = place.read(_PLAN_NAME)
     if old is None:
-        if folder.exists() and not folder.is_dir():
-            raise ShardError(f"{folder} is a file; choose another --out")
         foreign = any(not is_ignored(name) for name in place.names("", folders=True))
         # Another slice may have started between the two checks.
         old = place.read(_PLAN_NAME)
         if foreign and old is None:
             raise ShardError(
-                f"{folder} holds files that sharding did not write; choose another --out"
+                f"{place.location} holds files that sharding did not write; choose another --out"
             )
         if old is None:
             place.write(_PLAN_NAME, content)
             return
     if old == content:
         return
-    if decode_json(old, _Plan, folder / _PLAN_NAME, ShardError).names != plan.names:
+    if decode_json(old, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError).names != plan.names:
         raise ShardError(
-            f"{folder} holds an unfinished run over other videos or with other settings; "
+            f"{place.location} holds an unfinished run over other videos or with other settings; "
             "remove it or choose another --out"
         )
     # Some videos changed: what was made of them is made again.
@@ -576,7 +574,7 @@ def _claim_folder(place: LocalPlace, folder: Path, plan: _Plan) -> None:
 
 
 def _read_record(
-    place: LocalPlace, found: dict[str, int], tars: dict[str, int], index: int, plan: _Plan
+    place: Place, found: dict[str, int], tars: dict[str, int], index: int, plan: _Plan
 ) -> ShardRecord | None:
     """The record of a finished shard, if its files exist and its videos have the same sizes.
 
@@ -600,9 +598,7 @@ def _read_record(
     return record if record.sizes == plan.shards[index][1] else None
 
 
-def _read_part(
-    place: LocalPlace, found: dict[str, int], name: str, plan: _Plan
-) -> PartRecord | None:
+def _read_part(place: Place, found: dict[str, int], name: str, plan: _Plan) -> PartRecord | None:
     """The record of a finished part, if its file exists.
 
     Raises:
@@ -616,7 +612,7 @@ def _read_part(
     return part
 
 
-def _decoded(place: LocalPlace, name: str, kind: type[RecordT]) -> RecordT | None:
+def _decoded(place: Place, name: str, kind: type[RecordT]) -> RecordT | None:
     content = place.read(name)
     where = f"{place.location}/{name}"
     return None if content is None else decode_json(content, kind, where, ShardError)

@@ -14,7 +14,7 @@ import yaml
 
 from strata import commands
 from strata.config import parse_config
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.errors import ConfigError, StrataError
 from strata.format.manifest import read_manifest
 from strata.format.schema import MANIFEST_NAME

@@ -23,6 +23,7 @@ from strata.preprocess.datasets.listing import (
     name_of,
     some_of,
 )
+from strata.transfer import as_url
 from strata.untrusted import checked_text
 
 __all__ = [
@@ -131,6 +132,15 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
     """
     if found is None:
         return Source(name=name, path=None, label=label)
+    if found.stamp:
+        return Source(
+            name=name,
+            path=found.path,
+            file=found.name,
+            label=label,
+            num_bytes=found.num_bytes,
+            stamp=found.stamp,
+        )
     try:
         status = found.path.stat()
         if not os.access(found.path, os.R_OK, effective_ids=True):
@@ -366,7 +376,9 @@ def _same_bytes(sources: Iterable[Source]) -> list[list[Source]]:
     for source in present:
         if source.path is not None and by_size[source.num_bytes] > 1:
             try:
-                groups[sha256_of(source.path)].append(source)
+                # A store tells the hash of the content.
+                remote = as_url(source.path) is not None
+                groups[source.stamp if remote else sha256_of(source.path)].append(source)
             except OSError:
                 continue  # The worker will reject it with the right reason.
     return [group for group in groups.values() if len(group) > 1]

@@ -59,7 +59,7 @@ _NO_VIDEOS = (
     (rb"ID3", "sound alone (MP3)"),
     (rb"fLaC", "sound alone (FLAC)"),
 )
-"""How files begin that are often met under a video's name, for the reason that is told."""
+"""First bytes of files that are often named like videos, and what the message calls them."""
 
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _DEFAULT_BONUS = 5_000_000
@@ -114,6 +114,8 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
     """
     # A name with a colon would be a protocol. PyAV hands over the bytes that Python was given.
     file = f"file:{os.fspath(where)}" if isinstance(where, Path) else _Content(where, source)
+    if isinstance(where, Path) and where.parent == _DESCRIPTORS:
+        file = _Unnamed(where, source)
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": "file",
@@ -126,6 +128,17 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         raise VideoFault(FaultKind.UNREADABLE, source, _why_not(where, error)) from error
     with container:
         yield container
+
+
+_DESCRIPTORS = Path("/proc/self/fd")
+
+
+class _Unnamed(io.FileIO):
+    """An open file without a name of its own, by its path below /proc; else as `_Content`."""
+
+    def __init__(self, where: Path, source: str) -> None:
+        super().__init__(where)
+        self.name = f"video{PurePosixPath(source).suffix}"
 
 
 class _Content(io.BytesIO):

@@ -226,7 +226,7 @@ def test_memory_is_used_again_only_when_nothing_refers_to_a_batch():
 
 
 @pytest.mark.parametrize("pipeline", [CpuPipeline, GpuPipeline])
-def test_damaged_samples_are_named_and_the_pipeline_lives_on(pipeline):
+def test_damaged_samples_are_named_and_the_pipeline_continues(pipeline):
     good = encode(moving_pictures(1))
     views = drawn(3, AugmentSpec())
     both = opened(3, views=(CUT,), joined=1)
