@@ -14,6 +14,7 @@ from strata.distributed import World, any_rank, gather
 from strata.errors import CheckpointError, ConfigError
 from strata.logs import get_logger, warn_once
 from strata.train.convolutions import sound_convolutions
+from strata.train.models.stem import FOLDS
 from strata.train.models.synced_norm import synchronise_norms
 from strata.train.self_test import check_conv3d
 
@@ -22,13 +23,14 @@ __all__ = [
     "EngineConfig",
     "ParameterGroup",
     "Snapshot",
+    "autocast_dtype",
     "choose_device",
     "derive_deepspeed",
 ]
 
 logger = get_logger(__name__)
 
-_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STEP = "step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MOMENTUM = "momentum_buffer"
@@ -58,8 +60,13 @@ class EngineConfig:
     """Whether the batch of such a step is written to the run's folder, to `bad-batches`."""
     sync_batch_norm: bool = False
     """Whether batch norm uses the statistics of all ranks, see docs/method.md."""
-    compile: bool = False
-    """Whether the backbone is compiled by torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the encoder is compiled, which takes minutes once a machine; auto: R3D-18 on GPUs."""
+    fold_stem: Literal["auto", *FOLDS] = "auto"
+    """How R3D-18's first convolution is computed, with the same result; auto: frames on GPUs, and
+    in bf16 on CPUs with AMX for wide encoders."""
+    average_in: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients travel between ranks without ZeRO; bf16 halves their bytes."""
     channels_last: bool = True
     """Whether weights of convolutions have channels last, as the clips do; not under ZeRO."""
     cudnn_benchmark: bool = True
@@ -117,6 +124,14 @@ def choose_device(config: EngineConfig, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def autocast_dtype(config: EngineConfig, device: torch.device) -> torch.dtype | None:
+    """The 16-bit type of autocast on a device; None if everything is computed in float32."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return None if precision == "fp32" else _AUTOCAST[precision]
+
+
 def derive_deepspeed(
     config: EngineConfig,
     *,
@@ -140,10 +155,6 @@ def derive_deepspeed(
     Raises:
         ConfigError: The device does not support a setting.
     """
-    on_gpu = device.type == "cuda"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],
@@ -164,11 +175,14 @@ def derive_deepspeed(
         else {"type": "SGD", "params": _sgd(config, momentum)},
         "zero_optimization": {"stage": config.zero},
         "gradient_clipping": config.grad_clip,
+        "communication_data_type": config.average_in,
         "steps_per_print": 1_000_000_000,
     }
-    if precision != "fp32":
+    dtype = autocast_dtype(config, device)
+    if dtype is not None:
         # DeepSpeed's bf16 casts parameters but not batch norm's buffers, and fails.
-        derived["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
+        name = str(dtype).removeprefix("torch.")
+        derived["torch_autocast"] = {"enabled": True, "dtype": name}
     return derived
 
 
@@ -225,13 +239,12 @@ class Engine:
         )
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
-        name = derived.get("torch_autocast", {}).get("dtype")
-        dtype = None if name is None else getattr(torch, name)
+        dtype = autocast_dtype(config, device)
         if dtype is not None:
             check_conv3d(device, dtype)
             if device.type == "cpu":
-                logger.info("%s on a CPU: gradients of conv3d's weights in float32", name)
-        self._convolutions = sound_convolutions(device, dtype)
+                logger.info("%s on a CPU: conv3d has another weight gradient", dtype)
+        self._convolutions = sound_convolutions(device)
         if config.accumulation > 1:
             warn_once(
                 logger,

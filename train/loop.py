@@ -28,6 +28,7 @@ from strata.logs import SteadyStream, get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
+from strata.train.fast_encoder import arrange_encoder
 from strata.train.method.model import VideoModel
 from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, phase_at
@@ -101,11 +102,13 @@ class Trainer:
             device=device,
             run=config.run,
         )
-        if config.engine.zero == 0 and config.engine.channels_last:
-            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO has its own copy.
-            self.model.backbone.channels_last()
-        if config.engine.compile:
-            self.model.backbone.compile()
+        arrange_encoder(
+            self.model,
+            config.engine,
+            device,
+            num_frames=config.data.batch_size // world.size * 2 * config.data.clips.long_frames,
+            size=config.data.size,
+        )
         self.method = Method(self.model, config.method, world)
         self.state = RunState(
             step=0,
