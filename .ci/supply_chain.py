@@ -138,7 +138,7 @@ def licences() -> int:
     """List the licences of all that Strata needs."""
     by_licence: dict[str, list[str]] = defaultdict(list)
     refused = []
-    for name in sorted(needed("strata-video") - {"strata-video"}):
+    for name in sorted(needed("strata-video", ("cuda13",)) - {"strata-video"}):
         licence = licence_of(importlib.metadata.metadata(name))
         by_licence[licence].append(name)
         if not ALLOWED.search(licence) and not name.startswith(tuple(EXCEPTIONS)):

@@ -14,10 +14,13 @@ from strata.counter_random import Stream, uniforms
 from strata.errors import ConfigError
 
 __all__ = [
+    "BLUR_RADIUS_SIGMAS",
     "MID_GRAY",
     "RGB_TO_YIQ",
     "AugmentSpec",
     "ViewParameters",
+    "blur_taps",
+    "blur_window",
     "centre_crop",
     "colour_transforms",
     "draw_view",
@@ -28,6 +31,8 @@ RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -
 """Rows: luma and the two chroma axes that hue rotates and saturation scales; as in DALI."""
 MID_GRAY = 128.0
 """The level around which contrast scales."""
+BLUR_RADIUS_SIGMAS = 3.0
+"""Number of standard deviations at which the Gaussian is truncated."""
 
 _CROP_TRIALS = 10
 _DRAWS_PER_TRIAL = 3
@@ -246,6 +251,26 @@ def colour_transforms(view: ViewParameters) -> np.ndarray:
     offset = view.brightness * MID_GRAY * (1.0 - view.contrast)
     offsets = np.broadcast_to(offset[..., None, None], (*offset.shape, 3, 1))
     return np.concatenate([matrix, offsets], axis=-1).astype(np.float32)
+
+
+def blur_window(sigma: np.ndarray) -> np.ndarray:
+    """Width of the Gaussian's window in pixels for each sigma; 1, the identity, for sigma 0.
+
+    Returns:
+        int32, odd.
+    """
+    radius = np.ceil(BLUR_RADIUS_SIGMAS * sigma)
+    return (2 * radius + 1).astype(np.int32)
+
+
+def blur_taps(sigma: np.ndarray) -> list[np.ndarray]:
+    """Gaussian weights on the pixel grid for each sigma, summing to 1; `[1.]` for sigma 0."""
+    taps = []
+    for window, width in zip(blur_window(sigma).tolist(), sigma.tolist(), strict=True):
+        places = np.arange(window) - window // 2
+        weight = np.exp(-0.5 * np.square(places / (width or 1.0)))
+        taps.append((weight / weight.sum()).astype(np.float32))
+    return taps
 
 
 def centre_crop(num: int, *, height: int, width: int, share: float = 1.0) -> ViewParameters:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from strata.dataload.faults import Fault, SampleFaultError
-from strata.dataload.pipeline import CPU_VIDEO_CODECS, video_decoder_fault
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError, ShardError, VideoFault
 from strata.format.schema import segment_ext
@@ -157,6 +156,9 @@ def choose_decoder(
     Raises:
         ConfigError: No allowed device can decode the payload.
     """
+    # Here, since only this function needs DALI: reading windows does not.
+    from strata.dataload.pipeline import CPU_VIDEO_CODECS, video_decoder_fault
+
     form = reader.manifest.form
     if form.payload == "jpeg":
         return default

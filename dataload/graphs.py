@@ -1,7 +1,7 @@
-"""The DALI graphs of a rank: built for the views of a batch, and run on its coded frames."""
+"""The pipelines of a rank: opened for the views of a batch, and run on its coded frames."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,15 +9,19 @@ from torch import Tensor
 from strata import launch
 from strata.dataload.augment import ViewParameters
 from strata.dataload.config import DataConfig
+from strata.dataload.cpu_pipeline import CpuPipeline, open_pipeline
 from strata.dataload.decode_windows import CodedWindows, choose_decoder
 from strata.dataload.faults import SampleFaultError
-from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice, find_undecodable
+from strata.dataload.pipeline import GpuPipeline, GraphSpec, UndecodableError, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
 from strata.format.schema import Payload
 from strata.limits import usable_cpus
 
-__all__ = ["GraphMaker"]
+__all__ = ["GraphMaker", "Pipeline", "one_ahead"]
+
+Pipeline = CpuPipeline | GpuPipeline
+ItemT = TypeVar("ItemT")
 
 _CODED: dict[Payload, Literal["strip", "video", "frames"]] = {
     "jpeg": "strip",
@@ -26,8 +30,19 @@ _CODED: dict[Payload, Literal["strip", "video", "frames"]] = {
 }
 
 
+def one_ahead(begun: Iterator[Callable[[], ItemT]]) -> Iterator[ItemT]:
+    """Finish each item after the next one has begun, so that threads always have work."""
+    finish: Callable[[], ItemT] | None = None
+    for coming in begun:
+        if finish is not None:
+            yield finish()
+        finish = coming
+    if finish is not None:
+        yield finish()
+
+
 class GraphMaker:
-    """Builds and runs the DALI graphs of a rank; holds the settings that they share.
+    """Opens and runs the pipelines of a rank; holds the settings that they share.
 
     Args:
         reader: The data set.
@@ -62,11 +77,17 @@ class GraphMaker:
         self.threads = config.threads or max(1, usable_cpus() // launch.ranks_of_node())
 
     def build(
-        self, *, batch_size: int, strip_frames: int, views: Sequence[ViewSlice], photometric: bool
-    ) -> ClipPipeline:
-        """Build a graph; `strip_frames` are the frames of each sample's window."""
+        self,
+        *,
+        batch_size: int,
+        strip_frames: int,
+        views: Sequence[ViewSlice],
+        joined: int,
+        photometric: bool,
+    ) -> Pipeline:
+        """Open a pipeline; `GraphSpec` describes the arguments."""
         form = self.reader.manifest.form
-        return ClipPipeline(
+        return open_pipeline(
             GraphSpec(
                 batch_size=batch_size,
                 strip_frames=strip_frames,
@@ -76,6 +97,7 @@ class GraphMaker:
                 width=form.width,
                 size=self.size,
                 views=tuple(views),
+                joined=joined,
                 photometric=photometric,
                 colour_maps=self.colour_maps,
                 decode=self.decode,
@@ -85,23 +107,27 @@ class GraphMaker:
             )
         )
 
-    def run(
+    def start(
         self,
-        pipeline: ClipPipeline,
+        pipeline: Pipeline,
         samples: Sequence[int],
         windows: CodedWindows,
         views: Sequence[ViewParameters],
-    ) -> list[Tensor]:
-        """Run a graph; if it fails, raise an error with the faulty samples."""
-        try:
-            made = pipeline.run(windows.coded, views, windows.places)
-            return [v.to(self.device, non_blocking=True) for v in made]
-        except RuntimeError as error:
-            if pipeline.spec.coded == "frames" or isinstance(windows.coded, Tensor):
-                raise  # Cached frames were decoded before, so no sample is at fault.
-            found = find_undecodable(pipeline.spec, windows.coded, views, windows.places)
-            if not found:
-                raise
-            raise SampleFaultError(
-                [self.reader.fault(samples[place], why) for place, why in found]
-            ) from error
+    ) -> Callable[[], list[Tensor]]:
+        """Start a batch.
+
+        Returns:
+            A function that waits for the batch and returns it on the device. It raises
+            `SampleFaultError` with the samples that do not decode.
+        """
+        finish = pipeline.start(windows.coded, views, windows.places)
+
+        def on_device() -> list[Tensor]:
+            try:
+                return [v.to(self.device, non_blocking=True) for v in finish()]
+            except UndecodableError as error:
+                raise SampleFaultError(
+                    [self.reader.fault(samples[place], why) for place, why in error.faults]
+                ) from error
+
+        return on_device

@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import numpy as np
@@ -16,8 +17,8 @@ from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import CodedWindows, read_windows
 from strata.dataload.faults import Fault, FaultLog, SampleFaultError, replace_faulty
 from strata.dataload.frame_cache import FrameCache
-from strata.dataload.graphs import GraphMaker
-from strata.dataload.pipeline import ClipPipeline, ViewSlice
+from strata.dataload.graphs import GraphMaker, Pipeline, one_ahead
+from strata.dataload.pipeline import ViewSlice
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Loader
 from strata.dataload.reader import ShardReader
@@ -51,7 +52,7 @@ class Batch:
     read_s: float = 0.0
     """Seconds of the loader's thread to read the coded bytes or the cached frames."""
     graph_s: float = 0.0
-    """Seconds of the loader's thread to decode and augment."""
+    """Seconds that the loader's thread waits for decoding and augmentation."""
 
     def tensors(self) -> list[Tensor]:
         """Its tensors on the device."""
@@ -112,7 +113,7 @@ class TrainLoader(Loader[Batch]):
         self._reader, self._config, self._plan, self._world = reader, config, plan, world
         self._recipe = recipe or PretrainingRecipe(config.clips)
         self._maker = GraphMaker(reader, config, device)
-        self._graphs: dict[tuple[ViewSlice, ...], ClipPipeline] = {}
+        self._graphs: dict[tuple[ViewSlice, ...], Pipeline] = {}
         self._faults = FaultLog(config.max_faults)
         self._epochs, self._start_step = epochs, start_step
         plan.batch(epochs[0], 0, world.rank, world.size)  # rejects an indivisible batch size
@@ -130,22 +131,26 @@ class TrainLoader(Loader[Batch]):
             self._cache = FrameCache(self._reader, choice, on, self._maker.threads)
         return super().start()
 
-    def _graph(self, views: tuple[ViewSlice, ...]) -> ClipPipeline:
+    def _graph(self, views: tuple[ViewSlice, ...]) -> Pipeline:
         if views not in self._graphs:
             self._graphs[views] = self._maker.build(
                 batch_size=self._config.batch_size // self._world.size,
                 strip_frames=self._recipe.window_frames,
                 views=views,
+                joined=self._recipe.num_short,
                 photometric=True,
             )
         return self._graphs[views]
 
     def _batches(self) -> Iterator[Batch]:
+        return one_ahead(self._begun())
+
+    def _begun(self) -> Iterator[Callable[[], Batch]]:
         start = self._start_step
         for epoch in range(*self._epochs):
             for step in range(start, self._plan.steps_per_epoch):
                 self._fetch_ahead(epoch, step)
-                yield self._make(epoch, step)
+                yield self._begin(epoch, step)
             start = 0
 
     def _fetch_ahead(self, epoch: int, step: int) -> None:
@@ -161,20 +166,24 @@ class TrainLoader(Loader[Batch]):
             return read_windows(self._reader, samples, windows, self._maker.threads)
         return self._cache.windows(samples, windows)
 
-    def _make(self, epoch: int, step: int) -> Batch:
-        """Make a batch; after a fault within the limit, make it again with replacements."""
+    def _begin(self, epoch: int, step: int) -> Callable[[], Batch]:
+        """Begin a batch; after a fault within the limit, it is made again with replacements."""
         views = self._recipe.views(epoch)
-        while True:
-            try:
-                return self._try(epoch, step, views)
-            except SampleFaultError as error:
-                self._faults.add(error.faults)
-                # A DALI graph cannot be used after an error.
-                graph = self._graphs.pop(views, None)
-                if graph is not None:
-                    graph.close()
+        begun = self._try(epoch, step, views)
 
-    def _try(self, epoch: int, step: int, views: tuple[ViewSlice, ...]) -> Batch:
+        def finish() -> Batch:
+            made = begun
+            while True:
+                try:
+                    return made()
+                except SampleFaultError as error:
+                    self._faults.add(error.faults)
+                    made = self._try(epoch, step, views)
+
+        return finish
+
+    def _try(self, epoch: int, step: int, views: tuple[ViewSlice, ...]) -> Callable[[], Batch]:
+        """Begin a batch with the samples known to be good; its end raises `SampleFaultError`."""
         plan, reader, recipe = self._plan, self._reader, self._recipe
         places = plan.batch(epoch, step, self._world.rank, self._world.size)
         samples = replace_faulty(
@@ -187,7 +196,10 @@ class TrainLoader(Loader[Batch]):
         lengths = reader.num_frames[samples]
         windows = recipe.windows(lengths, seed=plan.seed, epoch=epoch, places=places)
         start = time.perf_counter()
-        coded = self._windows(samples, windows)
+        try:
+            coded = self._windows(samples, windows)
+        except SampleFaultError as error:
+            return _failing(error)
         read_s = time.perf_counter() - start
         form = reader.manifest.form
         parameters = [
@@ -204,28 +216,38 @@ class TrainLoader(Loader[Batch]):
             )
             for number, view in enumerate(views)
         ]
-        graph = self._graph(views)
-        start = time.perf_counter()
-        made = self._maker.run(graph, samples.tolist(), coded, parameters)
-        graph_s = time.perf_counter() - start
-        return Batch(
-            short=torch.stack(made[: recipe.num_short], dim=1),
-            long=made[recipe.num_short] if len(made) > recipe.num_short else None,
-            samples=samples,
-            faults=self._faults.take_new(),
-            epoch=epoch,
-            step=step,
-            frames_decoded=coded.num_frames,
-            bytes_read=coded.num_bytes,
-            read_s=read_s,
-            graph_s=graph_s,
-        )
+        finish = self._maker.start(self._graph(views), samples.tolist(), coded, parameters)
+
+        def made() -> Batch:
+            start = time.perf_counter()
+            short, *long = finish()
+            return Batch(
+                short=short,
+                long=long[0] if long else None,
+                samples=samples,
+                faults=self._faults.take_new(),
+                epoch=epoch,
+                step=step,
+                frames_decoded=coded.num_frames,
+                bytes_read=coded.num_bytes,
+                read_s=read_s,
+                graph_s=time.perf_counter() - start,
+            )
+
+        return made
 
     def _free(self) -> None:
         for graph in self._graphs.values():
             graph.close()
         if self._cache is not None:
             self._cache.close()
+
+
+def _failing(error: SampleFaultError) -> Callable[[], Batch]:
+    def fail() -> Batch:
+        raise error
+
+    return fail
 
 
 class EvaluationLoader(Loader[ClipBatch]):
@@ -268,7 +290,7 @@ class EvaluationLoader(Loader[ClipBatch]):
         self._slots = chosen[slots]
         self._num_clips, self._stride = num_clips, stride
         self._crop, self._num_crops = crop, num_crops
-        self._graph: ClipPipeline | None = None
+        self._graph: Pipeline | None = None
 
     def __len__(self) -> int:
         """Number of batches of this rank; the same on every rank."""
@@ -284,11 +306,15 @@ class EvaluationLoader(Loader[ClipBatch]):
         )
 
     def _batches(self) -> Iterator[ClipBatch]:
+        return one_ahead(self._begun())
+
+    def _begun(self) -> Iterator[Callable[[], ClipBatch]]:
         form, clip_frames = self._reader.manifest.form, self._config.clips.clip_frames
         self._graph = self._maker.build(
             batch_size=self._slots.shape[1] * self._num_clips,
             strip_frames=clip_frames,
             views=[ViewSlice(0, clip_frames)] * self._num_crops,
+            joined=self._num_crops,
             photometric=False,
         )
         for samples, valid in zip(self._slots, self._valid, strict=True):
@@ -302,15 +328,25 @@ class EvaluationLoader(Loader[ClipBatch]):
             place = {"height": form.height, "width": form.width, "share": self._crop}
             one = self._num_crops == 1
             crops = [centre_crop(len(pairs), **place)] if one else ten_crops(len(pairs), **place)
-            shown = self._maker.run(self._graph, [sample for sample, _ in pairs], coded, crops)
-            clips = torch.stack(shown, dim=1).flatten(0, 1)
-            yield ClipBatch(
-                clips=clips.unflatten(0, (len(samples), self._num_clips * self._num_crops)),
-                samples=samples,
-                valid=valid,
-                frames_decoded=coded.num_frames,
-                bytes_read=coded.num_bytes,
-            )
+            finish = self._maker.start(self._graph, [sample for sample, _ in pairs], coded, crops)
+            yield partial(self._made, finish, samples, valid, coded)
+
+    def _made(
+        self,
+        finish: Callable[[], list[Tensor]],
+        samples: np.ndarray,
+        valid: np.ndarray,
+        coded: CodedWindows,
+    ) -> ClipBatch:
+        (crops,) = finish()
+        num_clips = self._num_clips * self._num_crops
+        return ClipBatch(
+            clips=crops.flatten(0, 1).unflatten(0, (len(samples), num_clips)),
+            samples=samples,
+            valid=valid,
+            frames_decoded=coded.num_frames,
+            bytes_read=coded.num_bytes,
+        )
 
     def _free(self) -> None:
         if self._graph is not None:

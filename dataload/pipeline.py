@@ -1,54 +1,67 @@
-"""The DALI graph that decodes and augments; the only module that imports nvidia.dali.
+"""The DALI graphs: decoding alone, and decoding with the views on a GPU.
 
-The graph is a pure function of coded samples and parameters. A sample's window is decoded once, all
-views are cut from it, and each view of the complete batch is augmented in one graph: crop, resize
-and mirror in a single pass, colour as one affine map, blur. Views are uint8 with channels last,
-which is the fastest memory order for 3D convolutions and a quarter of the bytes of float32; the
-model's first operation normalises them.
-
-Colour and blur have two implementations. A GPU uses DALI's operators for them. Their CPU versions
-would take most of a sample's time (docs/log.md), while `filter` is fast: so on the CPU the colours
-of a pixel become rows of an image that a filter of one column mixes, and the blur is two filters.
+This is the only module that imports nvidia.dali. A graph is a pure function of coded samples and
+parameters. A sample's window is decoded once and all views are cut from it. On a GPU each view of
+the complete batch is augmented in the same graph: crop, resize and mirror, colour as one affine
+map, blur. On a CPU DALI decodes (`WindowDecoder`) and `strata.dataload.cpu_views` makes the views.
+Views are uint8 with channels last, which is the fastest memory order for 3D convolutions and a
+quarter of the bytes of float32; the model's first operation normalises them.
 """
 
 import dataclasses
-import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import pipeline_def
-from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from torch import Tensor
 
-from strata.dataload.augment import ViewParameters, colour_transforms
+from strata.dataload.augment import ViewParameters, blur_window, colour_transforms
+from strata.errors import ConfigError
 from strata.logs import get_logger
 
+try:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+except ImportError as error:
+    raise ConfigError(
+        f"NVIDIA DALI cannot be imported ({error}); install strata-video[cuda13], [cuda12], or "
+        "[cpu] for a machine without a GPU (docs/usage.md, Installation)"
+    ) from error
+
 __all__ = [
-    "BLUR_RADIUS_SIGMAS",
     "CPU_VIDEO_CODECS",
-    "ClipPipeline",
+    "GpuPipeline",
     "GraphSpec",
+    "UndecodableError",
     "ViewSlice",
-    "blur_taps",
-    "blur_window",
-    "find_undecodable",
+    "WindowDecoder",
     "video_decoder_fault",
 ]
 
 logger = get_logger(__name__)
 
-BLUR_RADIUS_SIGMAS = 3.0
-"""Number of standard deviations at which the Gaussian is truncated."""
 _NO_BLUR_SIGMA = 0.5
 """Sigma for a window of one pixel, where any is the identity; DALI needs one above 0."""
-_WHITE = 255.0
 CPU_VIDEO_CODECS = ("vp9", "mjpeg")
 """Codecs of shards that DALI decodes without a GPU."""
+_BUILDING = threading.Lock()
+"""Held while a graph is defined, which DALI does in state that all threads share."""
+
+
+class UndecodableError(RuntimeError):
+    """Samples of a batch do not decode.
+
+    Args:
+        faults: Their positions in the batch, each with the decoder's error.
+    """
+
+    def __init__(self, faults: Sequence[tuple[int, str]]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(reason for _, reason in self.faults))
 
 
 @dataclass(frozen=True)
@@ -59,13 +72,18 @@ class ViewSlice:
     num_frames: int
     step: int = 1
 
+    @property
+    def frames(self) -> slice:
+        """The view's frames among those of the strip."""
+        return slice(self.start, self.start + (self.num_frames - 1) * self.step + 1, self.step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """The static shape of a graph."""
+    """What a pipeline makes of each batch."""
 
     batch_size: int
-    """Samples decoded together."""
+    """Samples of a batch."""
     strip_frames: int
     """Frames of each sample's window."""
     coded: Literal["strip", "video", "frames"] = "strip"
@@ -79,74 +97,36 @@ class GraphSpec:
     size: int
     """Rows and columns of a view."""
     views: tuple[ViewSlice, ...]
+    joined: int = 1
+    """How many of the views, from the first, are one tensor; they have the same length."""
     photometric: bool
-    """Whether the graph has colour and blur; in evaluation it does not."""
+    """Whether views have colour and blur; in evaluation they do not."""
     colour_maps: bool = False
     """Whether colour has gray or differs between frames, so that a GPU needs an affine map per
     frame instead of one colour twist per clip."""
     decode: Literal["cpu", "gpu"]
     augment: Literal["cpu", "gpu"]
     device_id: int | None
-    """CUDA device, or None for a graph on the CPU only."""
+    """CUDA device that gets the batch, or None without a GPU."""
     num_threads: int
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of a batch's tensors, all uint8: the joined views, then each other one.
 
-def blur_window(sigma: np.ndarray) -> np.ndarray:
-    """Width of the Gaussian's window in pixels for each sigma; 1, the identity, for sigma 0.
-
-    Returns:
-        int32, odd.
-    """
-    radius = np.ceil(BLUR_RADIUS_SIGMAS * sigma)
-    return (2 * radius + 1).astype(np.int32)
-
-
-def blur_taps(sigma: np.ndarray) -> list[np.ndarray]:
-    """Gaussian weights on the pixel grid for each sigma, summing to 1; `[1.]` for sigma 0."""
-    taps = []
-    for window, width in zip(blur_window(sigma).tolist(), sigma.tolist(), strict=True):
-        places = np.arange(window) - window // 2
-        weight = np.exp(-0.5 * np.square(places / (width or 1.0)))
-        taps.append((weight / weight.sum()).astype(np.float32))
-    return taps
+        `[batch_size, joined, T, size, size, 3]`, then `[batch_size, T, size, size, 3]`.
+        """
+        one = [(cut.num_frames, self.size, self.size, 3) for cut in self.views]
+        rest = [(self.batch_size, *shape) for shape in one[self.joined :]]
+        return [(self.batch_size, self.joined, *one[0]), *rest]
 
 
 def _input(name: str, view: int) -> Any:
     return fn.external_source(name=f"{name}_{view}")
 
 
-def _colour_by_filter(clip: Any, view: int, num_frames: int, size: int) -> Any:
-    """Mix colours on the CPU by a filter: R, G, B and white as rows, weights as columns."""
-    planes: Any = fn.crop_mirror_normalize(
-        clip,
-        dtype=types.DALIDataType.UINT8,
-        output_layout="FCHW",
-        pad_output=True,
-        # With this policy the fourth channel is filled with this value and not with zero.
-        fill_values=_WHITE,
-        out_of_bounds_policy="pad",
-    )
-    rows = fn.reshape(planes, shape=[num_frames, 4, size * size, 1], layout="FHWC")
-    weights = _input("colour", view)
-    mixed = [
-        fn.filter(rows, fn.per_frame(weights[:, channel]), mode="valid") for channel in range(3)
-    ]
-    joined = fn.reshape(fn.cat(*mixed, axis=1), shape=[num_frames, 3, size, size], layout="FCHW")
-    return fn.crop_mirror_normalize(joined, dtype=types.DALIDataType.UINT8, output_layout="FHWC")
-
-
-def _blur_by_filter(clip: Any, view: int) -> Any:
-    """Blur by a row filter and a column filter, only the samples that have blur."""
-    taps = _input("taps", view)
-    # DALI splits the batch here, so samples without blur are unchanged.
-    if _input("blurred", view):
-        across = fn.filter(clip, fn.expand_dims(taps, axes=0))
-        clip = fn.filter(across, fn.expand_dims(taps, axes=1))
-    return clip
-
-
-def _colour_by_operator(clip: Any, view: int, maps: bool) -> Any:
-    """Mix colours by DALI's colour operators."""
+def _colour(clip: Any, view: int, maps: bool) -> Any:
+    """Mix colours: by one twist for a clip, or by an affine map for each of its frames."""
     if maps:
         each = fn.per_frame(_input("colour", view))
         return fn.coord_transform(clip, MT=each, dtype=types.DALIDataType.UINT8)
@@ -159,21 +139,19 @@ def _colour_by_operator(clip: Any, view: int, maps: bool) -> Any:
     )
 
 
-def _photometric(clip: Any, view: int, spec: GraphSpec) -> Any:
-    """Apply colour and blur on the device that augments."""
-    if spec.augment == "cpu":
-        clip = _colour_by_filter(clip, view, spec.views[view].num_frames, spec.size)
-        return _blur_by_filter(clip, view)
-    clip = _colour_by_operator(clip, view, spec.colour_maps)
-    return fn.gaussian_blur(clip, sigma=_input("sigma", view), window_size=_input("window", view))
-
-
 def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
     """Cut one view out of the window's frames and augment it."""
-    cut = spec.views[view]
-    stop = cut.start + (cut.num_frames - 1) * cut.step + 1
+    cut = spec.views[view].frames
     # sequence_rearrange takes a strided slice along frames without resampling.
-    clip: Any = fn.sequence_rearrange(frames, new_order=list(range(cut.start, stop, cut.step)))
+    order = list(range(cut.start, cut.stop, cut.step))
+    clip: Any = fn.sequence_rearrange(frames, new_order=order)
+    # A real crop: with a region of the frame, the resize would use pixels around it.
+    clip = fn.slice(
+        clip,
+        start=_input("crop_start", view),
+        shape=_input("crop_shape", view),
+        axis_names="HW",
+    )
     clip = fn.resize(
         clip,
         size=[spec.size, spec.size],
@@ -183,7 +161,10 @@ def _view(frames: Any, view: int, spec: GraphSpec) -> Any:
         interp_type=types.DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
-    return _photometric(clip, view, spec) if spec.photometric else clip
+    if not spec.photometric:
+        return clip
+    clip = _colour(clip, view, spec.colour_maps)
+    return fn.gaussian_blur(clip, sigma=_input("sigma", view), window_size=_input("window", view))
 
 
 def _frames(spec: GraphSpec) -> Any:
@@ -200,6 +181,15 @@ def _frames(spec: GraphSpec) -> Any:
     seen = fn.decoders.video(coded, device=device, frames=fn.external_source(name="seen"))
     window: Any = fn.sequence_rearrange(seen, new_order=fn.external_source(name="order"))
     return fn.reshape(window, shape=shape, layout="FHWC")
+
+
+def _feed_coded(pipe: Any, coded: Any, places: Sequence[np.ndarray]) -> None:
+    """Feed the samples of a batch; `places` only for videos."""
+    pipe.feed_input("coded", coded)
+    if places:
+        pairs = [np.unique(p, return_inverse=True) for p in places]
+        pipe.feed_input("seen", [seen.astype(np.int32) for seen, _ in pairs])
+        pipe.feed_input("order", [order.astype(np.int32) for _, order in pairs])
 
 
 def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
@@ -224,24 +214,71 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
     return None
 
 
-def _remove_generated_sources() -> None:
-    """Remove the Python files that DALI generated from a graph, once it is built.
-
-    DALI removes them from the temporary folder only at a normal exit, so after a signal they would
-    remain.
-    """
-    for name, module in list(sys.modules.items()):
-        if name.startswith("__autograph_generated_file"):
-            for path in (module.__file__, module.__cached__):
-                if path is not None:
-                    Path(path).unlink(missing_ok=True)
-
-
-class ClipPipeline:
-    """A built DALI graph that decodes a batch of windows and augments its views.
+class WindowDecoder:
+    """Decodes one window after another on the CPU, in the thread that calls it.
 
     Args:
-        spec: The graph's static shape.
+        spec: The windows.
+    """
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self._spec = dataclasses.replace(spec, decode="cpu")
+        self._pipe: Any = None
+        self._shown: Any = None
+
+    def _build(self) -> Any:
+        spec = self._spec
+
+        @pipeline_def
+        def graph() -> Any:
+            return _frames(spec)
+
+        with _BUILDING:
+            pipe: Any = graph(
+                batch_size=1,
+                num_threads=1,
+                device_id=None,
+                prefetch_queue_depth=1,
+                # The calling thread waits for the result anyway.
+                exec_async=False,
+                exec_pipelined=False,
+                set_affinity=False,
+            )
+            pipe.build()
+        return pipe
+
+    def decode(self, coded: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+        """Decode a window.
+
+        Args:
+            coded: A tall JPEG or a video, uint8.
+            places: For a video, the numbers of the window's frames, `[T]`, not decreasing.
+
+        Returns:
+            Shape `[T, height, width, 3]`, uint8, in DALI's memory: valid until the next call.
+
+        Raises:
+            UndecodableError: It does not decode.
+        """
+        if self._pipe is None:
+            self._pipe = self._build()
+        _feed_coded(self._pipe, [coded], [] if places is None else [places])
+        try:
+            (self._shown,) = self._pipe.run()
+        except RuntimeError as error:
+            self._pipe = None  # A graph cannot be used after an error.
+            raise UndecodableError([(0, _reason(error))]) from error
+        return np.asarray(self._shown[0])
+
+
+class GpuPipeline:
+    """A DALI graph that decodes a batch of windows and augments its views on a GPU.
+
+    With `augment` cpu it runs DALI's CPU versions of the same operators. They are slow; tests use
+    them where there is no GPU.
+
+    Args:
+        spec: What is made of a batch.
     """
 
     def __init__(self, spec: GraphSpec) -> None:
@@ -251,15 +288,15 @@ class ClipPipeline:
     def _build(self) -> Any:
         spec = self.spec
 
-        @pipeline_def(enable_conditionals=True)
+        @pipeline_def
         def graph() -> tuple[Any, ...]:
             frames = _frames(spec)
             if spec.augment == "gpu" and "gpu" not in (spec.decode, spec.frames_on):
                 frames = frames.gpu()
             return tuple(_view(frames, v, spec) for v in range(len(spec.views)))
 
-        try:
-            pipe = graph(
+        with _BUILDING:
+            pipe: Any = graph(
                 batch_size=spec.batch_size,
                 num_threads=spec.num_threads,
                 device_id=spec.device_id,
@@ -268,17 +305,15 @@ class ClipPipeline:
                 set_affinity=False,
             )
             pipe.build()
-        finally:
-            _remove_generated_sources()
         return pipe
 
-    def run(
+    def start(
         self,
         coded: Sequence[np.ndarray] | Tensor,
         views: Sequence[ViewParameters],
         places: Sequence[np.ndarray] = (),
-    ) -> list[Tensor]:
-        """Decode and augment one batch.
+    ) -> Callable[[], list[Tensor]]:
+        """Prepare a batch; the graph runs when the batch is asked for.
 
         Args:
             coded: `batch_size` tall JPEGs, videos or decoded frames, uint8; frames on a GPU as one
@@ -288,27 +323,52 @@ class ClipPipeline:
                 decreasing.
 
         Returns:
-            For each view, uint8 `[batch_size, frames, size, size, 3]`, on the device that augments.
-
-        Raises:
-            RuntimeError: A sample did not decode.
+            A function that returns the batch: tensors of `GraphSpec.shapes`, on the device that
+            augments. It raises `UndecodableError` if samples do not decode.
         """
+
+        def finish() -> list[Tensor]:
+            try:
+                return self._run(coded, views, places)
+            except RuntimeError as error:
+                if self.spec.coded == "frames" or isinstance(coded, Tensor):
+                    raise  # Frames were decoded before, so no sample is at fault.
+                found = _find_undecodable(self.spec, coded, views, places)
+                if not found:
+                    raise
+                raise UndecodableError(found) from error
+
+        return finish
+
+    def _run(
+        self,
+        coded: Sequence[np.ndarray] | Tensor,
+        views: Sequence[ViewParameters],
+        places: Sequence[np.ndarray],
+    ) -> list[Tensor]:
+        if self._pipe is None:
+            self._pipe = self._build()
         pipe = self._pipe
-        pipe.feed_input("coded", coded if isinstance(coded, Tensor) else list(coded))
-        if self.spec.coded == "video":
-            pairs = [np.unique(p, return_inverse=True) for p in places]
-            pipe.feed_input("seen", [seen.astype(np.int32) for seen, _ in pairs])
-            pipe.feed_input("order", [order.astype(np.int32) for _, order in pairs])
+        _feed_coded(pipe, coded if isinstance(coded, Tensor) else list(coded), places)
         for number, view in enumerate(views):
             self._feed_view(number, view)
-        outputs = pipe.run()
-        return [self._to_torch(out, cut) for out, cut in zip(outputs, self.spec.views, strict=True)]
+        try:
+            outputs = pipe.run()
+        except RuntimeError:
+            self._pipe = None  # A graph cannot be used after an error.
+            raise
+        made = [self._to_torch(out, cut) for out, cut in zip(outputs, self.spec.views, strict=True)]
+        joined = self.spec.joined
+        return [torch.stack(made[:joined], dim=1), *made[joined:]]
 
     def _feed_view(self, number: int, view: ViewParameters) -> None:
         top, left, bottom, right = view.box.T
-        start = np.stack([top, np.where(view.flip, right, left)], axis=1)
-        end = np.stack([bottom, np.where(view.flip, left, right)], axis=1)
-        inputs: dict[str, Any] = {
+        height, width, zero = bottom - top, right - left, np.zeros_like(top)
+        start = np.stack([zero, np.where(view.flip, width, zero)], axis=1)
+        end = np.stack([height, np.where(view.flip, zero, width)], axis=1)
+        inputs: dict[str, np.ndarray] = {
+            "crop_start": np.stack([top, left], axis=1).astype(np.int32),
+            "crop_shape": np.stack([height, width], axis=1).astype(np.int32),
             "roi_start": np.ascontiguousarray(start, np.float32),
             "roi_end": np.ascontiguousarray(end, np.float32),
         }
@@ -317,55 +377,45 @@ class ClipPipeline:
         for name, value in inputs.items():
             self._pipe.feed_input(f"{name}_{number}", value)
 
-    def _photometric_inputs(self, view: ViewParameters, num_frames: int) -> dict[str, Any]:
-        spec = self.spec
-        inputs: dict[str, Any] = {}
-        if spec.augment == "cpu" or spec.colour_maps:
+    def _photometric_inputs(self, view: ViewParameters, num_frames: int) -> dict[str, np.ndarray]:
+        inputs: dict[str, np.ndarray] = {
+            "sigma": np.where(view.sigma > 0, view.sigma, _NO_BLUR_SIGMA),
+            "window": blur_window(view.sigma),
+        }
+        if self.spec.colour_maps:
             maps = colour_transforms(view)
             maps = np.broadcast_to(maps, (len(maps), num_frames, 3, 4))
-            if spec.augment == "cpu":
-                # The offset is the weight of white.
-                maps = (maps / np.array([1, 1, 1, _WHITE], np.float32))[..., None]
-            inputs["colour"] = np.ascontiguousarray(maps)
-        else:
-            for name in ("brightness", "contrast", "saturation"):
-                inputs[name] = np.ascontiguousarray(getattr(view, name)[:, 0])
-            inputs["hue"] = np.ascontiguousarray(view.hue_degrees[:, 0])
-        if spec.augment == "cpu":
-            inputs["taps"] = blur_taps(view.sigma)
-            inputs["blurred"] = [np.array(sigma > 0) for sigma in view.sigma]
-        else:
-            inputs["sigma"] = np.where(view.sigma > 0, view.sigma, _NO_BLUR_SIGMA)
-            inputs["window"] = blur_window(view.sigma)
-        return inputs
+            return inputs | {"colour": np.ascontiguousarray(maps)}
+        for name in ("brightness", "contrast", "saturation"):
+            inputs[name] = np.ascontiguousarray(getattr(view, name)[:, 0])
+        return inputs | {"hue": np.ascontiguousarray(view.hue_degrees[:, 0])}
 
     def _to_torch(self, output: Any, cut: ViewSlice) -> Tensor:
         spec = self.spec
         shape = (spec.batch_size, cut.num_frames, spec.size, spec.size, 3)
-        if spec.augment == "gpu":
-            tensor = torch.empty(shape, dtype=torch.uint8, device=f"cuda:{spec.device_id}")
-            stream = torch.cuda.current_stream(tensor.device)
-            feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
-            return tensor
-        # DALI reuses its buffer, so the batch is copied once.
-        return torch.from_numpy(np.array(output.as_tensor(), copy=True).reshape(shape))
+        if spec.augment == "cpu":
+            return torch.from_numpy(np.array(output.as_tensor(), copy=True).reshape(shape))
+        tensor = torch.empty(shape, dtype=torch.uint8, device=f"cuda:{spec.device_id}")
+        stream = torch.cuda.current_stream(tensor.device)
+        feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
+        return tensor
 
     def close(self) -> None:
         """Free the graph's buffers and threads."""
         self._pipe = None
 
 
-def find_undecodable(
+def _find_undecodable(
     spec: GraphSpec,
     coded: Sequence[np.ndarray],
     views: Sequence[ViewParameters],
-    places: Sequence[np.ndarray] = (),
+    places: Sequence[np.ndarray],
 ) -> list[tuple[int, str]]:
     """Find the faulty samples of a failed batch by running the graph on each one alone.
 
     Args:
         spec: The batch's graph.
-        coded: As in `ClipPipeline.run`, like the next two.
+        coded: As in `GpuPipeline.start`, like the next two.
         views: The parameters.
         places: The frames of videos.
 
@@ -373,19 +423,14 @@ def find_undecodable(
         Positions in the batch, with the decoder's error.
     """
     faults = []
-    alone: ClipPipeline | None = None
+    alone = GpuPipeline(dataclasses.replace(spec, batch_size=1))
     for place in range(len(coded)):
         one = slice(place, place + 1)
-        if alone is None:
-            alone = ClipPipeline(dataclasses.replace(spec, batch_size=1))
         try:
-            alone.run(coded[one], [_rows(view, one) for view in views], places[one])
+            alone._run(coded[one], [_rows(view, one) for view in views], places[one])
         except RuntimeError as error:
             faults.append((place, _reason(error)))
-            alone.close()  # A graph cannot be used after an error.
-            alone = None
-    if alone is not None:
-        alone.close()
+    alone.close()
     return faults
 
 

@@ -202,6 +202,10 @@ class ShardReader:
     def _shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self._first, sample, side="right")) - 1
 
+    def samples_of(self, shard: int) -> range:
+        """The samples of a shard, in the order in which it stores them."""
+        return range(int(self._first[shard]), int(self._first[shard + 1]))
+
     def members(self, sample: int) -> tuple[int, dict[str, Place]]:
         """A sample's shard, and the offset and size of each of its members by extension."""
         shard = self._shard_of(sample)

@@ -1,7 +1,6 @@
-"""Reference implementation of the views in PIL and torch, for tests of the DALI graph."""
+"""Reference implementation of the views in PIL and torch, for tests of both pipelines."""
 
 import io
-import math
 
 import av
 import numpy as np
@@ -10,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from strata.dataload.augment import MID_GRAY, RGB_TO_YIQ, ViewParameters
-from strata.dataload.pipeline import ViewSlice, blur_window
+from strata.dataload.augment import MID_GRAY, RGB_TO_YIQ, ViewParameters, blur_window
+from strata.dataload.pipeline import ViewSlice
 
 __all__ = ["colour_matrix", "decode_strip", "decode_video", "reference_view", "resize_matrix"]
 
@@ -55,7 +54,7 @@ def decode_video(video: np.ndarray) -> np.ndarray:
 def colour_matrix(
     brightness: float, contrast: float, saturation: float, hue_degrees: float
 ) -> tuple[np.ndarray, float]:
-    """The affine map of colours that the graph's colour twist applies.
+    """The affine map of colours of the jitter.
 
     Saturation and hue scale and rotate the chroma plane of YIQ; contrast scales around mid gray;
     brightness scales last.
@@ -76,34 +75,29 @@ def colour_matrix(
     return brightness * contrast * chroma, brightness * MID_GRAY * (1.0 - contrast)
 
 
-def resize_matrix(length: int, start: float, end: float, size: int) -> Tensor:
-    """Matrix that resizes a region of a row of pixels linearly, antialiased when it shrinks.
+def resize_matrix(length: int, size: int) -> Tensor:
+    """Matrix that resizes a row of pixels linearly, antialiased when it shrinks.
 
-    The triangle is as wide as an output pixel, at least one input pixel. Outside of the region it
-    uses pixels of the image, and outside of the image the edge pixel.
+    The triangle is as wide as an output pixel, at least one input pixel, and is cut off at the ends
+    of the row, as in Pillow and torch.
 
     Args:
         length: Number of pixels of the row.
-        start: Where the region starts, in pixels.
-        end: Where the region ends, in pixels.
         size: Number of output pixels.
 
     Returns:
-        Shape `[size, length]`, float32; rows sum to 1.
+        Shape `[size, length]`, float64; rows sum to 1.
     """
-    scale = (end - start) / size
+    scale = length / size
     support = max(1.0, scale)
-    matrix = np.zeros((size, length))
-    for out in range(size):
-        centre = start + (out + 0.5) * scale - 0.5
-        for place in range(math.floor(centre - support), math.ceil(centre + support) + 1):
-            weight = max(0.0, 1.0 - abs(place - centre) / support)
-            matrix[out, min(max(place, 0), length - 1)] += weight
-    return torch.from_numpy((matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32))
+    centres = (np.arange(size)[:, None] + 0.5) * scale - 0.5
+    weights = np.maximum(0.0, 1.0 - np.abs(np.arange(length) - centres) / support)
+    return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _round_uint8(values: Tensor) -> Tensor:
-    return values.round().clamp(0, 255)
+    """Round halves up, as integer arithmetic does."""
+    return (values + 0.5).floor().clamp(0, 255)
 
 
 def reference_view(
@@ -114,8 +108,9 @@ def reference_view(
     size: int,
     *,
     photometric: bool,
+    one_pass: bool = False,
 ) -> np.ndarray:
-    """Compute one view of one sample.
+    """Compute one view of one sample: crop, resize, mirror, colour, blur.
 
     Args:
         frames: Shape `[F, H, W, 3]`, uint8: the strip's frames.
@@ -124,16 +119,18 @@ def reference_view(
         row: Index of the sample in the parameters.
         size: Rows and columns of the view.
         photometric: Whether colour and blur apply.
+        one_pass: Whether the resize rounds once, as DALI's, and not also between its passes along
+            rows and along columns, as torch's and Pillow's.
 
     Returns:
         Shape `[T, size, size, 3]`, uint8.
     """
-    stop = cut.start + (cut.num_frames - 1) * cut.step + 1
-    top, left, bottom, right = (float(v) for v in parameters.box[row])
-    chosen = torch.from_numpy(frames[cut.start : stop : cut.step].astype(np.float32))
-    down = resize_matrix(frames.shape[1], top, bottom, size)
-    across = resize_matrix(frames.shape[2], left, right, size)
-    clip = torch.einsum("iy,tyxc,jx->tcij", down, chosen, across)
+    top, left, bottom, right = (int(v) for v in parameters.box[row])
+    crop = torch.from_numpy(frames[cut.frames, top:bottom, left:right].astype(np.float64))
+    clip = torch.einsum("tyxc,jx->tcyj", crop, resize_matrix(crop.shape[2], size))
+    if not one_pass:
+        clip = _round_uint8(clip)
+    clip = torch.einsum("iy,tcyj->tcij", resize_matrix(crop.shape[1], size), clip)
     if parameters.flip[row]:
         clip = clip.flip(-1)
     clip = _round_uint8(clip)
@@ -157,7 +154,7 @@ def _colour(frame: Tensor, parameters: ViewParameters, row: int, number: int) ->
         float(parameters.saturation[row, number]),
         float(parameters.hue_degrees[row, number]),
     )
-    weight = torch.from_numpy(matrix.astype(np.float32))
+    weight = torch.from_numpy(matrix)
     return _round_uint8(torch.einsum("ij,jhw->ihw", weight, frame) + offset)
 
 
@@ -168,7 +165,7 @@ def _blur(clip: Tensor, sigma: float) -> Tensor:
         return clip
     radius = window // 2
     taps = torch.exp(-torch.arange(-radius, radius + 1).double().square() / (2 * sigma**2))
-    taps = (taps / taps.sum()).float()
+    taps = taps / taps.sum()
     channels = clip.shape[1]
     padded = functional.pad(clip, (radius, radius, radius, radius), mode="reflect")
     kernel = taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1)

@@ -1,7 +1,7 @@
 """Access to shards in a folder, or at a URL with a local cache of bounded size.
 
 A folder may be on any file system. A URL (`s3://`, `gs://`, `http://`, any protocol of fsspec) is
-read through a cache: a shard is downloaded completely before its first use (dataload/transfer.py),
+read through a cache: a shard is downloaded completely before its first use (strata/transfer.py),
 compared with the manifest's size and SHA-256, and renamed; its index is compared with the
 manifest's hash, or with the tar. So the cache contains only verified files. All ranks of a node
 share it. When it is full, the least recently used shards are removed. An open shard stays
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from strata.dataload.transfer import Store, WrongContentError
 from strata.errors import ConfigError, ShardError
 from strata.files import sha256_of
 from strata.format.schema import INDEX_SUFFIX, MANIFEST_NAME, SAMPLES_NAME, SHARD_SUFFIX, ShardEntry
+from strata.transfer import Store, WrongContentError, as_url
 from strata.untrusted import checked_name
 
 __all__ = ["DownloadConfig", "LocalFolder", "RemoteFolder", "ShardFolder", "open_folder"]
@@ -38,7 +38,6 @@ _ROWS_LIMIT = 1 << 31
 _INDEX_LIMIT = 1 << 20
 """Bytes that any index may have; that of a larger shard may be as large as the shard."""
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +128,10 @@ def open_folder(given: str | Path, download: DownloadConfig | None = None) -> Sh
         ConfigError: fsspec does not support the URL's protocol, or needs a package for it.
         ShardError: The URL cannot be read or has no manifest.
     """
-    text = os.fspath(given)
-    match = _URL.match(text)
-    if match is None:
-        return LocalFolder(Path(text))
-    url = f"{match[1].lower()}://{text[match.end() :]}"
-    if match[1].lower() == "file":
-        url = f"file:///{text[match.end() :]}"
-    return RemoteFolder(url.rstrip("/"), download or DownloadConfig())
+    url = as_url(given)
+    if url is None:
+        return LocalFolder(Path(given))
+    return RemoteFolder(url, download or DownloadConfig())
 
 
 class LocalFolder:

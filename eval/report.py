@@ -7,11 +7,13 @@ curves of the pretraining from the log.jsonl beside the checkpoint.
 import base64
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import matplotlib
@@ -20,6 +22,7 @@ import yaml
 from matplotlib.figure import Figure
 
 import strata
+from strata.code_digest import commit
 from strata.eval.pictures import film_strip
 from strata.eval.published import PUBLISHED
 from strata.eval.results import (
@@ -30,7 +33,6 @@ from strata.eval.results import (
     Measurement,
     PairResult,
     Retrieved,
-    commit,
     mean_of,
 )
 from strata.eval.summary import KIND_TITLES, figure_lines, pairs_title, share_range
@@ -42,6 +44,7 @@ __all__ = [
     "Film",
     "Query",
     "curve_svg",
+    "page_of",
     "probe_curves",
     "render",
     "run_curves",
@@ -247,10 +250,19 @@ def _data_uri(content: bytes | str, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def _template(name: str) -> str:
+    return files("strata.eval").joinpath(name).read_text(encoding="utf-8")
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
     )
+    environment.filters["interval"] = lambda v: "" if v is None else f"{v[0]:.1%} to {v[1]:.1%}"
     environment.filters["range"] = share_range
     environment.filters["share"] = lambda v: "" if v is None else f"{v:.1%}"
     environment.filters["jpeg"] = lambda content: _data_uri(content, "jpeg")
@@ -258,8 +270,17 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def render(result: EvaluationResult) -> str:
+def page_of(template: str, **values: Any) -> str:
+    """A template of this package, filled; it may extend page.html.j2."""
+    return _environment().get_template(template).render(**values)
+
+
+def render(result: EvaluationResult, folder: Path | None = None) -> str:
     """The page as HTML.
+
+    Args:
+        result: What is shown.
+        folder: Where the page will be, to which its links are relative; the current one if None.
 
     Raises:
         ShardError: A video of the sets cannot be read.
@@ -272,45 +293,42 @@ def render(result: EvaluationResult) -> str:
     else:
         records, log_text = [], "not found beside the checkpoint; no curves"
     details = list(_first_details(result))
-    template = files("strata.eval").joinpath("report.html.j2").read_text(encoding="utf-8")
     settings = {"evaluation": result.settings, "pretraining": result.pretraining}
-    return (
-        _environment()
-        .from_string(template)
-        .render(
-            result=result,
-            title=f"{' and '.join(KIND_TITLES[kind] for kind in result.protocols)}: {run.name}",
-            figures=[(text, figure_lines(result, kind)) for kind, text in result.protocols.items()],
-            published=[row for row in PUBLISHED if row.kind in result.protocols],
-            tables=[
-                (title, remark, list(dict.fromkeys(c for row in rows.values() for c in row)), rows)
-                for title, remark, rows in _tables(result)
-            ],
-            cues=[
-                cue for *_, m in details if isinstance(m.details, Cues) for cue in m.details.shown
-            ],
-            classes=[
-                (title, text, m.details.by_class)
-                for title, text, _, m in details
-                if isinstance(m.details, Classified | Retrieved)
-            ],
-            retrieved=[
-                (pair.sets.title, text, shown_queries(pair, m.details))
-                for _, text, pair, m in details
-                if isinstance(m.details, Retrieved)
-            ],
-            training=[
-                curve
-                for _, _, pair, m in details
-                if isinstance(m.details, Classified)
-                for curve in _training_curves(pair.sets.title, m.details)
-            ],
-            probe=probe_curves(records),
-            losses=run_curves(records, "losses", "nats"),
-            health=run_curves(records, "health", ""),
-            facts=_facts(result, log_text),
-            settings=yaml.safe_dump(settings, sort_keys=False),
-        )
+    figures = [(text, figure_lines(result, kind)) for kind, text in result.protocols.items()]
+    return page_of(
+        "report.html.j2",
+        result=result,
+        title=f"{' and '.join(KIND_TITLES[kind] for kind in result.protocols)}: {run.name}",
+        figures=figures,
+        leads=[line.lead for _, lines in figures for line in lines if line.lead],
+        link=lambda path: quote(os.path.relpath(path, folder or Path.cwd())),
+        published=[row for row in PUBLISHED if row.kind in result.protocols],
+        tables=[
+            (title, remark, list(dict.fromkeys(c for row in rows.values() for c in row)), rows)
+            for title, remark, rows in _tables(result)
+        ],
+        cues=[cue for *_, m in details if isinstance(m.details, Cues) for cue in m.details.shown],
+        classes=[
+            (title, text, m.details.by_class)
+            for title, text, _, m in details
+            if isinstance(m.details, Classified | Retrieved)
+        ],
+        retrieved=[
+            (pair.sets.title, text, shown_queries(pair, m.details))
+            for _, text, pair, m in details
+            if isinstance(m.details, Retrieved)
+        ],
+        training=[
+            curve
+            for _, _, pair, m in details
+            if isinstance(m.details, Classified)
+            for curve in _training_curves(pair.sets.title, m.details)
+        ],
+        probe=probe_curves(records),
+        losses=run_curves(records, "losses", "nats"),
+        health=run_curves(records, "health", ""),
+        facts=_facts(result, log_text),
+        settings=yaml.safe_dump(settings, sort_keys=False),
     )
 
 
@@ -321,4 +339,4 @@ def write_page(result: EvaluationResult, path: Path) -> None:
         OSError: The file cannot be written.
         ShardError: A video of the sets cannot be read.
     """
-    write_atomic(path, render(result))
+    write_atomic(path, render(result, path.parent))

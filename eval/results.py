@@ -6,16 +6,15 @@ docs/evaluation.md documents the fields of report.json.
 import json
 import math
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 import strata
+from strata.code_digest import commit
 from strata.eval.accuracy import Accuracy, ClassSpace
 from strata.eval.protocols.features import Features
 from strata.eval.protocols.retrieval import RECALL_AT
@@ -38,7 +37,6 @@ __all__ = [
     "Row",
     "Shares",
     "classified",
-    "commit",
     "mean_of",
     "retrieved",
     "write_json",
@@ -264,7 +262,7 @@ class EvaluationResult:
     """All that an evaluation found, and all that decided it."""
 
     name: str
-    """Like `linear-cached`: tells reports of one run apart."""
+    """Like `linear-cached`; different for each report of a run."""
     protocols: Mapping[Kind, str]
     """Each protocol in words."""
     is_untrained: bool
@@ -344,19 +342,6 @@ class EvaluationResult:
             "by_data": by_data,
             "results": [pair.to_json() for pair in self.pairs],
         }
-
-
-@cache
-def commit() -> str:
-    """The code's commit, where it runs from a checkout."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return asked.stdout.strip() or "not in a checkout"
 
 
 def classified(

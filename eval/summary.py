@@ -1,9 +1,10 @@
 """The figures of a result as tables: for the page, and as text for the terminal."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from strata.eval.results import EvaluationResult, Figures, Kind, PairResult, mean_of
 
@@ -17,6 +18,7 @@ __all__ = [
     "share_range",
     "summary",
     "table",
+    "wilson",
 ]
 
 KIND_TITLES: dict[Kind, str] = {
@@ -42,6 +44,41 @@ class FigureLine:
     """Of each untrained network of the same architecture, and split."""
     chance: float
     """Mean over the splits."""
+    num_test: int
+    """Test videos, of all splits together."""
+
+    def interval(self, role: Literal["measured", "untrained"]) -> tuple[float, float] | None:
+        """The 95 % interval that this number of test videos leaves, around the mean; None without.
+
+        Wilson's score interval of a share; it does not cover the choice of seeds.
+        """
+        values = getattr(self, role)
+        return wilson(statistics.fmean(values), self.num_test) if values else None
+
+    @property
+    def lead(self) -> str:
+        """A sentence if the pretrained network is not ahead of the untrained one; else empty."""
+        mine, theirs = self.interval("measured"), self.interval("untrained")
+        if mine is None or theirs is None:
+            return ""
+        ahead = statistics.fmean(self.measured) - statistics.fmean(self.untrained)
+        if ahead <= 0:
+            return f"{self.name}: pretrained is not ahead of untrained."
+        if mine[0] <= theirs[1]:
+            return (
+                f"{self.name}: pretrained is ahead of untrained by {100 * ahead:.1f} points, which "
+                f"{self.num_test:,} test videos are too few to establish."
+            )
+        return ""
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share of `count` independent trials."""
+    z = 1.96
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / scale
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def figure_lines(result: EvaluationResult, kind: Kind) -> list[FigureLine]:
@@ -58,6 +95,7 @@ def figure_lines(result: EvaluationResult, kind: Kind) -> list[FigureLine]:
                     measured=tuple(v for m in found for v in m.values("measured", figure)),
                     untrained=tuple(v for m in found for v in m.values("untrained", figure)),
                     chance=statistics.fmean(v for m in found for v in m.values("chance", figure)),
+                    num_test=sum(pair.sets.facts()["test"]["num_videos"] for pair in pairs),
                 )
             )
     return lines

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from strata import commands, launch
+from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
 from strata.preprocess.datasets.folder import SourceSet, find_folder, mark_duplicates
 from strata.preprocess.datasets.kinetics import find_kinetics
-from strata.preprocess.datasets.listing import name_of, path_of, read_lines, some_of
+from strata.preprocess.datasets.listing import path_of, read_lines
 from strata.preprocess.datasets.official import find_hmdb51, find_ucf101
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.index_existing import index_folder
@@ -25,10 +26,14 @@ from strata.preprocess.options import (
     parse_merge,
     usage,
 )
+from strata.preprocess.part import PROGRESS_FOLDER
+from strata.preprocess.places import open_place
 from strata.preprocess.run import merge_set, shard_slice
 from strata.preprocess.summary import closing_table
 from strata.telemetry.metrics import Metrics
 from strata.telemetry.serve import export_process
+from strata.telemetry.targets import run_name
+from strata.transfer import as_url
 
 __all__ = ["find_sets", "main", "run_command"]
 
@@ -111,9 +116,10 @@ def run_command(command: ShardCommand) -> list[Manifest]:
             seconds = time.monotonic() - start_s
             if command.settings.slice_count > 1:
                 part = f"{command.settings.slice_index}/{command.settings.slice_count}"
+                where = _shown(folder)
                 print(
-                    f"{source_set.dataset} {source_set.split}: slice {part} is in {folder} after "
-                    f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {folder}",
+                    f"{source_set.dataset} {source_set.split}: slice {part} is in {where} after "
+                    f"{seconds:,.1f} s; when all slices are: tools/shard.py merge {where}",
                     *(f"  note: {note}" for note in source_set.notes),
                     sep="\n",
                     flush=True,
@@ -121,7 +127,7 @@ def run_command(command: ShardCommand) -> list[Manifest]:
                 continue
             manifest = merge_set(folder)
             manifests.append(manifest)
-            print(closing_table(manifest, folder, seconds, source_set.notes), flush=True)
+            print(closing_table(manifest, _shown(folder), seconds, source_set.notes), flush=True)
     for manifest in manifests:
         _check_rejects(manifest, command.out / manifest.split, command.max_rejects)
     if manifests:
@@ -129,22 +135,30 @@ def run_command(command: ShardCommand) -> list[Manifest]:
     return manifests
 
 
+def _shown(folder: Path) -> str:
+    return as_url(folder) or str(folder)
+
+
 def _say_next(folder: Path) -> None:
     """Print the command that pretrains on a set."""
-    words = ("--config", "ucf101_r3d18", "--data.shards", folder, "--run", "runs/a")
+    words = ("--config", "ucf101_r3d18", "--data.shards", _shown(folder), "--run", "runs/a")
     print(f"to pretrain on it:\n  {commands.line('pretrain', *words)}", flush=True)
 
 
 def _exported(command: ShardCommand) -> AbstractContextManager[Metrics]:
     """The metrics of this process, exported while it works."""
     out = command.out.resolve()
+    places = {"shards": next(p for p in (out, *out.parents) if p.exists())}
     return export_process(
         command.monitor,
         role="preprocess",
-        run=some_of([name_of(out.name)]),
-        rank=command.settings.slice_index,
-        local_rank=launch.local_rank_of_task(),
-        places={"shards": next(p for p in (out, *out.parents) if p.exists())},
+        run=run_name(command.monitor, out),
+        world=World(
+            rank=command.settings.slice_index,
+            size=command.settings.slice_count,
+            local_rank=launch.local_rank_of_task(),
+        ),
+        places=places if as_url(command.out) is None else {},
     )
 
 
@@ -155,21 +169,22 @@ def _check_rejects(manifest: Manifest, folder: Path, max_rejects: float) -> None
         raise ShardError(
             f"{rejected} of {tried} videos of {manifest.split} were rejected "
             f"({rejected / tried:.1%}), more than --max_rejects {max_rejects}; "
-            f"the others are in {folder}, reasons in {folder / SAMPLES_NAME}"
+            f"the others are in {_shown(folder)}, reasons in {_shown(folder / SAMPLES_NAME)}"
         )
 
 
 def _merge(options: MergeOptions) -> None:
     """Write the manifests of folders of sets, or of the sets in an --out."""
     for given in options.folders:
-        if not given.is_dir():
+        if as_url(given) is None and not given.is_dir():
             raise ShardError(f"shard folder {given} does not exist; correct the path")
-        parts = [given]
-        if not (given / ".progress").is_dir() and not (given / MANIFEST_NAME).is_file():
-            parts = sorted(p for p in given.iterdir() if p.is_dir()) or [given]
+        place, parts = open_place(given), [given]
+        found = place.names("", folders=True)
+        if not found.keys() & {PROGRESS_FOLDER, MANIFEST_NAME}:
+            parts = sorted(given / name for name in found.keys() - place.names("")) or [given]
         for folder in parts:
             manifest = merge_set(folder)
-            print(closing_table(manifest, folder, 0.0), flush=True)
+            print(closing_table(manifest, _shown(folder), 0.0), flush=True)
             _check_rejects(manifest, folder, options.max_rejects)
 
 

@@ -1,18 +1,31 @@
-"""Facts of a source file: its hash, its container's fields, its timing."""
+"""A source file: its bytes and hash, its container's fields, its timing."""
 
 import hashlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from av.video.stream import VideoStream
 
 from strata.decoding import LONGEST, MAX_IRREGULAR_SHARE, Packets, has_gaps
 from strata.errors import FaultKind, VideoFault
+from strata.transfer import Store, as_url
 
-__all__ = ["Timing", "VideoFacts", "hash_file", "read_facts", "timing_of"]
+__all__ = [
+    "SourceContent",
+    "Timing",
+    "VideoFacts",
+    "open_source",
+    "read_facts",
+    "stamp_of",
+    "timing_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +50,87 @@ class VideoFacts:
     """Width of a pixel divided by its height."""
 
 
-_HASH_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_MEMORY_BYTES = 1 << 26
+"""A source up to this size is read into memory, a larger one from a URL to an unnamed file."""
 
 
-def hash_file(path: Path, source: str, pulse: Callable[[], None]) -> tuple[str, int]:
-    """SHA-256 and size of a file.
+@dataclass(frozen=True)
+class SourceContent:
+    """A source that was read completely, once."""
+
+    where: Path | bytes
+    """Its bytes; of a large one the file, whose pages the kernel holds."""
+    sha256: str
+    num_bytes: int
+
+
+@contextmanager
+def open_source(path: Path, source: str, pulse: Callable[[], None]) -> Iterator[SourceContent]:
+    """Read a source from storage once: hash, timing and decoding use the same bytes.
 
     Args:
-        path: The file.
+        path: The file, or its URL.
         source: The file as the user would name it.
         pulse: Called after each piece.
 
     Raises:
         VideoFault: The file is missing or may not be read.
     """
+    url = as_url(path)
+    if url is not None:
+        with _downloaded(url, source, pulse) as file:
+            yield _content_of(file, Path(f"/proc/self/fd/{file.fileno()}"), pulse)
+        return
     try:
-        digest, num_bytes = hashlib.sha256(), 0
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(_HASH_BYTES):
-                digest.update(piece)
-                num_bytes += len(piece)
-                pulse()
-        return digest.hexdigest(), num_bytes
+            content = _content_of(file, path, pulse)
     except OSError as error:
         raise VideoFault(FaultKind.UNREADABLE, source, error.strerror or str(error)) from error
+    yield content
+
+
+def _content_of(file: IO[bytes], path: Path, pulse: Callable[[], None]) -> SourceContent:
+    digest, num_bytes, pieces = hashlib.sha256(), 0, list[bytes]()
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+        num_bytes += len(piece)
+        if num_bytes <= _MEMORY_BYTES:
+            pieces.append(piece)
+        else:
+            pieces.clear()
+        pulse()
+    where = path if num_bytes > _MEMORY_BYTES else b"".join(pieces)
+    return SourceContent(where, digest.hexdigest(), num_bytes)
+
+
+@contextmanager
+def _downloaded(url: str, source: str, pulse: Callable[[], None]) -> Iterator[IO[bytes]]:
+    """A local copy without a name, which is gone when it is closed, however a process ends."""
+    folder, _, name = url.rpartition("/")
+    with tempfile.TemporaryFile() as file:
+        if not _store(folder).fetch(name, file, pulse):
+            raise VideoFault(FaultKind.UNREADABLE, source, "no such file")
+        yield file
+
+
+@lru_cache(maxsize=64)
+def _store(url: str) -> Store:
+    return Store(url)
+
+
+def stamp_of(path: Path) -> str:
+    """Size, and time of change or the store's hash, of a source; empty if it is missing."""
+    url = as_url(path)
+    if url is not None:
+        folder, _, name = url.rpartition("/")
+        found = _store(folder).info(name)
+        return "" if found is None else found.stamp
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def read_facts(stream: VideoStream) -> VideoFacts:

@@ -9,9 +9,8 @@ from strata.errors import VideoFault
 from strata.preprocess.datasets.folder import SourceSet
 from strata.preprocess.datasets.listing import some_of
 from strata.preprocess.run import plan_shards
+from strata.preprocess.sample import Done, Member, make_sample, task_of
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.shard_build import task_of
-from strata.preprocess.worker import Done, Member, make_sample
 
 __all__ = ["estimate_table"]
 

@@ -53,7 +53,7 @@ class _SetOptions(NormalForm):
     RECIPES: ClassVar = "shard"
     SHOWN: ClassVar = (
         *("videos", "splits", "split", "out", "test_fraction", "classes", "payload", "width"),
-        *("height", "workers", "dry_run", "strict", "slice"),
+        *("height", "workers", "executor", "dry_run", "strict", "slice"),
     )
 
     dataset: Dataset | None = None
@@ -66,20 +66,26 @@ class _SetOptions(NormalForm):
     """How pictures are stored."""
     samples_per_shard: int = ShardSettings.samples_per_shard
     """Samples in a shard."""
+    samples_per_part: int = ShardSettings.samples_per_part
+    """Samples that a worker makes at a time; the bytes do not depend on it."""
     read_back: ReadBack = ShardSettings.read_back
     """Frames that are decoded again and compared: every 8th, or all for a sixth more CPU time."""
     damaged: Damaged = ShardSettings.damaged
     """Videos with damaged or missing frames: reject them, or keep what decodes, with a note."""
     seed: int = ShardSettings.seed
     """Seed of the shuffle and of the test share."""
+    executor: Literal["local", "ray"] = ShardSettings.executor
+    """What makes the parts: processes of this machine, or a Ray cluster."""
+    ray_address: str = ShardSettings.ray_address
+    """Of the cluster; auto: the one that this machine belongs to, local: one is started here."""
     workers: int = ShardSettings.workers
-    """Processes; 0 is one for each CPU."""
+    """Processes of the local executor; 0 is one for each CPU."""
     timeout_s: float = ShardSettings.timeout_s
     """Seconds without a packet, a frame or a segment after which a video counts as hung."""
     dry_run: bool = False
     """Report what would be done, and time it on a few videos."""
     slice: str | None = None
-    """I/N: make only part I of N; by default RANK and WORLD_SIZE where a launcher sets them."""
+    """I/N: make only slice I of N; by default the task of a launcher or of a Slurm array."""
     log: LogKind = "bar"
     """What to write on stderr."""
     monitor: ExporterConfig = field(default_factory=lambda: ExporterConfig(port=0))
@@ -232,8 +238,8 @@ def slice_of(given: str | None, environment: Mapping[str, str]) -> tuple[int, in
 
     Args:
         given: The option, `i/n`, if there is one; it takes precedence over a launcher.
-        environment: Where torchrun and DeepSpeed leave RANK and WORLD_SIZE, and Slurm's srun
-            SLURM_PROCID and SLURM_STEP_NUM_TASKS.
+        environment: Where torchrun and DeepSpeed leave RANK and WORLD_SIZE, Slurm's srun
+            SLURM_PROCID and SLURM_STEP_NUM_TASKS, and its arrays SLURM_ARRAY_TASK_ID and others.
 
     Raises:
         ConfigError: The part does not exist.
@@ -354,9 +360,12 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
     settings = ShardSettings(
         form=NormalForm(**{f.name: getattr(options, f.name) for f in fields(NormalForm)}),
         samples_per_shard=options.samples_per_shard,
+        samples_per_part=options.samples_per_part,
         seed=options.seed,
         read_back=options.read_back,
         damaged=options.damaged,
+        executor=options.executor,
+        ray_address=options.ray_address,
         workers=options.workers or _share_of_cpus(),
         slice_index=slice_index,
         slice_count=slice_count,

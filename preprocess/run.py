@@ -1,52 +1,81 @@
-"""Shard a set of sources: plan the shards, make those that are missing, write the manifest.
+"""Shard a set of sources: plan the parts, make those that are missing, join them to shards.
 
 The place of each sample is decided before the first video is opened: the sources on disk are
-shuffled with the seed, and a shard is a slice of that order. A rejected video leaves a gap in its
-own shard and moves no sample of another. So the bytes do not depend on the number of workers or
-the order of work, and a resumed run makes only the missing shards.
+shuffled with the seed, and a shard is a range of that order, divided into parts. A rejected video
+leaves a gap in its own shard and moves no sample of another. So the bytes do not depend on the
+number of workers or the order of work, and a resumed run makes only the missing parts.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import av
 import msgspec
-from PIL import features
 
 from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
-from strata.files import write_atomic
-from strata.format.manifest import build_manifest, canonical_json, read_manifest, write_manifest
+from strata.format.manifest import (
+    build_manifest,
+    canonical_json,
+    manifest_json,
+    rows_json,
+)
 from strata.format.schema import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
+    SAMPLES_NAME,
+    SHARD_SUFFIX,
     Manifest,
     NormalForm,
     ShardEntry,
     SourceRow,
 )
+from strata.logs import get_logger
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.datasets.listing import is_ignored
-from strata.preprocess.driver import drive
-from strata.preprocess.progress import LogKind, open_progress
+from strata.preprocess.executors import (
+    Died,
+    Executor,
+    Failed,
+    LocalExecutor,
+    Outcome,
+    RayExecutor,
+)
+from strata.preprocess.part import (
+    PROGRESS_FOLDER,
+    JoinTask,
+    PartRecord,
+    PartTask,
+    ShardRecord,
+    encoder_versions,
+    join_parts,
+    make_part,
+    make_video_alone,
+    record_name,
+    shard_name,
+)
+from strata.preprocess.places import Place, open_place
+from strata.preprocess.progress import LogKind, Progress, open_progress
+from strata.preprocess.sample import task_of
 from strata.preprocess.settings import ShardSettings
-from strata.preprocess.shard_build import ShardBuild, ShardRecord, record_path
-from strata.preprocess.shards import shard_name
 from strata.telemetry.metrics import Metrics
 from strata.untrusted import checked_name, decode_json
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 
-_PROGRESS_FOLDER = ".progress"
-_PLAN_NAME = "plan.json"
+logger = get_logger(__name__)
+
+RecordT = TypeVar("RecordT")
+
+_PLAN_NAME = f"{PROGRESS_FOLDER}/plan.json"
+_MOST_DEATHS = 3
+"""Times that the process of a task may die; for a video that ends its own process, see `part`."""
 
 
 def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
@@ -57,33 +86,65 @@ def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Sou
     return [[present[k] for k in order[i : i + size]] for i in range(0, len(order), size)]
 
 
-def _identity(source_set: SourceSet, settings: ShardSettings) -> dict[str, Any]:
-    """The settings that the manifest stores, with a digest of everything that decides the bytes."""
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a run will make; stored in the progress folder until the manifest is written."""
+
+    dataset: str
+    split: str
+    form: NormalForm
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+    """Those of the manifest, with a digest of everything that determines the bytes."""
+    names: str
+    """The same digest without the sizes of the videos, which may change until the end."""
+    shards: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, le=1 << 32)], str], ...]
+    """For each shard the number of its videos, and a digest of their sizes."""
+    absent: tuple[tuple[str, int], ...]
+
+
+def _plan(source_set: SourceSet, settings: ShardSettings) -> tuple[_Plan, list[list[Source]]]:
     stored: dict[str, Any] = {
         "seed": settings.seed,
         "samples_per_shard": settings.samples_per_shard,
         "read_back": settings.read_back,
-        "encoder": {
-            "pyav": av.__version__,
-            "ffmpeg": ".".join(map(str, av.library_versions["libavcodec"])),
-            "libjpeg_turbo": features.version_feature("libjpeg_turbo") or "none",
-        },
+        "encoder": encoder_versions(),
     }
     if settings.damaged != "reject":
         stored["damaged"] = settings.damaged
-    sources = [
-        [s.name, s.label, s.num_bytes, s.path is not None, s.fault and s.fault[0]]
-        for s in source_set.sources
-    ]
-    everything = {
-        **stored,
-        "dataset": source_set.dataset,
-        "split": source_set.split,
-        "classes": source_set.classes,
-        "form": dataclasses.asdict(settings.form),
-        "sources": sources,
-    }
-    return {**stored, "plan": hashlib.sha256(canonical_json(everything)).hexdigest()}
+
+    def digest(with_sizes: bool) -> str:
+        sources = [
+            [s.name, s.label, s.num_bytes * with_sizes, s.path is not None, s.fault and s.fault[0]]
+            for s in source_set.sources
+        ]
+        everything = {
+            **stored,
+            "dataset": source_set.dataset,
+            "split": source_set.split,
+            "classes": source_set.classes,
+            "form": dataclasses.asdict(settings.form),
+            "sources": sources,
+        }
+        return hashlib.sha256(canonical_json(everything)).hexdigest()
+
+    shards = plan_shards(source_set, settings)
+    plan = _Plan(
+        dataset=source_set.dataset,
+        split=source_set.split,
+        form=settings.form,
+        classes=tuple(source_set.classes),
+        settings={**stored, "plan": digest(True)},
+        names=digest(False),
+        shards=tuple((len(shard), _sizes_of(s.stamp for s in shard)) for shard in shards),
+        absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
+    )
+    return plan, shards
+
+
+def _sizes_of(stamps: Iterable[str]) -> str:
+    sizes = [stamp.partition(":")[0] for stamp in stamps]
+    return hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
 
 
 def shard_set(
@@ -110,7 +171,7 @@ def shard_set(
     if settings.slice_count != 1:
         raise AssertionError("one slice has no manifest")
     if not shard_slice(source_set, folder, settings, log=log):
-        return read_manifest(folder)
+        return open_place(folder).manifest()
     return merge_set(folder)
 
 
@@ -122,10 +183,11 @@ def shard_slice(
     log: LogKind = "none",
     metrics: Metrics | None = None,
 ) -> bool:
-    """Make all missing shards of one slice, without the manifest.
+    """Make all missing parts of one slice, and the shards of which it has all parts.
 
     Several slices may work in one folder at the same time, or each in its own folder, whose files
-    are then copied together, with those in `.progress`. Afterwards `merge_set` writes the manifest.
+    are then copied together, with those in `.progress`. Afterwards `merge_set` joins the other
+    shards and writes the manifest.
 
     Args:
         source_set: The sources, the same for all slices.
@@ -139,85 +201,276 @@ def shard_slice(
 
     Raises:
         ShardError: The folder holds something else, is in use, or the disk is full.
+        WorkerError: A bug of the program; finished parts are kept.
     """
-    identity = _identity(source_set, settings)
-    plan = plan_shards(source_set, settings)
-    if _is_finished(folder, identity):
+    plan, shards = _plan(source_set, settings)
+    place = open_place(folder)
+    if _is_finished(place, plan):
         return False
     try:
-        progress_folder = folder / _PROGRESS_FOLDER
-        content = _plan_json(source_set, settings, identity, len(plan))
-        _claim_folder(folder, progress_folder, content)
+        _claim_folder(place, plan)
         slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
-        with _lock(progress_folder / f"lock-{slice_name}"):
-            mine = range(settings.slice_index, len(plan), settings.slice_count)
-            todo = [
-                index
-                for index in mine
-                if _read_record(folder, progress_folder, index, identity["plan"]) is None
-            ]
-            builds = [
-                ShardBuild(
-                    folder,
-                    progress_folder,
-                    index,
-                    plan[index],
-                    source_set.classes,
-                    plan_digest=identity["plan"],
-                    slice_name=slice_name,
-                )
-                for index in todo
-            ]
-            total = sum(len(plan[index]) for index in mine)
-            left = sum(len(plan[index]) for index in todo)
-            split = source_set.split
-            with open_progress(log, split, total, total - left, metrics) as progress:
-                drive(builds, settings, progress)
+        with place.locked(f"{PROGRESS_FOLDER}/lock-{slice_name}"):
+            builds = _Builds(place, plan, shards, source_set.classes, settings)
+            total, left = builds.count()
+            with (
+                open_progress(log, source_set.split, total, total - left, metrics) as progress,
+                _executor(settings) as executor,
+            ):
+                builds.run(executor, progress)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return True
 
 
-def merge_set(folder: Path) -> Manifest:
-    """Write the manifest over the shards of all slices.
+def _executor(settings: ShardSettings) -> Executor:
+    match settings.executor:
+        case "local":
+            return LocalExecutor(settings.num_workers)
+        case "ray":
+            return RayExecutor(settings.ray_address)
+
+
+@dataclass
+class _Job:
+    """A task and how often the process that had it died."""
+
+    call: Callable[[Any], Any]
+    task: PartTask | JoinTask
+    num_deaths: int = 0
+
+
+@dataclass
+class _Shard:
+    """A shard under way."""
+
+    index: int
+    num_missing: int
+    """Videos that no part has yet, also those of other slices."""
+    parts: dict[int, tuple[str, PartRecord]]
+    """Finished parts by their first place."""
+
+
+class _Builds:
+    """Makes the missing parts of a slice and joins them.
 
     Args:
-        folder: The folder of one set, in which every shard is finished.
+        place: Where they go.
+        plan: Of the set.
+        shards: The sources of each shard.
+        classes: Class names by label.
+        settings: Settings, with the slice.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        plan: _Plan,
+        shards: Sequence[Sequence[Source]],
+        classes: Sequence[str],
+        settings: ShardSettings,
+    ) -> None:
+        self._place, self._plan, self._settings = place, plan, settings
+        self._sources, self._classes = shards, classes
+        self._shards: dict[int, _Shard] = {}
+        self._urgent: deque[_Job] = deque()
+        self._ranges = _ranges_of_slice(plan, settings)
+        self._missing: list[tuple[int, int, int]] = []
+        self._find_finished()
+
+    def count(self) -> tuple[int, int]:
+        """Videos of this slice, and those of them that have no part yet."""
+        return tuple(  # pyright: ignore[reportReturnType]
+            sum(last - first for _, first, last in ranges)
+            for ranges in (self._ranges, self._missing)
+        )
+
+    def _find_finished(self) -> None:
+        """Keep the parts and shards of an earlier run whose videos have not changed."""
+        found = self._place.names(PROGRESS_FOLDER)
+        tars = self._place.names("")
+        finished = set()
+        for index in {index for index, _, _ in self._ranges}:
+            stamps = tuple(s.stamp for s in self._sources[index])
+            record = _read_record(self._place, found, tars, index, self._plan)
+            if record is not None and record.stamps == stamps:
+                finished.add(index)
+            self._shards[index] = _Shard(index, len(stamps), {})
+        for index, first, last in self._ranges:
+            if index in finished:
+                continue
+            task = self._task(index, first, last)
+            stamps = tuple(video.stamp for video in task.videos)
+            part = _read_part(self._place, found, task.name, self._plan)
+            if part is not None and part.stamps == stamps:
+                self._put(task, part)
+            else:
+                self._missing.append((index, first, last))
+
+    def _task(self, index: int, first: int, last: int) -> PartTask:
+        settings = self._settings
+        return PartTask(
+            location=self._place.location,
+            shard=index,
+            first=first,
+            videos=tuple(task_of(s, self._classes) for s in self._sources[index][first:last]),
+            plan=self._plan.names,
+            encoder=encoder_versions(),
+            form=settings.form,
+            read_back=settings.read_back,
+            damaged=settings.damaged,
+            timeout_s=settings.timeout_s,
+        )
+
+    def run(self, executor: Executor, progress: Progress) -> None:
+        """Make all that is missing; after an error the finished parts are kept.
+
+        Raises:
+            StrataError: A part cannot be made, or processes died again and again.
+            WorkerError: A bug of the program.
+            OSError: A part or shard cannot be written.
+        """
+        todo = (_Job(make_part, self._task(*part)) for part in self._missing)
+        active: dict[int, _Job] = {}
+        number = 0
+        while True:
+            while len(active) < executor.slots:
+                job = self._urgent.popleft() if self._urgent else next(todo, None)
+                if job is None:
+                    break
+                number += 1
+                active[number] = job
+                executor.submit(number, job.call, job.task)
+            if not active:
+                return
+            for key, outcome in executor.results(1.0):
+                self._take(active.pop(key), outcome, progress)
+            progress.tick()
+
+    def _take(self, job: _Job, outcome: Outcome, progress: Progress) -> None:
+        task = job.task
+        if isinstance(outcome, Failed):
+            raise outcome.error
+        if isinstance(outcome, Died):
+            self._retry(job, outcome)
+        elif isinstance(task, PartTask):
+            self._put(task, outcome)
+            for row in outcome.rows:
+                if row.status == "rejected":
+                    progress.rejected(row.source, row.reason or "", row.detail or "")
+                progress.done(row.num_frames)
+
+    def _retry(self, job: _Job, died: Died) -> None:
+        """Make the part again, each video in a process of its own, to find the one that kills."""
+        task = job.task
+        if job.call is make_part and isinstance(task, PartTask):
+            names = f"{task.videos[0].name} ... {task.videos[-1].name}"
+            logger.warning(
+                "a worker process ended (%s) while it had %d videos, %s: each is tried again in a "
+                "process of its own",
+                died.code,
+                len(task.videos),
+                names,
+            )
+            for k, video in enumerate(task.videos):
+                single = dataclasses.replace(task, first=task.first + k, videos=(video,))
+                self._urgent.append(_Job(make_video_alone, single))
+            return
+        job.num_deaths += 1
+        if job.num_deaths == _MOST_DEATHS:
+            raise ShardError(
+                f"worker processes ended {_MOST_DEATHS} times ({died.code}) at shard {task.shard}; "
+                "look for the kernel's reason (dmesg: out of memory) and run the same command "
+                "again, it continues where it stopped"
+            )
+        self._urgent.append(job)
+
+    def _put(self, task: PartTask, part: PartRecord) -> None:
+        shard = self._shards[task.shard]
+        shard.parts[task.first] = task.name, part
+        shard.num_missing -= len(task.videos)
+        if shard.num_missing == 0:
+            join = JoinTask(
+                location=self._place.location,
+                shard=shard.index,
+                plan=self._plan.names,
+                sizes=self._plan.shards[shard.index][1],
+                parts=tuple(part for _, part in sorted(shard.parts.items())),
+            )
+            del self._shards[task.shard]
+            self._urgent.append(_Job(join_parts, join))
+
+
+def _ranges_of_slice(plan: _Plan, settings: ShardSettings) -> list[tuple[int, int, int]]:
+    """Shard, first place and last place (exclusive) of each part of a slice."""
+    size = settings.samples_per_part
+    parts = [
+        (index, first, min(first + size, length))
+        for index, (length, _) in enumerate(plan.shards)
+        for first in range(0, length, size)
+    ]
+    first, last = (
+        k * len(parts) // settings.slice_count
+        for k in (settings.slice_index, settings.slice_index + 1)
+    )
+    return parts[first:last]
+
+
+def merge_set(folder: Path) -> Manifest:
+    """Join the shards that lie between slices, and write the manifest over all.
+
+    Args:
+        folder: The folder of one set, in which every part is finished.
 
     Returns:
         The manifest; an earlier one if the folder was complete.
 
     Raises:
-        ShardError: A shard is missing, or comes from a run with other videos or settings.
+        ShardError: A part is missing, or comes from a run with other videos or settings.
     """
-    progress_folder = folder / _PROGRESS_FOLDER
-    plan_path = progress_folder / _PLAN_NAME
-    if not plan_path.is_file():
-        return read_manifest(folder)
-    plan = decode_json(plan_path.read_bytes(), _Plan, plan_path, ShardError)
-    found = [
-        _read_record(folder, progress_folder, index, plan.settings.get("plan"))
-        for index in range(plan.num_shards)
-    ]
-    lacking = [shard_name(index) for index, record in enumerate(found) if record is None]
-    if lacking:
-        raise ShardError(
-            f"{folder}: {len(lacking)} of {len(found)} shards are not finished, first "
-            f"{lacking[0]}; run the same tools/shard.py command again for their slices, or "
-            "without --slice, and bring all slices' files together"
-        )
+    place = open_place(folder)
+    content = place.read(_PLAN_NAME)
+    if content is None:
+        return place.manifest()
+    plan = decode_json(content, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError)
+    found, tars = place.names(PROGRESS_FOLDER), place.names("")
+    try:
+        records = []
+        for index in range(len(plan.shards)):
+            record = _read_record(place, found, tars, index, plan)
+            if record is None and _join(place, found, index, plan):
+                # As it was stored: the manifest keeps the order of its fields.
+                record = _decoded(place, record_name(index), ShardRecord)
+            records.append(record)
+        lacking = [shard_name(index) for index, record in enumerate(records) if record is None]
+        if lacking:
+            raise ShardError(
+                f"{place.location}: {len(lacking)} of {len(records)} shards are not finished, "
+                f"first {lacking[0]}; run the same tools/shard.py command again for their slices, "
+                "or without --slice, and bring all slices' files together"
+            )
+        manifest = _manifest(plan, [record for record in records if record is not None])
+        place.remove(name for name in tars if name.endswith(".tmp"))
+        place.write(SAMPLES_NAME, rows_json(manifest))
+        # Its presence marks the data set as complete.
+        place.write(MANIFEST_NAME, manifest_json(manifest))
+        place.remove([PROGRESS_FOLDER])
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return manifest
+
+
+def _manifest(plan: _Plan, records: Iterable[ShardRecord]) -> Manifest:
     shards: list[ShardEntry] = []
     rows = [SourceRow(source=name, status="absent", label=label) for name, label in plan.absent]
-    for record in filter(None, found):
-        shard_rows = record.rows
-        if record.entry is not None:
-            shard_rows = tuple(
-                dataclasses.replace(row, shard=len(shards)) if row.status == "written" else row
-                for row in shard_rows
-            )
-            shards.append(record.entry)
-        rows.extend(shard_rows)
-    manifest = build_manifest(
+    for record in records:
+        number = len(shards)
+        rows += (
+            dataclasses.replace(row, shard=number) if row.status == "written" else row
+            for row in record.rows
+        )
+        shards += [record.entry] if record.entry is not None else []
+    return build_manifest(
         dataset=plan.dataset,
         split=plan.split,
         form=plan.form,
@@ -226,42 +479,37 @@ def merge_set(folder: Path) -> Manifest:
         settings=plan.settings,
         rows=rows,
     )
-    try:
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        write_manifest(manifest, folder)
-        shutil.rmtree(progress_folder)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    return manifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """Content of the manifest except the shards' records; stored in the progress folder."""
-
-    dataset: str
-    split: str
-    form: NormalForm
-    classes: tuple[str, ...]
-    settings: dict[str, Any]
-    num_shards: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
-    absent: tuple[tuple[str, int], ...]
-
-
-def _plan_json(
-    source_set: SourceSet, settings: ShardSettings, identity: dict[str, Any], num_shards: int
-) -> bytes:
-    plan = _Plan(
-        dataset=source_set.dataset,
-        split=source_set.split,
-        form=settings.form,
-        classes=tuple(source_set.classes),
-        settings=identity,
-        num_shards=num_shards,
-        absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
+def _join(place: Place, found: dict[str, int], index: int, plan: _Plan) -> bool:
+    """Join a shard of which several slices have parts; returns whether they cover it."""
+    length, sizes = plan.shards[index]
+    pattern = re.compile(rf"(shard-{index:06d}\.(\d+)-(\d+)\.part)\.json")
+    lasts: dict[int, tuple[int, str]] = {}
+    for name in sorted(found):
+        if match := pattern.fullmatch(name):
+            lasts[int(match[2])] = int(match[3]), f"{PROGRESS_FOLDER}/{match[1]}"
+    parts, at = [], 0
+    while at < length and at in lasts:
+        at, name = lasts[at]
+        part = _read_part(place, found, name, plan)
+        if part is None:
+            return False
+        parts.append((name, part))
+    stamps = [stamp for _, part in parts for stamp in part.stamps]
+    # A video that is gone by now has no size.
+    if at != length or ("" not in stamps and _sizes_of(stamps) != sizes):
+        return False
+    join_parts(
+        JoinTask(
+            location=place.location,
+            shard=index,
+            plan=plan.names,
+            sizes=sizes,
+            parts=tuple(parts),
+        )
     )
-    return canonical_json(dataclasses.asdict(plan))
+    return True
 
 
 def _cannot_write(folder: Path, error: OSError) -> ShardError:
@@ -275,85 +523,104 @@ def _cannot_write(folder: Path, error: OSError) -> ShardError:
     )
 
 
-def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    if not (folder / MANIFEST_NAME).exists():
+def _is_finished(place: Place, plan: _Plan) -> bool:
+    found = place.names("")
+    if MANIFEST_NAME not in found:
         return False
-    manifest = read_manifest(folder)
-    if manifest.settings.get("plan") != identity["plan"]:
+    manifest = place.manifest()
+    if manifest.settings.get("plan") != plan.settings["plan"]:
         raise ShardError(
-            f"{folder} already holds shards of other videos or with other settings; "
+            f"{place.location} already holds shards of other videos or with other settings; "
             "remove it or choose another --out"
         )
     for entry in manifest.shards:
-        path = folder / entry.name
-        if not path.is_file() or path.stat().st_size != entry.num_bytes:
-            raise ShardError(f"{path} is missing or damaged; remove {folder} and run again")
-    shutil.rmtree(folder / _PROGRESS_FOLDER, ignore_errors=True)
+        if found.get(entry.name) != entry.num_bytes:
+            raise ShardError(
+                f"{place.location}/{entry.name} is missing or damaged; remove {place.location} "
+                "and run again"
+            )
+    place.remove([PROGRESS_FOLDER])
     return True
 
 
-def _claim_folder(folder: Path, progress_folder: Path, plan: bytes) -> None:
+def _claim_folder(place: Place, plan: _Plan) -> None:
     """Reserve the folder for this plan.
 
     Raises:
         ShardError: It holds other files, or the work of another plan.
     """
-    plan_path = progress_folder / _PLAN_NAME
-    if not plan_path.exists():
-        ours = {_PROGRESS_FOLDER}
-        if folder.exists() and not folder.is_dir():
-            raise ShardError(f"{folder} is a file; choose another --out")
-        foreign = folder.is_dir() and any(
-            p.name not in ours and not is_ignored(p.name) for p in folder.iterdir()
-        )
+    content = canonical_json(dataclasses.asdict(plan))
+    old = place.read(_PLAN_NAME)
+    if old is None:
+        foreign = any(not is_ignored(name) for name in place.names("", folders=True))
         # Another slice may have started between the two checks.
-        if foreign and not plan_path.exists():
+        old = place.read(_PLAN_NAME)
+        if foreign and old is None:
             raise ShardError(
-                f"{folder} holds files that sharding did not write; choose another --out"
+                f"{place.location} holds files that sharding did not write; choose another --out"
             )
-        progress_folder.mkdir(parents=True, exist_ok=True)
-        if not plan_path.exists():
-            write_atomic(plan_path, plan)
-    if plan_path.read_bytes() != plan:
+        if old is None:
+            place.write(_PLAN_NAME, content)
+            return
+    if old == content:
+        return
+    if decode_json(old, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError).names != plan.names:
         raise ShardError(
-            f"{folder} holds an unfinished run over other videos or with other settings; "
+            f"{place.location} holds an unfinished run over other videos or with other settings; "
             "remove it or choose another --out"
         )
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ShardError(
-                f"another process is sharding into {path.parent.parent}; wait for it"
-            ) from error
-        yield
+    # Some videos changed: what was made of them is made again.
+    place.write(_PLAN_NAME, content)
 
 
 def _read_record(
-    folder: Path, progress_folder: Path, index: int, plan_digest: str | None
+    place: Place, found: dict[str, int], tars: dict[str, int], index: int, plan: _Plan
 ) -> ShardRecord | None:
-    """The record of a finished shard, if its files exist.
+    """The record of a finished shard, if its files exist and its videos have the same sizes.
 
     Raises:
         ShardError: It was made by a run with other videos or settings, or is damaged.
     """
-    path = record_path(progress_folder, index)
-    if not path.exists():
+    name = record_name(index)
+    if Path(name).name not in found:
         return None
-    record = decode_json(path.read_bytes(), ShardRecord, path, ShardError)
-    if record.plan != plan_digest:
-        raise ShardError(
-            f"{path} comes from a slice that saw other videos or had other settings; all slices "
-            "need the same command and the same videos: remove what that slice wrote, run it again"
-        )
+    record = _decoded(place, name, ShardRecord)
+    if record is None:
+        return None
+    _check_plan(record.plan, plan, name)
     entry = record.entry
     if entry is not None:
-        tar = folder / checked_name(entry.name, "shard", path, ShardError)
-        is_complete = tar.is_file() and tar.stat().st_size == entry.num_bytes
-        if not is_complete or not tar.with_suffix(INDEX_SUFFIX).is_file():
+        tar = checked_name(entry.name, "shard", name, ShardError)
+        if tars.get(tar) != entry.num_bytes:
             return None
-    return record
+        if tar.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX not in tars:
+            return None
+    return record if record.sizes == plan.shards[index][1] else None
+
+
+def _read_part(place: Place, found: dict[str, int], name: str, plan: _Plan) -> PartRecord | None:
+    """The record of a finished part, if its file exists.
+
+    Raises:
+        ShardError: It was made by a run with other videos or settings, or is damaged.
+    """
+    file = Path(name).name
+    part = _decoded(place, f"{name}.json", PartRecord) if f"{file}.json" in found else None
+    if part is None or found.get(file) != part.num_bytes:
+        return None
+    _check_plan(part.plan, plan, f"{name}.json")
+    return part
+
+
+def _decoded(place: Place, name: str, kind: type[RecordT]) -> RecordT | None:
+    content = place.read(name)
+    where = f"{place.location}/{name}"
+    return None if content is None else decode_json(content, kind, where, ShardError)
+
+
+def _check_plan(names: str, plan: _Plan, where: str) -> None:
+    if names != plan.names:
+        raise ShardError(
+            f"{where} comes from a slice that saw other videos or had other settings; all slices "
+            "need the same command and the same videos: remove what that slice wrote, run it again"
+        )

@@ -29,17 +29,21 @@ class ShardSettings:
     compared; `all`: every frame, for a sixth more CPU time. mp4 is always decoded completely."""
     damaged: Damaged = "reject"
     """Videos with damaged or missing frames: `reject` them, or `keep` what decodes, with a note."""
+    executor: Literal["local", "ray"] = "local"
+    """Whether processes of this machine or a Ray cluster make the parts."""
+    ray_address: str = "auto"
+    """Of the cluster, as `ray.init` takes it."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
     timeout_s: float = 300.0
     """Seconds without a packet, a frame or a segment after which a video counts as hung; a long or
     slow video does not."""
-    buffer_bytes: int = 1 << 30
-    """Bytes of finished members that may wait for a slower video before them."""
+    samples_per_part: int = 16
+    """Sources to a task; a shard is made of such parts, and its bytes do not depend on them."""
     slice_index: int = 0
-    """Which part of the shards to make, from 0."""
+    """Which slice of the parts to make, from 0."""
     slice_count: int = 1
-    """Number of parts; a part has the shards whose number modulo this is its index."""
+    """Number of slices; each has the parts of a range of places."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -49,6 +53,8 @@ class ShardSettings:
         """
         if self.samples_per_shard < 1:
             raise ConfigError(f"samples per shard is {self.samples_per_shard}; use 1 or more")
+        if self.samples_per_part < 1:
+            raise ConfigError(f"samples per part is {self.samples_per_part}; use 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
         if self.workers < 0:

@@ -14,7 +14,7 @@ _SHOWN_NOTES = 10
 
 
 def closing_table(
-    manifest: Manifest, folder: Path, seconds: float, notes: Sequence[str] = ()
+    manifest: Manifest, folder: Path | str, seconds: float, notes: Sequence[str] = ()
 ) -> str:
     """Counts of written, absent and rejected sources with reasons and notes, as text.
 
@@ -52,7 +52,7 @@ def closing_table(
             f"    {some_of([r.source])}: {'; '.join(r.notes or ())}" for r in noted[:_SHOWN_NOTES]
         )
         if len(noted) > _SHOWN_NOTES:
-            lines.append(f"    ... the others in {folder / SAMPLES_NAME}")
+            lines.append(f"    ... the others in {folder}/{SAMPLES_NAME}")
     add("frames", num_frames)
     add("bytes", num_bytes, per_frame)
     if seconds:

@@ -109,7 +109,7 @@ class FrameSource:
     """Decodes one video into segments of frames in the normal form.
 
     Args:
-        path: The file.
+        where: The file, or its content.
         source: The file as the user would name it.
         form: The normal form.
         damaged: What becomes of a video of which some frames are damaged or missing.
@@ -118,7 +118,7 @@ class FrameSource:
 
     def __init__(
         self,
-        path: Path,
+        where: Path | bytes,
         source: str,
         form: NormalForm,
         *,
@@ -126,7 +126,7 @@ class FrameSource:
         pulse: Callable[[], None] = no_pulse,
     ) -> None:
         self._pulse = pulse
-        self._path = path
+        self._where = where
         self._source = source
         self._form = form
         self._damaged: Damaged = damaged
@@ -193,8 +193,8 @@ class FrameSource:
         """Decoded frames, scaled and turned, as full-range BT.601 4:2:0."""
         graph: Graph | None = None
         shape: tuple[object, ...] = ()
-        packets = read_packets(self._path, self._source, self._pulse)
-        with open_video(self._path, self._source) as (container, stream):
+        packets = read_packets(self._where, self._source, self._pulse)
+        with open_video(self._where, self._source) as (container, stream):
             facts = self.facts = read_facts(stream)
             self._timing = timing_of(packets, facts)
             decoding = Decoding(container, stream, packets, self._source, self._pulse)
@@ -216,7 +216,7 @@ class FrameSource:
                     raise unsupported(frame, self._source, error) from error
             if graph is not None:
                 yield from _drain(graph)
-            self.notes = check_complete(decoding, packets, self._path, self._source, self._damaged)
+            self.notes = check_complete(decoding, packets, self._where, self._source, self._damaged)
         if not self.orientation.is_exact:
             turn = self.orientation
             self.notes.append(f"turned by {turn.degrees} degrees, the nearest quarter turn")

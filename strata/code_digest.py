@@ -1,11 +1,13 @@
-"""A digest of the running code: the sources of this package and versions of its libraries."""
+"""Which code runs: a digest of its sources and of the versions of its libraries; its commit."""
 
 import hashlib
+import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["code_digest"]
+__all__ = ["code_digest", "commit"]
 
 _LIBRARIES = ("torch", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy")
 
@@ -25,6 +27,19 @@ def code_digest() -> str:
     installed = {d.metadata["Name"]: d.version for d in map(_distribution, _LIBRARIES) if d}
     digest.update(repr(sorted(installed.items())).encode())
     return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    """The code's commit, where it runs from a checkout."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or "not in a checkout"
 
 
 def _distribution(name: str) -> metadata.Distribution | None:

@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-__all__ = ["FILES", "STARTED_AS", "line", "shown_program"]
+__all__ = ["FILES", "STARTED_AS", "line", "script", "shown_program"]
 
 FILES = {
     "shard": "tools/shard.py",
@@ -20,6 +20,7 @@ FILES = {
     "bench": "tools/bench.py",
     "ablate": "tools/ablate.py",
     "demo": "tools/demo.py",
+    "make_videos": "tools/make_videos.py",
 }
 """The commands of `strata` and the file behind each."""
 STARTED_AS = "STRATA_PROGRAM"
@@ -35,6 +36,13 @@ def shown_program(program: str) -> str:
             if path == file:
                 return f"strata {command}{space}{rest}"
     return program
+
+
+def script(command: str) -> Path:
+    """The file behind a command: in a checkout, or in the installed package."""
+    here = Path(__file__).resolve().parent
+    found = here.parent / FILES[command]
+    return found if found.is_file() else here / FILES[command]
 
 
 def line(command: str, *words: str | Path) -> str:

@@ -40,6 +40,10 @@ class Stream(IntEnum):
     """Order of shards in an epoch."""
     FRAME = 6
     """Parameters of single frames of a view."""
+    PLAIN_SHARDS = 7
+    """Order of shards in an epoch of `strata.dataload.webdataset`."""
+    PLAIN_CLIP = 8
+    """Place of a clip of `strata.dataload.webdataset`, by sample."""
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

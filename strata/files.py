@@ -58,12 +58,12 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def open_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under `path` only when the block ends without an error.
+    """Open a file that appears under `path` only when the block ends without an error.
 
-    The content is written to a temporary file in the same folder, which is then renamed. After an
-    error or a crash `path` is unchanged. The file gets the permissions of the user's umask, also
-    where a library writes to the handle's name and puts a file of its own there (safetensors makes
-    those readable for their owner only).
+    The content is written to a temporary file in the same folder, which can also be read and is
+    renamed at the end. After an error or a crash `path` is unchanged. The file gets the permissions
+    of the user's umask, also where a library writes to the handle's name and puts a file of its own
+    there (safetensors makes those readable for their owner only).
 
     Args:
         path: The final name; an existing file is replaced.
@@ -74,7 +74,7 @@ def open_atomic(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as content:
+        with temporary.open("x+b") as content:
             mode = os.fstat(content.fileno()).st_mode & 0o777
             yield content
         if temporary.stat().st_mode & 0o777 != mode:

@@ -6,7 +6,7 @@ errors and logs can ask for the rank.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 __all__ = [
     "LaunchError",
@@ -30,7 +30,7 @@ class LaunchError(ValueError):
 
 
 def is_launched() -> bool:
-    """Whether a launcher, or srun through `complete`, told this process its rank."""
+    """Whether a launcher, or srun through `complete`, gave this process its rank."""
     return "RANK" in os.environ
 
 
@@ -40,7 +40,7 @@ def rank_text() -> str | None:
 
 
 def complete() -> None:
-    """Add the variables of torchrun where `srun` or DeepSpeed has told the same by other names.
+    """Add the variables of torchrun where `srun` or DeepSpeed set the same under other names.
 
     Logs, DALI's share of the cores and DeepSpeed read them.
 
@@ -66,15 +66,13 @@ def ranks() -> tuple[int, int, int]:
             int(os.environ.get("LOCAL_RANK", "0")),
         )
     except ValueError as error:
-        raise LaunchError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}"
-        ) from error
+        raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}") from error
 
 
 def set_ranks(rank: int, size: int, local_rank: int) -> list[str]:
     """Set those of the three variables that no launcher has set; returns their names."""
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
-    added = {name: str(value) for name, value in told.items() if name not in os.environ}
+    wanted = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
+    added = {name: str(value) for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     return list(added)
 
@@ -86,31 +84,36 @@ def unset(names: list[str]) -> None:
 
 
 def address() -> str | None:
-    """Where the ranks meet, `host:port`; None where nobody told."""
+    """Where the ranks meet, `host:port`; None where no address is set."""
     if "MASTER_ADDR" not in os.environ:
         return None
     return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
 
 
 def local_world_size() -> int | None:
-    """Ranks on this node; None where the launcher does not tell, or not a number."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(told) if told.isdecimal() else None
+    """Ranks on this node; None where the launcher does not set them, or not to a number."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else None
 
 
 def ranks_of_node() -> int:
-    """Ranks on this node; all ranks where the launcher does not tell."""
+    """Ranks on this node; all ranks where the launcher does not set them."""
     return local_world_size() or ranks()[1]
 
 
 def local_rank_of_task() -> int:
     """Rank on this node of a process that may be a task of `srun`; 0 without a launcher."""
-    told = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return int(told) if told.isdecimal() else 0
+    text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return int(text) if text.isdecimal() else 0
+
+
+_ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP"))
 
 
 def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
-    """Which task of how many a process is, of ranks or of a step of `srun`.
+    """Which task of how many a process is: of ranks or of a step of `srun`, and of a Slurm array.
+
+    Each task of an array may have ranks or steps of its own; then all have the same number of them.
 
     Args:
         environment: Of the process.
@@ -122,18 +125,35 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
     Raises:
         LaunchError: A variable is not a number.
     """
+    parts: list[tuple[int, int]] = []
+    told: list[str] = []
+
+    def add(names: tuple[str, ...], numbers: Callable[[list[int]], tuple[int, int]]) -> bool:
+        if not all(name in environment for name in names):
+            return False
+        origin = " ".join(f"{name}={environment[name]}" for name in names)
+        try:
+            parts.append(numbers([int(environment[name]) for name in names]))
+        except ValueError as error:
+            raise LaunchError(f"{origin}: not numbers") from error
+        told.append(origin)
+        return True
+
+    # Numbers of an array may begin anywhere and have steps: --array=10-30:10 is three tasks.
+    add(_ARRAY, lambda n: ((n[0] - n[2]) // max(n[3], 1), n[1]))
     for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if all(name in environment for name in names):
-            origin = " ".join(f"{name}={environment[name]}" for name in names)
-            try:
-                return int(environment[names[0]]), int(environment[names[1]]), origin
-            except ValueError as error:
-                raise LaunchError(f"{origin}: not numbers") from error
-    return None
+        if add(names, lambda n: (n[0], n[1])):
+            break
+    if not parts:
+        return None
+    index, count = 0, 1
+    for number, size in parts:
+        index, count = index * size + number, count * size
+    return index, count, " ".join(told)
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, told by what `srun` set; empty outside a job step.
+    """The variables of torchrun from those of `srun`; empty outside a job step.
 
     Only a step of `srun` has SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is a
     world of one, however many tasks the job was given. Rank 0 is on the first node of the list, and

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from strata.config import dotted, parse_config, plain
 from strata.errors import ConfigError
-from strata.eval.protocols.run import RUNNERS
+from strata.eval.evaluations.runners import RUNNERS
 from strata.tools.ablation_table import Cell
 from strata.train.config import TrainConfig
 
@@ -30,7 +30,7 @@ _OURS = ("run", "seed", "resume", "plan_only")
 _OURS_TOO = ("checkpoint", "out", "weights", "seed", "train", "test", "gallery", "query")
 """Settings of an evaluation that the grid decides."""
 _FREE = ("run", "seed", "resume", "data.shards", "checkpoint", "out", "monitor.", "checkpoint.")
-"""Settings that do not change what a figure means: they may differ when a grid goes on."""
+"""Settings that do not change what a figure means: they may differ when a grid is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class AblateConfig:
     """What is pretrained on: a folder of shards, or its URL. With splits a folder that holds
     train01, test01 and so on."""
     out: Path
-    """Folder for everything; the same command goes on in it."""
+    """Folder for everything; the same command resumes there."""
     test: Path | None = None
     """Test set of the evaluations that name none. With splits it is the split's own."""
     splits: tuple[int, ...] = ()
@@ -154,9 +154,9 @@ class AblateConfig:
     side_by_side: int = 1
     """Runs at once, each with its share of the GPUs that are visible here: many small runs on one
     node, or on one GPU. The launcher must not choose GPUs then."""
-    on_failure: Literal["go on", "stop"] = "go on"
-    """What follows a run that failed. It is named in the table either way, and tried again when
-    the same command is given again."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """Whether the other runs still start after a run failed. The table names it either way, and the
+    same command tries it again."""
     plan_only: bool = False
     """Print the commands, and with rates the GPU-hours of the pretrainings, and end."""
     rates: RatesConfig = field(default_factory=RatesConfig)

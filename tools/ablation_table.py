@@ -1,4 +1,4 @@
-"""What the runs of a grid say together: a record, and tables. docs/evaluation.md has the schema."""
+"""The record of a grid's runs; docs/evaluation.md has the schema."""
 
 import json
 import statistics
@@ -8,32 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import strata
+from strata.code_digest import commit
 from strata.errors import ConfigError
-from strata.eval.protocols.pixels import PIXEL_MAPS
-from strata.eval.results import commit
 from strata.eval.summary import set_sizes
 from strata.files import write_atomic
 from strata.logs import read_json_lines
 from strata.untrusted import decode_json
 
-__all__ = ["Cell", "read_json", "summarise", "write_json", "write_tables"]
+__all__ = ["Cell", "read_json", "summarise", "write_json"]
 
-_SHOWN = {"retrieval": ("R@1", "R@5"), "linear": ("Top-1",), "finetune": ("Top-1",)}
-"""Figures that the tables show; the record has all."""
-_HEALTH = (
-    "graph_off_diagonal_mass",
-    "prototypes_in_use",
-    "embedding_effective_rank",
-    "cosine_altered_",
-)
-"""Beginnings of the health figures that the tables show; the record has all."""
 _STATE = "cell.json"
 _MAX_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the grid: a row with a seed. What became of it stands in its `cell.json`."""
+    """One run of the grid: a row with a seed. `cell.json` has the result of each step."""
 
     row: str
     seed: int
@@ -63,19 +53,19 @@ class Cell:
         return self.folder / f"{step}.log"
 
     def state(self) -> dict[str, Any]:
-        """How each step ended last, by its name."""
+        """The latest result of each step, by its name."""
         return _state(self.folder)
 
     def remember(self, step: str, outcome: Mapping[str, Any]) -> None:
-        """Keep how a step ended."""
+        """Store the result of a step."""
         write_json(self.folder / _STATE, self.state() | {step: outcome})
 
-    def is_whole(self, step: str) -> bool:
-        """Whether a step has ended well."""
+    def is_complete(self, step: str) -> bool:
+        """Whether a step succeeded."""
         return self.state().get(step, {}).get("exit_code") == 0
 
     def is_pretrained(self) -> bool:
-        """Whether the checkpoint to evaluate is that of a whole pretraining."""
+        """Whether the checkpoint to evaluate is that of a complete pretraining."""
         return _state(self.source).get("pretraining", {}).get("exit_code") == 0
 
 
@@ -104,11 +94,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _log_facts(log: Path) -> dict[str, Any]:
-    """What a pretraining's log.jsonl says at its end: steps, seconds, health."""
+    """Steps, seconds and last health of a pretraining, from its log.jsonl."""
     steps, seconds, health, start, last = 0, 0.0, {}, None, 0.0
     for record in read_json_lines(log)[0]:
         if record["kind"] == "start":
-            # Only what was written counts; a killed run may have worked on a little.
+            # Only logged time counts; a killed run may have worked a little longer.
             seconds += 0.0 if start is None else last - start
             start = record["time_s"]
         elif record["kind"] == "step":
@@ -120,7 +110,7 @@ def _log_facts(log: Path) -> dict[str, Any]:
 
 
 def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict[str, Any]:
-    """All that is known of one run."""
+    """The record of one run."""
     state = cell.state()
     record: dict[str, Any] = {
         "name": cell.name,
@@ -129,7 +119,7 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
         "seed": cell.seed,
         "untrained": untrained,
         "run": str(cell.run),
-        "status": "whole",
+        "status": "complete",
         "reason": "",
         "evaluations": {},
     }
@@ -158,7 +148,7 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
             log = cell.run / "log.jsonl"
             if log.exists():
                 record["pretraining"] |= _log_facts(log)
-        if code != 0 and record["status"] == "whole":
+        if code != 0 and record["status"] == "complete":
             record["status"] = "not run" if code is None else "failed"
             if code is not None:
                 record["reason"] = f"{step} failed with exit code {code}; see {cell.log(step)}"
@@ -171,22 +161,11 @@ def _sizes(report: Mapping[str, Any]) -> str:
     return set_sizes([result["sets"] for result in report["results"]])
 
 
-def _incomplete(summary: Mapping[str, Any]) -> list[str]:
-    """What is missing from the sets, to stand first: the same of every row's evaluation."""
-    found = {
-        f"{name}: {evaluation['incomplete']}"
-        for run in summary["runs"]
-        for name, evaluation in run["evaluations"].items()
-        if evaluation.get("incomplete")
-    }
-    return sorted(found)
-
-
 def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -> None:
-    """Refuse to compare what was measured or pretrained on differing data.
+    """Check that compared runs were pretrained and measured on the same data.
 
     Raises:
-        ConfigError: It was.
+        ConfigError: They were not.
     """
     pretrained: dict[Any, tuple[str, Any]] = {}
     for name in evaluations:
@@ -203,7 +182,7 @@ def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[st
             measured = measured_by_split.setdefault(run["split"], (here, digests))
             if digests != measured[1]:
                 raise ConfigError(
-                    f"evaluation {name} was of other data for {measured[0]} than for {here}; the "
+                    f"evaluation {name} used other data for {measured[0]} than for {here}; the "
                     "shards have changed since, choose another --out"
                 )
             digest = found["pretraining_manifest_digest"]
@@ -234,7 +213,7 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
             data: {figure: _over_runs([f["figures"][data][figure] for f in found]) for figure in of}
             for data, of in (found[0]["figures"] if found else {}).items()
         }
-    # Of whole pretrainings: what one that failed last said is not its end.
+    # Of complete pretrainings: the last record of one that failed is not that of its end.
     ends = [r["pretraining"] for r in runs if r.get("pretraining", {}).get("exit_code") == 0]
     healths = [e["health"] for e in ends]
     names = [
@@ -242,7 +221,7 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
     ]
     return {
         "num_runs": len(runs),
-        "num_whole": sum(r["status"] == "whole" for r in runs),
+        "num_complete": sum(r["status"] == "complete" for r in runs),
         "figures": figures,
         "health": {n: _over_runs([h[n] for h in healths]) for n in names},
         "pretraining_s": _over_runs([e["pretraining_s"] for e in ends]) if ends else None,
@@ -258,7 +237,7 @@ def summarise(
     title: str,
     grid: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The record of a grid, of what is there.
+    """Make the record of a grid from the results of its runs.
 
     Args:
         cells: The runs.
@@ -311,155 +290,3 @@ def _seconds(run: Mapping[str, Any]) -> float:
     """Of a run's pretraining, all starts together, and of its evaluations' last starts."""
     pretraining = run.get("pretraining", {}).get("pretraining_s", 0.0)
     return pretraining + sum(e.get("took_s", 0.0) for e in run["evaluations"].values())
-
-
-def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Heading, evaluation, data and figure of each column."""
-    columns = []
-    for name, evaluation in summary["evaluations"].items():
-        data_names = list(summary["chance"].get(name, {"": {}}))
-        for data in data_names:
-            for figure in _SHOWN[evaluation["protocol"]]:
-                of = f" {data}" if len(data_names) > 1 else ""
-                columns.append((f"{name}{of} {figure}", name, data, figure))
-    return columns
-
-
-def _spread(grid: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands behind the ±: its key in the record, and its words."""
-    if grid["splits"]:
-        splits = ", ".join(map(str, grid["splits"]))
-        return "error", f"standard error over splits {splits} and seeds"
-    return "deviation", "sample standard deviation over seeds"
-
-
-def _cell_text(
-    found: Mapping[str, Any] | None, num_runs: int, spread: str, scale: float, digits: int
-) -> str:
-    if not found:
-        return "not measured"
-    text = f"{scale * found['mean']:.{digits}f}"
-    if found[spread] is not None:
-        text += f" ± {scale * found[spread]:.{digits}f}"
-    if found["num_runs"] < num_runs:
-        text += f" ({found['num_runs']} of {num_runs} runs)"
-    return text
-
-
-def _figures(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The table of figures, its heading first."""
-    columns, (spread, _) = _columns(summary), _spread(summary["grid"])
-    table = [["", "runs", *(heading for heading, *_ in columns)]]
-    for row, record in summary["rows"].items():
-        of = record["num_runs"]
-        runs = str(of) if record["num_whole"] == of else f"{record['num_whole']} of {of} whole"
-        cells = [
-            _cell_text(record["figures"][name].get(data, {}).get(figure), of, spread, 100, 1)
-            for _, name, data, figure in columns
-        ]
-        table.append([row, runs, *cells])
-    chance = summary["chance"]
-    if chance:
-        shown = [chance.get(n, {}).get(d, {}).get(f) for _, n, d, f in columns]
-        table.append(["chance", "", *("" if v is None else f"{100 * v:.1f}" for v in shown)])
-    return table
-
-
-def _healths(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The table of health figures, its heading first; empty without pretrained rows."""
-    rows = {k: v for k, v in summary["rows"].items() if v["pretraining_s"]}
-    spread, _ = _spread(summary["grid"])
-    found = dict.fromkeys(n for v in rows.values() for n in v["health"] if n.startswith(_HEALTH))
-    if not rows:
-        return []
-    table = [["", *found, "pretraining, s"]]
-    for row, record in rows.items():
-        of = record["num_runs"]
-        health = [
-            _cell_text(record["health"][n], of, spread, 1, 3) if n in record["health"] else ""
-            for n in found
-        ]
-        table.append([row, *health, _cell_text(record["pretraining_s"], of, spread, 1, 0)])
-    return table
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *rows = (f"| {' | '.join(cells)} |" for cells in table)
-    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    )
-
-
-def _settings_text(grid: Mapping[str, Any], row: str) -> str:
-    """What a row is, in words."""
-    own = grid["rows"][row]
-    if own["pixels"]:
-        return f"{PIXEL_MAPS[own['pixels']]}, of the clips that {own['untrained']} is tested on"
-    if own["untrained"]:
-        return f"the network of {own['untrained']} with new random weights from the seed"
-    settings = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in own["set"].items())
-    return f"`{own['pretrain'] or grid['pretrain']}`" + (f" with {settings}" if settings else "")
-
-
-def _page(summary: Mapping[str, Any]) -> str:
-    grid = summary["grid"]
-    seeds = ", ".join(map(str, grid["seeds"]))
-    shared = ", ".join(f"`{k}` {json.dumps(v)}" for k, v in grid["set"].items())
-    lines = [
-        *(f"{text}\n" for text in _incomplete(summary)),
-        f"# {summary['title']}",
-        "",
-        f"Mean ± {_spread(grid)[1]}, in %.",
-        "",
-        _markdown(_figures(summary)),
-        "",
-        f"Pretrained on `{grid['shards']}`{f' with {shared}' if shared else ''}, seeds {seeds}. A "
-        "seed decides the pretraining's weights, order and augmentation, or the untrained weights; "
-        "what an evaluation draws itself is the same for all.",
-        "",
-        *(f"- {row}: {_settings_text(grid, row)}" for row in grid["rows"]),
-        "",
-        "## Protocols",
-        "",
-    ]
-    for name, evaluation in summary["evaluations"].items():
-        texts = dict.fromkeys(evaluation["in_words"].values())
-        if len(texts) <= 1:
-            lines += [f"- {name}: {text}" for text in texts]
-        else:
-            lines += [f"- {name}, {row}: {t}" for row, t in evaluation["in_words"].items()]
-    healths = _healths(summary)
-    if healths:
-        lines += ["", "## Health at the end of pretraining", "", _markdown(healths)]
-    missing = [r for r in summary["runs"] if r["status"] != "whole"]
-    if missing:
-        lines += ["", "## Not whole", ""]
-        lines += [f"- {r['name']}: {r['reason']}" for r in missing]
-    lines += [
-        "",
-        f"Strata {summary['strata']}, measured by {', '.join(summary['commits']) or 'nothing yet'};"
-        f" {summary['total_s']:.0f} s in all. All figures of all runs: ablation.json.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_tables(out: Path, summary: Mapping[str, Any]) -> str:
-    """Write `ablation.json` and `ablation.md`.
-
-    Returns:
-        The table for a terminal.
-    """
-    write_json(out / "ablation.json", summary)
-    page = out / "ablation.md"
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(_page(summary), encoding="utf-8")
-    temporary.replace(page)
-    head = "".join(f"{text}\n" for text in _incomplete(summary))
-    head += f"{summary['title']} (mean ± {_spread(summary['grid'])[1]}, %)"
-    return f"{head}\n{_aligned(_figures(summary))}"

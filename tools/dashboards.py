@@ -1,8 +1,9 @@
-"""Write what is generated from the catalogue of metrics: Grafana's dashboards and docs/metrics.md.
+"""Write what is generated for Prometheus and Grafana, and docs/metrics.md and docs/runbook.md.
 
 python tools/dashboards.py
 
-The dashboards are described in monitoring/dashboards.yaml, whose head explains its fields.
+The dashboards are described in monitoring/dashboards.yaml, the alerts in monitoring/alerts.yaml and
+the metrics in strata/telemetry/catalogue.toml; their heads explain the fields.
 """
 
 import json
@@ -18,10 +19,34 @@ import msgspec
 from strata.config import parse_config
 from strata.errors import exit_with_one_line
 from strata.telemetry.catalogue import CATALOGUE
+from strata.tools.alerts import (
+    load_alerts,
+    rule_groups,
+    rules_file,
+    rules_resource,
+    runbook,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "monitoring" / "grafana" / "dashboards"
-DATASOURCE = {"type": "prometheus", "uid": "strata"}
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_INPUT = {
+    "name": "DS_PROMETHEUS",
+    "label": "Prometheus",
+    "type": "datasource",
+    "pluginId": "prometheus",
+    "pluginName": "Prometheus",
+}
+"""What Grafana asks for when a dashboard is imported by hand."""
+_SOURCE = {
+    "name": "datasource",
+    "label": "Data source",
+    "type": "datasource",
+    "query": "prometheus",
+    "refresh": 1,
+    "current": {"text": "${DS_PROMETHEUS}", "value": "${DS_PROMETHEUS}"},
+}
+"""The variable that all queries use; a value that does not exist becomes the default source."""
 GRID = 24
 _HEIGHTS = {"stat": 4, "timeseries": 7}
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
@@ -118,16 +143,19 @@ class Panel(_Strict, frozen=True):
         if self.queries:
             return self.queries, self.unit or "short"
         entry = _ENTRIES[self.gauge + self.rate]
-        labels = self.by
+        # What belongs to a machine is reported by each run on it, and counted once.
+        shared = entry.section in ("GPU", "Host")
+        labels = self.by or (["node", *entry.labels] if shared else [])
+        on = "$on_gpu" if entry.section == "GPU" else "$on"
         if self.rate:
             labels = labels or ["run"]
-            expr = f"sum by ({', '.join(labels)}) (rate({self.rate}{{$on}}[$__rate_interval]))"
+            expr = f"rate({self.rate}{{{on}}}[$__rate_interval])"
+            expr = f"{'max' if shared else 'sum'} by ({', '.join(labels)}) ({expr})"
         else:
-            gpu = "gpu" in entry.labels
-            expr = f"{self.gauge}{{{'$on_gpu' if gpu else '$on'}}}"
+            expr = f"{self.gauge}{{{on}}}"
             if labels:
                 expr = f"max by ({', '.join(labels)}) ({expr})"
-            labels = labels or [*(["node"] if gpu else ["run", "rank"]), *entry.labels]
+            labels = labels or ["run", "rank", *entry.labels]
         unit = (_RATE_UNITS if self.rate else _UNITS).get(entry.unit, "short")
         return (Query(expr=expr, legend=self.legend or _legend(labels)),), self.unit or unit
 
@@ -248,9 +276,9 @@ def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
     }
     if panel.repeat:
         made |= {"repeat": panel.repeat, "repeatDirection": "h", "maxPerRow": GRID // panel.width}
-    if panel.named:
+    if panel.kind == "stat":
         # Of a range Grafana would show every series that was there at any time of it, so every part
-        # that was once the bottleneck; an instant query has those of now.
+        # that was once the bottleneck, and runs that have ended; an instant query has those of now.
         for target in made["targets"]:
             target |= {"instant": True, "range": False}
     if panel.kind == "stat":
@@ -318,7 +346,9 @@ def dashboards() -> dict[str, dict[str, Any]]:
             "uid": f"strata-{page.uid}",
             "title": page.title,
             **described.dashboard,
-            "templating": {"list": [_variable(v, described) for v in page.variables]},
+            "__inputs": [_INPUT],
+            "__requires": [{"type": "datasource", "id": "prometheus", "name": "Prometheus"}],
+            "templating": {"list": [_SOURCE, *(_variable(v, described) for v in page.variables)]},
             "annotations": {"list": [_annotation(a, page) for a in described.annotations]},
             "panels": list(_panels(page, described.part_colours)),
         }
@@ -346,11 +376,21 @@ def metrics_page() -> str:
 
 def files() -> dict[Path, str]:
     """The text of every generated file, by its path."""
+    pages, alerts = dashboards(), load_alerts(ROOT / "monitoring" / "alerts.yaml")
+    groups, rules = rule_groups(alerts, pages), ROOT / "monitoring" / "rules"
     made = {
         FOLDER / f"{uid}.json": json.dumps(dashboard, indent=1) + "\n"
-        for uid, dashboard in dashboards().items()
+        for uid, dashboard in pages.items()
     }
-    return {**made, ROOT / "docs" / "metrics.md": metrics_page()}
+    return {
+        **made,
+        rules / "alerts.yml": rules_file(groups),
+        ROOT / "monitoring" / "kubernetes" / "rules.yaml": rules_resource(
+            groups, rules / "recording.yml"
+        ),
+        ROOT / "docs" / "metrics.md": metrics_page(),
+        ROOT / "docs" / "runbook.md": runbook(alerts),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from strata import commands
 from strata.config import parse_config
-from strata.dataload.loader import DataConfig
+from strata.dataload.config import DataConfig
 from strata.errors import ConfigError, StrataError
 from strata.format.manifest import read_manifest
 from strata.format.schema import MANIFEST_NAME
@@ -21,8 +22,6 @@ from strata.recipes import find_recipe
 from strata.tools.launchers import QUIET, program
 
 __all__ = ["DemoConfig", "main", "run_demo"]
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class DemoConfig:
     """A folder of videos, one subfolder a class; by default videos are generated."""
     out: Path = Path("runs/demo")
     """Folder for everything that the demo makes; the content of an earlier demo is replaced."""
-    pretrain: Path = Path("configs/pretrain/demo.yaml")
-    """The pretraining's configuration."""
+    pretrain: str = "demo"
+    """The pretraining's recipe: a name, or a YAML file."""
     seeds: tuple[int, ...] = (0,)
     """Pretraining seeds; each is a separate run."""
     untrained_seeds: tuple[int, ...] = (0, 1, 2)
@@ -51,16 +50,17 @@ def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _command(*words: str | Path) -> None:
+def _command(name: str, *words: str | Path) -> None:
     """Run one step in a separate process, as a user would.
 
     Raises:
         StrataError: The step failed; its own error is above.
     """
-    shown = " ".join(map(str, words))
+    shown = commands.line(name, *words)
     print(f"   $ {shown}", flush=True)
-    command = [*program([str(words[0])]), *map(str, words[1:])]
-    done = subprocess.run(command, cwd=_ROOT, env=os.environ | QUIET, check=False)
+    launcher = "deepspeed" if name in ("pretrain", "evaluate") else "python"
+    command = [*program([launcher]), str(commands.script(name)), *map(str, words)]
+    done = subprocess.run(command, env=os.environ | QUIET, check=False)
     if done.returncode:
         raise StrataError(f"the step `{shown}` ended with exit code {done.returncode}; see above")
 
@@ -71,7 +71,7 @@ def _prepare(config: DemoConfig) -> Path:
     Raises:
         ConfigError: The folder has content that is not a demo's.
     """
-    out = config.out if config.out.is_absolute() else _ROOT / config.out
+    out = config.out.absolute()
     marker = out / "made-by-strata-demo"
     if out.exists():
         if not marker.exists() and any(out.iterdir()):
@@ -97,7 +97,7 @@ def _find_videos(config: DemoConfig, out: Path) -> Path:
         return videos
     _title("1 of 4: make videos (generated data: a trial of the system, not of the method)")
     videos, count = out / "videos", str(config.videos_per_class)
-    _command("python", "tools/make_videos.py", "--out", videos, "--videos_per_class", count)
+    _command("make_videos", "--out", videos, "--videos_per_class", count)
     return videos
 
 
@@ -108,7 +108,7 @@ def _shard(config: DemoConfig, videos: Path, out: Path) -> tuple[Path, Path]:
     options = ["--test-fraction", str(config.test_fraction)]
     if config.videos is None:
         options += ["--width", "96", "--height", "80"]
-    _command("python", "tools/shard.py", "folder", "--videos", videos, "--out", shards, *options)
+    _command("shard", "folder", "--videos", videos, "--out", shards, *options)
     train, test = shards / "train", shards / "test"
     if not (train / MANIFEST_NAME).is_file() or not (test / MANIFEST_NAME).is_file():
         raise ConfigError(
@@ -125,9 +125,9 @@ def _shard(config: DemoConfig, videos: Path, out: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def _batch_size(recipe: Path) -> int:
+def _batch_size(recipe: str) -> int:
     """Videos in a batch of the pretraining."""
-    settings = yaml.safe_load(find_recipe(str(recipe), "pretrain").read_text(encoding="utf-8"))
+    settings = yaml.safe_load(find_recipe(recipe, "pretrain").read_text(encoding="utf-8"))
     return settings.get("data", {}).get("batch_size", DataConfig.batch_size)
 
 
@@ -136,7 +136,7 @@ def _pretrain(config: DemoConfig, seed: int, train: Path, out: Path) -> Path:
     _title(f"3 of 4: pretrain without labels (seed {seed})")
     run = out / f"run-{seed}"
     words = ["--config", config.pretrain, "--data.shards", train, "--run", run]
-    _command("deepspeed", "train/main.py", *words, "--seed", str(seed))
+    _command("pretrain", *words, "--seed", str(seed))
     return run
 
 
@@ -148,7 +148,7 @@ def _compare(config: DemoConfig, runs: Sequence[Path], train: Path, test: Path, 
     words += ["--others", json.dumps([str(run) for run in runs[1:]])]
     words += ["--untrained_seeds", json.dumps(list(config.untrained_seeds))]
     words += ["--features.num_clips", str(config.num_clips), "--remark", _remark(config)]
-    _command("deepspeed", "eval/main.py", "compare", *words)
+    _command("evaluate", "compare", *words)
     return report.with_suffix(".html")
 
 

@@ -18,6 +18,8 @@ def main(argv: Sequence[str]) -> None:
     out = write_export(command)
     print(f"wrote {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
     print(f"{out / 'README.md'} has the code that loads it")
+    if command.push_to_hub:
+        print(f'on the hub: strata.load_encoder("{command.push_to_hub}")')
 
 
 if __name__ == "__main__":

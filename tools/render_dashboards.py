@@ -64,6 +64,8 @@ class RenderCommand:
     """Folder for `dashboard-<name>.png`."""
     minutes: float = 5.0
     """Length of the time axis, up to now."""
+    remark: str = ""
+    """A sentence on where the data come from, for the caption of each picture."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -107,6 +109,8 @@ def prometheus(url: str, minutes: float) -> Ask:
 def literal(expr: str, dashboard: dict[str, Any]) -> str:
     """An expression with the variables set to "All", and a rate's interval of four scrapes."""
     for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "datasource":
+            continue
         expr = expr.replace(f'"${variable["name"]}"', f'"{variable["allValue"]}"')
     return expr.replace("$__rate_interval", "20s")
 
@@ -134,6 +138,8 @@ def _series(panel: dict[str, Any], dashboard: dict[str, Any], ask: Ask) -> list[
 def _number(value: float, unit: str) -> str:
     if unit == "percentunit":
         return f"{100 * value:.3g} %"
+    if unit == "s" and value >= 3600:
+        return f"{value / 3600:.3g} h"
     if unit == "s":
         return f"{1000 * value:.3g} ms" if 0 < abs(value) < 1 else f"{value:.3g} s"
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -211,12 +217,13 @@ def _marks(dashboard: dict[str, Any], ask: Ask) -> list[tuple[float, str]]:
     return found
 
 
-def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
+def draw(dashboard: dict[str, Any], ask: Ask, remark: str = "") -> Figure:
     """A dashboard as a figure of 1200 pixels' width.
 
     Args:
         dashboard: Grafana's JSON.
         ask: Answers its queries.
+        remark: Ends the caption.
 
     Raises:
         StrataError: A panel uses a reducer that cannot be drawn.
@@ -227,7 +234,7 @@ def draw(dashboard: dict[str, Any], ask: Ask) -> Figure:
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=_PAGE)
     FigureCanvasAgg(figure)
     figure.text(8 / width, 1 - 22 / height, dashboard["title"], color=_TEXT, fontsize=12)
-    figure.text(8 / width, 9 / height, CAPTION, color=_DIM, fontsize=7)
+    figure.text(8 / width, 9 / height, f"{CAPTION} {remark}".strip(), color=_DIM, fontsize=7)
     for panel in panels:
         grid = panel["gridPos"]
         left, wide = grid["x"] * _COLUMN, grid["w"] * _COLUMN - _GAP
@@ -276,7 +283,8 @@ def main(argv: Sequence[str]) -> None:
     for source in sorted(_DASHBOARDS.glob("*.json")):
         dashboard = json.loads(source.read_text(encoding="utf-8"))
         picture = command.out / f"dashboard-{source.stem}.png"
-        draw(dashboard, prometheus(command.url, command.minutes)).savefig(picture)
+        ask = prometheus(command.url, command.minutes)
+        draw(dashboard, ask, command.remark).savefig(picture)
         print(f"wrote {picture}")
 
 

@@ -11,10 +11,11 @@ parts: use `torch.export.load` only for files from trusted sources. The card sta
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -25,24 +26,25 @@ from torch import Tensor, nn
 import strata
 from strata.errors import CheckpointError, ConfigError
 from strata.files import open_atomic
+from strata.train.hub import push, require_hub
+from strata.train.model_card import PROGRAM, card, figures_of
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
-from strata.train.models.inputs import DIFFERENCE_SCALE, IMAGENET_MEAN, IMAGENET_STD, InputChoice
-from strata.train.run.checkpoint import (
-    backbone_config,
-    build_for_file,
-    find_checkpoint,
-    load_backbone,
-    read_state,
-    trained_clips,
-)
+from strata.train.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputChoice
+from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.encoder import backbone_config, build_for_file, load_backbone, trained_clips
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 
-__all__ = ["ExportCommand", "example_code", "load_export", "write_export"]
+__all__ = [
+    "ExportCommand",
+    "exported_clips",
+    "is_export",
+    "load_export",
+    "write_export",
+]
 
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
-_PROGRAM = "encoder.pt2"
 _CONFIG = "config.json"
 _CARD = "README.md"
 _PUBLISHED_WIDTH = 64
@@ -63,13 +65,39 @@ class ExportCommand:
     format: Literal["safetensors", "torch_export"] = "safetensors"
     """safetensors: weights. torch_export: a program for torch.export.load, RGB input, any number of
     clips, of the size and frames that the encoder was trained on."""
+    licence: str = ""
+    """Licence of the weights for the model card, as the hub names it: apache-2.0, cc-by-4.0."""
+    reports: tuple[Path, ...] = ()
+    """Files report.json of evaluations for the model card, besides those in the run's folder."""
+    push_to_hub: str = ""
+    """ORG/NAME of a repository on the Hugging Face hub to upload the export to, after `hf auth
+    login`; needs strata-video[hub] and --licence."""
+
+    def __post_init__(self) -> None:
+        """Check what an upload needs.
+
+        Raises:
+            ConfigError: The licence, the name or the client is missing.
+        """
+        if self.push_to_hub:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+                raise ConfigError(f"push_to_hub is {self.push_to_hub}; use ORG/NAME")
+            if not self.licence:
+                raise ConfigError("push_to_hub publishes the weights; give their --licence")
+            require_hub()
+
+
+class _ExportedInput(msgspec.Struct, frozen=True):
+    frames: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 
 
 class _Exported(msgspec.Struct, frozen=True):
-    """The part of config.json that `load_export` reads."""
+    """The part of config.json that is read again."""
 
     format: Literal[1]
     backbone: dict[str, Any]
+    input: _ExportedInput
 
 
 class _CardMethod(msgspec.Struct, frozen=True):
@@ -109,6 +137,7 @@ def write_export(command: ExportCommand) -> Path:
 
     Raises:
         CheckpointError: There is no complete checkpoint, or it is damaged.
+            Or the hub does not take it; the folder is then kept.
         ConfigError: The folder exists, or torchvision has no network of this width.
     """
     if command.out.exists():
@@ -124,6 +153,7 @@ def write_export(command: ExportCommand) -> Path:
     as_trained = command.names == "strata" and command.format == "safetensors"
     in_channels = trained.in_channels if as_trained else _NUM_COLOURS
     described = _describe(command, trained, state.config, in_channels=in_channels)
+    figures = figures_of(found, command.reports)
     described["training"] = _training(state.config, found) | {
         "step": state.step,
         "epoch": state.epoch,
@@ -147,7 +177,7 @@ def write_export(command: ExportCommand) -> Path:
         if command.format == "torch_export":
             clips = described["input"]
             program = _program(encoder, trained, frames=clips["frames"], size=clips["size"])
-            torch.export.save(program, writing / _PROGRAM)
+            torch.export.save(program, writing / PROGRAM)
         else:
             weights = (
                 {k: v.detach().contiguous() for k, v in encoder.state_dict().items()}
@@ -158,12 +188,16 @@ def write_export(command: ExportCommand) -> Path:
                 save_file(weights, out.name, metadata={"format": "pt"})
         text = json.dumps(described, indent=2)
         (writing / _CONFIG).write_text(text + "\n", encoding="utf-8")
-        (writing / _CARD).write_text(_card(described), encoding="utf-8")
+        (writing / _CARD).write_text(
+            card(described, figures=figures, licence=command.licence), encoding="utf-8"
+        )
         writing.rename(command.out)
     except OSError as error:
         raise CheckpointError(f"{command.out} could not be written: {error}; free space") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+    if command.push_to_hub:
+        push(command.out, command.push_to_hub)
     return command.out
 
 
@@ -178,14 +212,33 @@ def load_export(folder: str | Path) -> Backbone:
     """
     folder = Path(folder)
     try:
-        content, path = (folder / _CONFIG).read_bytes(), folder / _CONFIG
-        described = decode_json(content, _Exported, path, CheckpointError, max_bytes=1 << 24)
+        described = _read_config(folder)
         config = backbone_config({"model": described.backbone})
         backbone = build_for_file(config, folder / _WEIGHTS)
         load_torchvision(backbone, load_file(folder / _WEIGHTS))
     except (OSError, SafetensorError, CheckpointError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder} is not an export with weights: {error}") from error
     return backbone.eval()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the files of an export."""
+    return (folder / _CONFIG).is_file()
+
+
+def exported_clips(folder: Path) -> tuple[int, int]:
+    """Frames of the clips of an export's encoder, and their rows and columns.
+
+    Raises:
+        CheckpointError: The config is damaged.
+    """
+    clips = _read_config(folder).input
+    return clips.frames, clips.size
+
+
+def _read_config(folder: Path) -> _Exported:
+    path = folder / _CONFIG
+    return decode_json(path.read_bytes(), _Exported, path, CheckpointError, max_bytes=1 << 24)
 
 
 def _describe(
@@ -196,7 +249,7 @@ def _describe(
     return {
         "format": _FORMAT,
         "strata": strata.__version__,
-        "file": _PROGRAM if command.format == "torch_export" else _WEIGHTS,
+        "file": PROGRAM if command.format == "torch_export" else _WEIGHTS,
         "names": command.names,
         "backbone": dataclasses.asdict(
             dataclasses.replace(trained, in_channels=in_channels, input=_input(trained))  # type: ignore[arg-type]
@@ -242,136 +295,3 @@ def _program(
     clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)
     number = torch.export.Dim("clips", min=1)
     return torch.export.export(_ThreeLevels(plain), (clips,), dynamic_shapes=({0: number},))
-
-
-_TORCHVISION_CODE = {
-    "r3d18": """\
-from safetensors.torch import load_file
-from torch import nn
-from torchvision.models.video import r3d_18
-
-model = r3d_18()
-model.stem = nn.Sequential(  # Hara's stem instead of torchvision's: 7x7x7, then a max-pool
-    nn.Conv3d(3, 64, 7, stride=(1, 2, 2), padding=3, bias=False),
-    nn.BatchNorm3d(64),
-    nn.ReLU(inplace=True),
-    nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
-)
-model.fc = nn.Identity()
-model.load_state_dict(load_file("{folder}/model.safetensors"))
-features = model.eval()(clips)
-""",
-    "s3d": """\
-from safetensors.torch import load_file
-from torch import nn
-from torchvision.models.video import s3d
-
-model = s3d()
-model.features[13] = nn.MaxPool3d(2, stride=2, ceil_mode=True)  # keeps an odd last row and column
-model.avgpool = model.classifier = nn.Identity()
-model.load_state_dict(load_file("{folder}/model.safetensors"))
-features = model.eval()(clips)
-""",
-}
-
-_DIFFERENCES_CODE = f"""\
-import torch
-
-change = {DIFFERENCE_SCALE:g} * clips.diff(dim=2)  # it was trained on differences of frames
-clips = torch.cat([change, change[:, :, -1:]], dim=2)
-"""
-
-_STRATA_CODE = """\
-from strata.train.export import load_export
-
-model = load_export("{folder}")
-features = model(clips).high.mean(dim=(2, 3, 4))
-"""
-
-_PROGRAM_CODE = """\
-import torch
-
-model = torch.export.load("{folder}/encoder.pt2").module()
-low, mid, high = model(clips)
-features = high.mean(dim=(2, 3, 4))
-"""
-
-
-def example_code(described: dict[str, Any], folder: str) -> str:
-    """Python code that loads an export and turns `clips` into `features`.
-
-    Args:
-        described: Content of config.json.
-        folder: Folder of the export.
-    """
-    if described["file"] == _PROGRAM:
-        code = _PROGRAM_CODE
-    elif described["names"] == "strata":
-        code = _STRATA_CODE
-    else:
-        code = _TORCHVISION_CODE[described["backbone"]["name"]]
-        if described["backbone"].get("input", "rgb") == "difference":
-            code = _DIFFERENCES_CODE + code
-    return code.replace("{folder}", folder)
-
-
-def _card(described: dict[str, Any]) -> str:
-    """Text of the model card."""
-    backbone, clips, training = described["backbone"], described["input"], described["training"]
-    settings = training["settings"]
-    terms = {k: v for k, v in settings["method"]["weights"].items() if v > 0}
-    name = {"r3d18": "R3D-18", "s3d": "S3D"}[backbone["name"]]
-    size = clips["size"]
-    shape = f"[N, {backbone['in_channels']}, {clips['frames']}, {size}, {size}]"
-    length = backbone["width"] * _FEATURES[backbone["name"]]
-    planes = "" if backbone["in_channels"] == _NUM_COLOURS else ", then a plane of zeros"
-    seen = (
-        f"\n| sees | differences of neighbouring frames, times {DIFFERENCE_SCALE:g}, the last one "
-        "repeated; the code below has them computed from these clips |"
-        if backbone["input"] == "difference"
-        else ""
-    )
-    trust = (
-        "A `.pt2` may hold pickled parts, which run code when they are loaded: load it only if you "
-        "trust its source."
-        if described["file"] == _PROGRAM
-        else "Loading executes nothing from the file."
-    )
-    return f"""\
-# {name} pretrained without labels on {settings["data"]["shards"]}
-
-A video encoder, pretrained by multi-level feature optimization (Qian et al., ICCV 2021) with Strata
-{described["strata"]}. It turns a clip into a vector of {length} numbers; it has no classifier.
-
-| | |
-|---|---|
-| architecture | {name}, width {backbone["width"]} |
-| input | `{shape}`: clips of RGB frames in [0, 1], minus the mean {list(clips["mean"])}, divided \
-by {list(clips["std"])}{planes} |{seen}
-| data | `{settings["data"]["shards"]}`, manifest {training["manifest_digest"]} |
-| trained | {training["step"]} steps of {settings["data"]["batch_size"]} videos, \
-{training["epoch"]} epochs, seed {settings["seed"]} |
-| terms of the loss | {", ".join(f"{weight:g} {term}" for term, weight in terms.items())} |
-| file | `{described["file"]}`, names of {described["names"]} |
-
-All settings are in `config.json`.
-
-## Use
-
-`clips` is a batch as described above; `features` becomes one vector a clip.
-
-```python
-{example_code(described, ".").rstrip()}
-```
-
-{trust}
-
-## Limits
-
-The encoder reflects the content and the biases of its training videos. Its quality was measured
-only by the evaluation of the run. The rights in the videos are their owners'.
-"""
-
-
-_FEATURES = {"r3d18": 8, "s3d": 16}
-"""Length of a feature vector relative to the width."""

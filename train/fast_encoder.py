@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strata.logs import get_logger, warn_once
-from strata.train.engine import EngineConfig, autocast_dtype
+from strata.train.engine_config import EngineConfig
 from strata.train.method.model import VideoModel
 from strata.train.models.backbones import R3D18, Levels
 from strata.train.models.stem import Fold, folded_channels
@@ -24,6 +24,7 @@ __all__ = ["arrange_encoder", "choose_fold", "compiles"]
 logger = get_logger(__name__)
 
 _CPU_WIDTH = 32
+"""Width from which a CPU folds frames."""
 _SHARE = 0.25
 """Share of a GPU's memory that the folded input of a step may take."""
 
@@ -65,7 +66,7 @@ def choose_fold(
     if not isinstance(model.backbone, R3D18):
         return "off"
     conv = model.backbone.input_conv()
-    half = autocast_dtype(config, device) is not None
+    half = config.autocast_on(device) is not None
     if device.type == "cpu":
         is_wide = conv.out_channels >= _CPU_WIDTH
         return "frames" if half and is_wide and torch.cpu._is_amx_tile_supported() else "off"

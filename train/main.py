@@ -24,9 +24,9 @@ from strata.distributed import (
 from strata.errors import EXIT_PREEMPTED, ConfigError, run_rank
 from strata.logs import set_up_logging
 from strata.train.config import TrainConfig
-from strata.train.engine import choose_device
-from strata.train.loop import Trainer
+from strata.train.engine_config import choose_device
 from strata.train.monitor.run_monitor import serve_run
+from strata.train.pretraining import open_pretraining
 from strata.train.representation.online_retrieval import OnlineProbe
 from strata.train.run.history import find_checkpoint
 from strata.train.run.run_plan import describe_run
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
     alone = only_writer(config.run, "training", world, advice="wait for it, or use another --run")
     with alone as lock, serve_run(config, world) as metrics:
-        trainer = Trainer(
+        trainer = open_pretraining(
             config,
             world=world,
             device=device,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             probe=probe,
             lock=lock,
         )
-        trainer.resume()
+        trainer.resume(config.resume)
         if world.is_first:
             _write_config(config)
         finished = trainer.fit()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from strata.config import dotted, plain
-from strata.eval.classifier import ClassifierConfig
+from strata.eval.classifier.config import ClassifierConfig
 from strata.eval.protocols.features import FeatureConfig
 from strata.eval.protocols.retrieval import RetrievalConfig
 
@@ -19,7 +19,8 @@ ProtocolName = Literal["coclr", "supplement", "ours"]
 _NOT_COMPARED = (
     *("features.size", "features.clip_frames", "features.videos_per_batch", "features.level"),
     *("retrieval.shown", "retrieval.variants"),
-    *("training.max_steps", "training.seed", "training.precision", "training.checkpoint."),
+    *("training.max_steps", "training.max_skipped_steps", "training.seed"),
+    *("training.precision", "training.checkpoint."),
 )
 """Settings that no protocol decides."""
 

@@ -28,7 +28,7 @@ class RetrievalConfig:
 
     centre: Centring = "none"
     """Subtract no mean, the gallery's from both, or each set's own, as CoCLR does; the last uses
-    statistics of the whole test set, and the report says so."""
+    statistics of the complete test set, and the report says so."""
     variants: bool = True
     """Whether the report also has every other level and centring."""
     shown: int = 5

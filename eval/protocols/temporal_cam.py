@@ -1,11 +1,11 @@
 """Where a frozen network sees the direction of time: a head on a level's maps, its activations.
 
-A linear head without bias tells clips from the same clips with their frames in reverse order. It
-acts on the average of a level's map over time and space. Its weights applied at each place of the
-map are a class activation map (Zhou et al., CVPR 2016, arXiv 1512.04150, section 2) whose mean is
-the head's logit: without bias nothing of the logit is left outside the map. The backbone's
-convolutions see the order of frames, so the average can tell a reversed clip. The reversed clip
-goes through the whole network, since a map that is reversed afterwards has the same average.
+A linear head without bias separates clips from the same clips with reversed frames. It acts on the
+average of a level's map over time and space. Its weights applied at each place of the map are a
+class activation map (Zhou et al., CVPR 2016, arXiv 1512.04150, section 2) whose mean is the head's
+logit: without bias the map contains the complete logit. The backbone's convolutions see the order
+of frames, so the average can distinguish a reversed clip. The reversed clip goes through the
+complete network, since a map that is reversed afterwards has the same average.
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def fit_direction_head(
 def direction_accuracy(
     weight: np.ndarray, originals: np.ndarray, backwards: np.ndarray
 ) -> dict[str, float]:
-    """How often the direction is told right; every clip counts once in each direction.
+    """How often the direction is predicted correctly; every clip counts once in each direction.
 
     Args:
         weight: Shape `[C]`.

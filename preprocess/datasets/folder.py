@@ -23,6 +23,7 @@ from strata.preprocess.datasets.listing import (
     name_of,
     some_of,
 )
+from strata.transfer import as_url
 from strata.untrusted import checked_text
 
 __all__ = [
@@ -53,6 +54,8 @@ class Source:
     """Index into the set's classes, or -1."""
     num_bytes: int = 0
     """Size of the file."""
+    stamp: str = ""
+    """Size and time of change, to see whether it changes."""
     fault: tuple[FaultKind, str] | None = None
     """Reason and detail of a rejection before decoding; None if it is not rejected."""
 
@@ -129,8 +132,17 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
     """
     if found is None:
         return Source(name=name, path=None, label=label)
+    if found.stamp:
+        return Source(
+            name=name,
+            path=found.path,
+            file=found.name,
+            label=label,
+            num_bytes=found.num_bytes,
+            stamp=found.stamp,
+        )
     try:
-        num_bytes = found.path.stat().st_size
+        status = found.path.stat()
         if not os.access(found.path, os.R_OK, effective_ids=True):
             raise PermissionError("no permission to read it")
     except FileNotFoundError:  # A link without a target counts as a missing file.
@@ -140,7 +152,14 @@ def source_at(name: str, found: FoundFile | None, label: int) -> Source:
             f"video {found.path} cannot be read ({error.strerror or error}); give permission, or "
             "move it away"
         ) from error
-    return Source(name=name, path=found.path, file=found.name, label=label, num_bytes=num_bytes)
+    return Source(
+        name=name,
+        path=found.path,
+        file=found.name,
+        label=label,
+        num_bytes=status.st_size,
+        stamp=f"{status.st_size}:{status.st_mtime_ns}",
+    )
 
 
 _SPLIT_WORDS: tuple[str, ...] = tuple(
@@ -357,7 +376,9 @@ def _same_bytes(sources: Iterable[Source]) -> list[list[Source]]:
     for source in present:
         if source.path is not None and by_size[source.num_bytes] > 1:
             try:
-                groups[sha256_of(source.path)].append(source)
+                # A store tells the hash of the content.
+                remote = as_url(source.path) is not None
+                groups[source.stamp if remote else sha256_of(source.path)].append(source)
             except OSError:
                 continue  # The worker will reject it with the right reason.
     return [group for group in groups.values() if len(group) > 1]

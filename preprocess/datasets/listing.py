@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from strata.errors import ConfigError
 from strata.files import sha256_of
+from strata.transfer import Store, as_url
 
 __all__ = [
     "VIDEO_SUFFIXES",
@@ -61,11 +62,15 @@ class FoundFile:
 
     Args:
         name: Relative to its folder, with forward slashes.
-        path: The file.
+        path: The file, or its URL.
+        num_bytes: Size, of a file at a URL.
+        stamp: Size and the store's hash or time of change, of a file at a URL.
     """
 
     name: str
     path: Path
+    num_bytes: int = 0
+    stamp: str = ""
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -92,7 +97,7 @@ class Listing:
     @property
     def places(self) -> str:
         """The folders, for a message."""
-        return " and ".join(map(str, self.roots))
+        return " and ".join(as_url(root) or str(root) for root in self.roots)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -110,7 +115,9 @@ class Listing:
                 f"followed: {some_of(links)}"
             )
         if self.special:
-            notes.append(f"{len(self.special)} are pipes or devices: {some_of(self.special)}")
+            notes.append(
+                f"{len(self.special)} are pipes, devices or no paths: {some_of(self.special)}"
+            )
         others = [f.name for f in self.files if not is_video_name(f.name)]
         if others:
             notes.append(f"{len(others)} files are not videos by their names: {some_of(others)}")
@@ -199,6 +206,8 @@ def are_same_bytes(files: Sequence[FoundFile]) -> bool:
     Raises:
         ConfigError: One cannot be read.
     """
+    if any(f.stamp for f in files):
+        return len({f.stamp for f in files}) == 1
     try:
         sizes = {f.path.stat().st_size for f in files}
         if len(sizes) > 1 or sizes == {0}:
@@ -223,7 +232,8 @@ def list_files(roots: Sequence[Path], option: str = "--videos") -> Listing:
             link that is no video leads nowhere.
     """
     for root in roots:
-        require_folder(root, option)
+        if as_url(root) is None:
+            require_folder(root, option)
     real = [root.resolve() for root in roots]
     for k, first in enumerate(real):
         for second in real[k + 1 :]:
@@ -235,8 +245,30 @@ def list_files(roots: Sequence[Path], option: str = "--videos") -> Listing:
     listing = Listing(tuple(roots))
     seen: dict[tuple[int, int], str] = {}
     for root in roots:
-        _walk(root, listing, seen)
+        url = as_url(root)
+        if url is None:
+            _walk(root, listing, seen)
+        else:
+            _list_url(root, url, listing, option)
     return listing
+
+
+def _list_url(root: Path, url: str, listing: Listing, option: str) -> None:
+    """List all files below a URL, with what the store tells of them."""
+    found: list[FoundFile] = []
+    for file in Store(url).listed("", deep=True):
+        path = root / file.name
+        if any(map(is_ignored, file.name.split("/"))):
+            listing.ignored.append(file.name)
+        elif _relative(path, root) != file.name:
+            listing.special.append(file.name)  # As `a//b`, which is no path.
+        else:
+            found.append(FoundFile(file.name, path, file.num_bytes, file.stamp))
+    if not found:
+        raise ConfigError(f"there is no file below {url}; correct {option}")
+    folders = {"/".join(f.folders[:k]) for f in found for k in range(1, len(f.folders) + 1)}
+    listing.folders += sorted(folders)
+    listing.files += sorted(found, key=lambda f: f.name)
 
 
 def _walk(root: Path, listing: Listing, seen: dict[tuple[int, int], str]) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import av
 import av.error
@@ -59,7 +59,7 @@ _NO_VIDEOS = (
     (rb"ID3", "sound alone (MP3)"),
     (rb"fLaC", "sound alone (FLAC)"),
 )
-"""How files begin that are often met under a video's name, for the reason that is told."""
+"""First bytes of files that are often named like videos, and what the message calls them."""
 
 _STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 _DEFAULT_BONUS = 5_000_000
@@ -113,7 +113,9 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         VideoFault: It is no such file, or cannot be read.
     """
     # A name with a colon would be a protocol. PyAV hands over the bytes that Python was given.
-    file = f"file:{os.fspath(where)}" if isinstance(where, Path) else io.BytesIO(where)
+    file = f"file:{os.fspath(where)}" if isinstance(where, Path) else _Content(where, source)
+    if isinstance(where, Path) and where.parent == _DESCRIPTORS:
+        file = _Unnamed(where, source)
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": "file",
@@ -126,6 +128,25 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         raise VideoFault(FaultKind.UNREADABLE, source, _why_not(where, error)) from error
     with container:
         yield container
+
+
+_DESCRIPTORS = Path("/proc/self/fd")
+
+
+class _Unnamed(io.FileIO):
+    """An open file without a name of its own, by its path below /proc; else as `_Content`."""
+
+    def __init__(self, where: Path, source: str) -> None:
+        super().__init__(where)
+        self.name = f"video{PurePosixPath(source).suffix}"
+
+
+class _Content(io.BytesIO):
+    """A file in memory; where its first bytes are not clear, FFmpeg looks at its name."""
+
+    def __init__(self, content: bytes, source: str) -> None:
+        super().__init__(content)
+        self.name = f"video{PurePosixPath(source).suffix}"
 
 
 def _why_not(where: Path | bytes, error: Exception) -> str:

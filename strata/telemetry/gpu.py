@@ -89,6 +89,23 @@ def _pcie(handle: Any) -> _Values:
     ]
 
 
+def _memory_temperature(handle: Any) -> _Values:
+    (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_MEMORY_TEMP])
+    if field.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(field.nvmlReturn)
+    return [("memory_temperature_celsius", float(field.value.uiVal), {})]
+
+
+def _remapped_rows(handle: Any) -> _Values:
+    correctable, uncorrectable, pending, failed = pynvml.nvmlDeviceGetRemappedRows(handle)
+    return [
+        ("remapped_rows", float(correctable), {"kind": "correctable"}),
+        ("remapped_rows", float(uncorrectable), {"kind": "uncorrectable"}),
+        ("row_remap_pending", float(pending), {}),
+        ("row_remap_failed", float(failed), {}),
+    ]
+
+
 def _one(name: str, read: Callable[[Any], float], scale: float) -> Callable[[Any], _Values]:
     return lambda handle: [(name, read(handle) * scale, {})]
 
@@ -114,6 +131,9 @@ _CLASSIC: tuple[Callable[[Any], _Values], ...] = (
     _clock("video"),
     _throttled,
     _pcie,
+    _memory_temperature,
+    _remapped_rows,
+    _one("pcie_replays_total", pynvml.nvmlDeviceGetPcieReplayCounter, 1.0),
 )
 
 _GPM_VALUES: dict[str, tuple[tuple[int, ...], float, dict[str, str]]] = {
@@ -208,6 +228,34 @@ class _Gpm:
                 yield name.partition("/")[0], scale * sum(values) / len(values), labels
 
 
+class _Xids:
+    """Counts the XID errors that the driver reports from now on.
+
+    Args:
+        handle: The GPU.
+
+    Raises:
+        NVMLError: The GPU does not report them.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._events: Any = pynvml.nvmlEventSetCreate()
+        pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._events)
+        self._count, self._last = 0, 0
+
+    def read(self) -> _Values:
+        while True:
+            try:
+                event: Any = pynvml.nvmlEventSetWait(self._events, 0)
+            except pynvml.NVMLError as error:
+                if error.value != pynvml.NVML_ERROR_TIMEOUT:  # pyright: ignore[reportAttributeAccessIssue]
+                    raise
+                break
+            self._count, self._last = self._count + 1, int(event.eventData)
+        found: _Values = [("xid_errors_total", float(self._count), {})]
+        return [*found, ("last_xid", float(self._last), {})] if self._count else found
+
+
 class GpuCollector(Collector):
     """One GPU, or one MIG device.
 
@@ -221,6 +269,7 @@ class GpuCollector(Collector):
         self._uuid = f"GPU-{uuid}" if self._plain else uuid
         self._handle: Any = None
         self._gpm: _Gpm | None = None
+        self._xids: _Xids | None = None
         self._seen = False
         self._lost = False
         self._lock = threading.Lock()
@@ -230,6 +279,12 @@ class GpuCollector(Collector):
             pynvml.nvmlInit()
             handle = self._find()
             self._gpm = self._open_gpm(handle)
+            if self._xids is None:
+                try:
+                    self._xids = _Xids(handle)
+                except pynvml.NVMLError:
+                    # A MIG device or an old driver: the count is absent.
+                    pass
             self._handle = handle
         return self._handle
 
@@ -279,6 +334,9 @@ class GpuCollector(Collector):
         if handle is not None:
             self._seen, self._lost = True, False
             readers = [*_CLASSIC]
+            if self._xids is not None:
+                xids = self._xids
+                readers.append(lambda _: xids.read())
             if self._gpm is not None:
                 gpm = self._gpm
                 # Last, so that its means replace the instantaneous values of the classic counters.

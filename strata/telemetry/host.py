@@ -5,6 +5,7 @@ A reading that the machine does not offer is absent, never zero.
 """
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,10 +24,12 @@ class HostCollector(Collector):
 
     Args:
         places: Folders by purpose (`run`, `shards`) whose file systems are reported.
+        node: Name of the machine; its host name if empty.
     """
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
+    def __init__(self, places: Mapping[str, Path], node: str = "") -> None:
         self._places = dict(places)
+        self._node = node or socket.gethostname()
 
     def read(self) -> Iterator[Reading]:
         """Current readings of the node."""
@@ -53,15 +56,28 @@ class HostCollector(Collector):
     def _disks(self) -> Iterator[Reading]:
         shm = Path("/dev/shm")
         if shm.is_dir():
-            yield Reading("strata_host_shm_free_bytes", psutil.disk_usage(str(shm)).free, {})
+            usage = psutil.disk_usage(str(shm))
+            yield Reading("strata_host_shm_size_bytes", usage.total, {})
+            yield Reading("strata_host_shm_free_bytes", usage.free, {})
         for place, folder in self._places.items():
             try:
                 usage = psutil.disk_usage(str(folder))
             except OSError:
                 # Removed or not mounted: the reading is absent for this place.
                 continue
-            yield Reading("strata_disk_size_bytes", usage.total, {"place": place})
-            yield Reading("strata_disk_free_bytes", usage.free, {"place": place})
+            labels = {"place": place, "disk": self._disk(folder)}
+            yield Reading("strata_disk_size_bytes", usage.total, labels)
+            yield Reading("strata_disk_free_bytes", usage.free, labels)
+
+    def _disk(self, folder: Path) -> str:
+        """The file system of a folder: the same for all runs, and for all nodes that share it."""
+        at = folder.resolve()
+        while not at.is_mount():
+            at = at.parent
+        mounted = {part.mountpoint: part.device for part in psutil.disk_partitions(all=True)}
+        device = mounted.get(str(at), "")
+        # Of a server (`server:/export`, `//server/share`); any other is this machine's.
+        return device if ":" in device or device.startswith("//") else f"{self._node}:{at}"
 
     @staticmethod
     def _traffic() -> Iterator[Reading]:

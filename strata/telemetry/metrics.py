@@ -1,28 +1,31 @@
 """Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
-nothing. What there is to be set stands in strata/telemetry/catalogue.py.
+nothing. strata/telemetry/catalogue.toml lists all metrics.
 """
 
-import json
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 from prometheus_client.registry import Collector
 
 import strata
 from strata.errors import ConfigError
-from strata.files import write_atomic
 from strata.logs import JsonLines, get_logger, warn_once
 from strata.telemetry.catalogue import CATALOGUE, Metric, Role
 from strata.telemetry.scrape import ScrapeServer, tls_context
 
-__all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics", "TargetFile"]
+__all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics"]
 
 logger = get_logger(__name__)
 
@@ -45,7 +48,15 @@ class ExporterConfig:
     """PEM file of an authority; scrapes must then bring a certificate of its own (mutual TLS)."""
     file_sd: Path | None = None
     """Folder in which each process says where to scrape it, for Prometheus's file_sd_configs; on a
-    file system that all nodes and Prometheus share."""
+    file system that all nodes and Prometheus share. Without one, Prometheus's http_sd_configs find
+    all ranks at /targets of rank 0."""
+    name: str = ""
+    """Name of the run in metrics; by default its path below root, or the complete path outside."""
+    root: Path = Path("runs")
+    """Folder whose path is left out of the names of runs."""
+    node: str = ""
+    """Name of this machine in metrics; by default its host name. In a container: the name of its
+    node, so that containers are not taken for machines."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -64,7 +75,7 @@ class ExporterConfig:
         for name in ("password_file", "certificate", "key", "client_authority"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
-                raise ConfigError(f"monitor.{name} {path} is no file; mend the path")
+                raise ConfigError(f"monitor.{name} {path} is not a file; correct the path")
         if self.password_file is not None:
             self.credentials()
 
@@ -101,6 +112,8 @@ class Metrics:
     """
 
     def __init__(self, jsonl: Path | None = None, role: Role = "train") -> None:
+        # A series of its own for the time at which each counter began would double the counters.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self._role: Role = role
         self._entries = {entry.name: entry for entry in CATALOGUE if role in entry.roles}
@@ -113,7 +126,10 @@ class Metrics:
         self._jsonl = None if jsonl is None else JsonLines(jsonl)
         self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         self._server: ScrapeServer | None = None
+        self.finished = False
+        """Whether the work is complete."""
         self.set("strata_build_info", 1, version=strata.__version__)
+        self.set("strata_finished", 0)
 
     def _make(self, entry: Metric) -> Any:
         match entry.kind:
@@ -210,7 +226,7 @@ class Metrics:
             self._server = ScrapeServer(config.host, port, self.registry, tls, config.credentials())
         except OSError as error:
             logger.warning(
-                "metrics are not served: %s:%d: %s. The work goes on; choose another "
+                "metrics are not served: %s:%d: %s. The work continues; choose another "
                 "--monitor.port to see them",
                 config.host,
                 port,
@@ -218,6 +234,24 @@ class Metrics:
             )
             return None
         return self._server.server_port
+
+    def list_targets(self, listed: str) -> None:
+        """Answer `/targets` with a list in the form of Prometheus's http_sd_configs."""
+        if self._server is not None:
+            self._server.targets = listed.encode()
+
+    def finish(self) -> None:
+        """Report that all work is complete."""
+        self.finished = True
+        self.set("strata_finished", 1)
+
+    def wait_for_scrape(self) -> None:
+        """Wait for one more scrape, which sees the last values, if something scrapes this process.
+
+        At most `LAST_SCRAPE_S`.
+        """
+        if self._server is not None:
+            self._server.wait_for_scrape()
 
     def close(self) -> None:
         """Stop answering and close the file."""
@@ -227,50 +261,3 @@ class Metrics:
         if self._jsonl is not None:
             self._jsonl.close()
             self._jsonl = None
-
-
-class TargetFile:
-    """Tells Prometheus, through its file_sd_configs, where this process is to be scraped.
-
-    A file a process: nothing has to be agreed on, and a port that was taken is not listed. The file
-    stays if the process dies, so that `up` falls to 0 and an alert fires; it goes when all is well.
-
-    Args:
-        config: Names the folder; without one nothing is written.
-        port: The bound port, or None if nothing is served.
-        run: Name of the run, for the dashboards' variable.
-        rank: This process's rank.
-        role: What the process does.
-    """
-
-    def __init__(
-        self, config: ExporterConfig, port: int | None, *, run: str, rank: int, role: Role
-    ) -> None:
-        self._path: Path | None = None
-        if config.file_sd is None or port is None:
-            return
-        node = socket.gethostname()
-        host = node if config.host in ("0.0.0.0", "::", "") else config.host
-        scheme = "https" if config.certificate is not None else "http"
-        labels = {"run": run, "node": node, "rank": str(rank), "role": role, "__scheme__": scheme}
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        path = config.file_sd / f"{run}-{role}-{rank}.json"
-        content = json.dumps([{"targets": [address], "labels": labels}], indent=2) + "\n"
-        try:
-            config.file_sd.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, content, sync=False)
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written: %s. The work continues; Prometheus does not find this "
-                "process",
-                path,
-                error,
-            )
-            return
-        self._path = path
-
-    def remove(self) -> None:
-        """Take this process off the list."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            self._path = None

@@ -8,6 +8,7 @@ cannot take the descriptors that the work needs.
 
 import base64
 import hmac
+import math
 import socket
 import ssl
 import threading
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from strata.errors import ConfigError
 from strata.logs import get_logger
 
-__all__ = ["CONNECTION_S", "MAX_CONNECTIONS", "ScrapeServer", "tls_context"]
+__all__ = ["CONNECTION_S", "LAST_SCRAPE_S", "MAX_CONNECTIONS", "ScrapeServer", "tls_context"]
 
 logger = get_logger(__name__)
 
@@ -31,6 +32,10 @@ MAX_CONNECTIONS = 16
 """Open at a time; a Prometheus has one."""
 CONNECTION_S = 10.0
 """Seconds from a connection's beginning to its end, the handshake and the answer included."""
+LAST_SCRAPE_S = 15.0
+"""Longest wait for the scrape that sees a process's last values, in seconds."""
+_WATCHED_S = 120.0
+"""A process that was scraped within this time is expected to be scraped again, in seconds."""
 _POLL_S = 0.2
 _PAUSE_S = 0.1
 
@@ -67,7 +72,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
 
     Args:
         host: Address to bind.
-        port: Port to bind; 0 takes a free one, told by `server_port`.
+        port: Port to bind; 0 takes a free one, see `server_port`.
         registry: What is rendered.
         tls: How to encrypt, or None.
         credentials: `user:password` that requests must bring, or None.
@@ -93,8 +98,12 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
         self._tls = tls
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}
+        self._scraped = threading.Condition()
+        self._last_scrape = -math.inf
+        self.targets = b"[]\n"
+        """What /targets answers, as JSON."""
         super().__init__((host, port), _SilentHandler)
-        application: Application = make_wsgi_app(registry)
+        application = self._with_targets(make_wsgi_app(registry))
         self.set_app(
             application if credentials is None else _with_password(application, credentials)
         )
@@ -136,7 +145,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The handshake and the answer; what goes wrong concerns the client alone."""
-        connection = request
+        connection, began = request, time.monotonic()
         try:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(
@@ -147,6 +156,9 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
                     self._open[connection] = self._open.pop(request)
                 connection.do_handshake()
             self.finish_request(connection, client_address)
+            with self._scraped:
+                self._last_scrape = began
+                self._scraped.notify_all()
         except (OSError, ValueError) as error:
             logger.debug("scrape from %s: %s", client_address, error)
         finally:
@@ -173,8 +185,26 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
                     pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of rendering is the program's and is told; the work continues."""
+        """Log an error of rendering, which is a bug; the process continues."""
         logger.exception("a scrape from %s failed", client_address)
+
+    def _with_targets(self, metrics: Application) -> Application:
+        """Answer /targets with `targets` and all other paths with the metrics."""
+
+        def chosen(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+            if environ.get("PATH_INFO") != "/targets":
+                return metrics(environ, start_response)
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [self.targets]
+
+        return chosen
+
+    def wait_for_scrape(self) -> None:
+        """Wait until a request that begins after now was answered, if there were some lately."""
+        now = time.monotonic()
+        with self._scraped:
+            if now - self._last_scrape < _WATCHED_S:
+                self._scraped.wait_for(lambda: self._last_scrape >= now, LAST_SCRAPE_S)
 
     def close(self) -> None:
         """Stop listening and end every connection; waits for none of them."""

@@ -4,35 +4,54 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from strata.distributed import World, gather_objects
 from strata.telemetry.catalogue import Role
 from strata.telemetry.host import HostCollector, ProcessCollector
-from strata.telemetry.metrics import ExporterConfig, Metrics, TargetFile
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.targets import Target, TargetFile, only_run
 
 __all__ = ["export", "export_process"]
 
 
 @contextmanager
 def export(
-    metrics: Metrics, config: ExporterConfig, *, role: Role, run: str, rank: int, local_rank: int
+    metrics: Metrics, config: ExporterConfig, *, role: Role, run: str, world: World
 ) -> Iterator[Metrics]:
-    """Serve metrics at the port of a local rank; at the end close them.
+    """Serve metrics at the port of a local rank; at the end close them. All ranks call it.
 
     Args:
         metrics: Of this process.
         config: Where; port 0 serves nothing.
         role: What the process does.
         run: Name of the run, for the dashboards' variable.
-        rank: This process's among all.
-        local_rank: This process's on its node, added to the port.
+        world: This rank, whose local rank is added to the port, and its peers.
+
+    Raises:
+        ConfigError: Another live run of the same name is in the folder of targets.
     """
-    port = metrics.serve(config, config.port + local_rank) if config.port else None
-    target = TargetFile(config, port, run=run, rank=rank, role=role)
-    try:
-        yield metrics
-        # After a fault it stays, so that `up` falls to 0 and an alert fires.
-        target.remove()
-    finally:
-        metrics.close()
+    with only_run(config, run, role, world):
+        port = metrics.serve(config, config.port + world.local_rank) if config.port else None
+        target = None
+        if port is not None:
+            target = Target.of(config, port, run=run, rank=world.rank, role=role)
+        if config.port:
+            every = [each for each in gather_objects(target) if each is not None]
+            metrics.list_targets(Target.listed(every))
+        listed = TargetFile(config, target)
+        try:
+            yield metrics
+            if metrics.finished:
+                metrics.wait_for_scrape()
+            listed.remove()
+        except KeyboardInterrupt:
+            listed.remove()
+            raise
+        except Exception as error:
+            # It stays, so that `up` falls to 0 and an alert fires, with this reason.
+            listed.say_why(error)
+            raise
+        finally:
+            metrics.close()
 
 
 @contextmanager
@@ -41,8 +60,7 @@ def export_process(
     *,
     role: Role,
     run: str,
-    rank: int,
-    local_rank: int,
+    world: World,
     places: Mapping[str, Path],
 ) -> Iterator[Metrics]:
     """Metrics of a process without a log: its own, and on local rank 0 the node's.
@@ -51,13 +69,16 @@ def export_process(
         config: Where; port 0 serves nothing.
         role: What the process does.
         run: Name of the run.
-        rank: This process's among all.
-        local_rank: This process's on its node.
+        world: This process among its peers.
         places: Folders whose file systems are watched, by what they are for.
+
+    Raises:
+        ConfigError: Another live run of the same name is in the folder of targets.
     """
     metrics = Metrics(role=role)
     metrics.add_collector(ProcessCollector())
-    if local_rank == 0:
-        metrics.add_collector(HostCollector(places))
-    with export(metrics, config, role=role, run=run, rank=rank, local_rank=local_rank):
+    if world.local_rank == 0:
+        metrics.add_collector(HostCollector(places, config.node))
+    with export(metrics, config, role=role, run=run, world=world):
         yield metrics
+        metrics.finish()

@@ -9,7 +9,7 @@ import torch
 
 from strata.dataload.config import DataConfig
 from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
-from strata.dataload.pipeline import ViewSlice, video_decoder_fault
+from strata.dataload.pipeline import GpuPipeline, ViewSlice, video_decoder_fault
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_strip, decode_video, reference_view
@@ -45,16 +45,21 @@ def test_every_operation_agrees_with_the_reference(name: str, maps: bool, decode
         [strip],
         [parameters],
         (cut,),
+        GpuPipeline,
         decode=decode,
         augment="gpu",
         device_id=0,
         colour_maps=maps,
     )
-    want = reference_view(decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True)
+    want = reference_view(
+        decode_strip(strip, HEIGHT), cut, parameters, 0, SIZE, photometric=True, one_pass=True
+    )
     gap = np.abs(got[0].astype(int) - want.astype(int))
     assert gap.mean() <= (0.3 if decode == "cpu" else 1.5)
     # nvJPEG upsamples chroma in its own way, which shows at edges of colour.
-    assert gap.max() <= (3 if decode == "cpu" else 64)
+    assert gap[:, 1:-1, 1:-1].max() <= (3 if decode == "cpu" else 64)
+    # At the border DALI repeats the crop's edge, see tests/unit/dataload/test_pipeline.py.
+    assert gap.max() <= (6 if decode == "cpu" else 64)
 
 
 def test_devices_give_the_same_views_of_the_same_frames():
@@ -66,8 +71,11 @@ def test_devices_give_the_same_views_of_the_same_frames():
     )
     cuts = (ViewSlice(0, FRAMES),)
     (on_cpu,) = run_graph(strips, [both], cuts)
-    (on_gpu,) = run_graph(strips, [both], cuts, augment="gpu", device_id=0, colour_maps=True)
-    assert np.abs(on_cpu.astype(int) - on_gpu.astype(int)).max() <= 3
+    (on_gpu,) = run_graph(
+        strips, [both], cuts, GpuPipeline, augment="gpu", device_id=0, colour_maps=True
+    )
+    gap = np.abs(on_cpu.astype(int) - on_gpu.astype(int))
+    assert gap[:, :, 1:-1, 1:-1].max() <= 3
 
 
 @pytest.mark.parametrize("choice", ["host", "device"])

@@ -12,9 +12,8 @@ import pytest
 
 from strata.errors import ConfigError
 from strata.format.manifest import read_manifest
-from strata.preprocess import driver, run
+from strata.preprocess import executors, run
 from strata.preprocess.command import main
-from strata.preprocess.parts import Heartbeat
 from tests.support.commands import ROOT
 from tests.support.source_videos import moving_scene, write_video
 
@@ -58,7 +57,7 @@ def test_a_worker_that_cannot_be_started_is_not_blamed_on_the_output(
     def fail(*_: object) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(driver, "_Worker", fail)
+    monkeypatch.setattr(executors, "_Worker", fail)
     with pytest.raises(ConfigError, match=r"worker process 1 cannot be started \(Resource temp"):
         main(["folder", "--videos", str(videos), "--out", str(tmp_path / "out"), *SMALL])
 
@@ -72,21 +71,7 @@ def test_a_worker_that_cannot_be_started_is_not_blamed_on_the_output(
         ("/tmp/pym-1-abc", "/tmp/pym-1-abc"),
     ],
 )
-def test_what_cannot_be_written_is_blamed(name: str | None, blamed: str) -> None:
+def test_an_output_that_cannot_be_written_is_named(name: str | None, blamed: str) -> None:
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), name)
     message = str(run._cannot_write(Path("/data/out/train"), error))
     assert message.startswith(f"cannot write to {blamed}: Read-only file system; ")
-
-
-def test_a_heartbeat_is_seen_in_another_process() -> None:
-    heartbeat = Heartbeat()
-    heartbeat.value = 1.0
-    process = multiprocessing.get_context("spawn").Process(target=beat, args=(heartbeat,))
-    process.start()
-    process.join()
-    assert (process.exitcode, heartbeat.value) == (0, 3.5)
-
-
-def beat(heartbeat: Heartbeat) -> None:
-    assert heartbeat.value == 1.0
-    heartbeat.value = 3.5

@@ -19,12 +19,10 @@ import pytest
 
 from strata.errors import ConfigError, ShardError
 from strata.format.manifest import read_manifest
-from strata.preprocess import driver, run
-from strata.preprocess.command import main, run_command
-from strata.preprocess.datasets.folder import find_folder
-from strata.preprocess.options import parse_command, slice_of
+from strata.preprocess import run
+from strata.preprocess.command import main
+from strata.preprocess.options import slice_of
 from strata.preprocess.progress import JsonLog
-from strata.preprocess.settings import ShardSettings
 from tests.integration.test_sharding import (
     REPOSITORY,
     SMALL,
@@ -42,14 +40,15 @@ __all__ = ["shards", "videos"]
 def test_slices_and_merge_give_the_same_bytes(videos: Path, shards: Path, tmp_path: Path) -> None:
     for part in ("0/2", "1/2"):
         # The second machine has a disk of its own.
-        shard(videos, tmp_path / part[0], "--slice", part)
+        shard(videos, tmp_path / part[0], "--slice", part, "--samples-per-part", "2")
         made = {p.name for p in (tmp_path / part[0] / "train").glob("*.tar")}
-        assert made == {f"shard-{k:06d}.tar" for k in range(int(part[0]), 3, 2)}
+        # Six parts of two videos; the middle shard is in both slices.
+        assert made == {f"shard-{2 * int(part[0]):06d}.tar"}
     folder = tmp_path / "0" / "train"
-    with pytest.raises(ShardError, match=r"1 of 3 shards are not finished, first shard-000001"):
+    with pytest.raises(ShardError, match=r"2 of 3 shards are not finished, first shard-000001"):
         main(["merge", str(folder)])
     shutil.copytree(tmp_path / "1" / "train", folder, dirs_exist_ok=True)
-    (folder / "shard-000001.tar.3-of-4.tmp").write_bytes(b"left by a killed slice")
+    (folder / ".shard-000001.tar.0123abcd.tmp").write_bytes(b"left by a killed slice")
     main(["merge", str(tmp_path / "0"), "--max-rejects", "1"])
     assert contents(folder) == contents(shards)
     main(["merge", str(folder), "--max-rejects", "1"])  # Once more does nothing.
@@ -86,6 +85,11 @@ def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path)
         main(["merge", str(tmp_path / "a" / "train")])
 
 
+def array(task: int, count: int, first: int, step: int) -> dict[str, str]:
+    values = {"ID": task, "COUNT": count, "MIN": first, "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
 @pytest.mark.parametrize(
     ("given", "environment", "expected"),
     [
@@ -94,6 +98,11 @@ def test_slices_that_saw_other_videos_do_not_merge(videos: Path, tmp_path: Path)
         (None, {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "9"}, (3, 4)),
         (None, {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
         (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1)),  # a batch script, no srun
+        (None, array(7, 4, 5, 1), (2, 4)),
+        (None, array(30, 3, 10, 10), (2, 3)),
+        (None, array(1, 2, 0, 1) | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, (5, 8)),
+        (None, array(7, 2, 0, 1), "SLURM_ARRAY_TASK_ID=7 .* is not a part"),  # --array=0,7
+        ("1/3", array(7, 4, 5, 1), (1, 3)),
         ("5/5", {}, "--slice 5/5 is not a part"),
         ("half", {}, "use i/n"),
         (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x WORLD_SIZE=2: not numbers"),
@@ -122,7 +131,7 @@ def test_json_log(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (end["done"], end["total"], end["rejected"], end["left_s"]) == (12, 12, 2, 0)
 
 
-def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_log_has_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     log = JsonLog("train", 10, 4, every_s=0.0)
     log.done(5)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -134,7 +143,7 @@ def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -
     assert (line["event"], line["done"]) == ("progress", 5)
 
 
-def test_json_log_goes_on_while_no_video_is_done(
+def test_json_log_is_written_while_no_video_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "open_progress", functools.partial(run.open_progress, every_s=0.2))
@@ -153,7 +162,7 @@ def test_it_answers_prometheus_while_it_works(videos: Path, tmp_path: Path) -> N
     port, targets = free_port(), tmp_path / "targets"
     call = [sys.executable, REPOSITORY / "tools" / "shard.py", "folder", "--log", "none", *SMALL]
     call += ["--videos", tmp_path / "videos", "--out", tmp_path / "made", "--workers", "2"]
-    call += ["--monitor-port", str(port), "--file-sd", targets]
+    call += ["--monitor-port", str(port), "--file-sd", targets, "--samples-per-part", "1"]
     with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as process:
         try:
             found: dict[str, float] = {}
@@ -225,7 +234,7 @@ def test_full_disk(videos: Path, shards: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_dry_run_tells_and_writes_nothing(
+def test_dry_run_prints_and_writes_nothing(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard(videos, tmp_path / "out", "--dry-run", "--test-fraction", "0.4")
@@ -239,39 +248,6 @@ def test_dry_run_tells_and_writes_nothing(
     assert "2 rejected" in told
     assert "estimate:" in told
     assert re.search(r"\([1-9]\d* us of CPU time and [1-9][\d,]* bytes a frame\), 2 rejected", told)
-
-
-def test_little_memory_for_waiting_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for one byte only the sample that is next is heard, and all comes out the same."""
-    folder = tmp_path / "videos"
-    write_video(folder / "long.avi", moving_scene(100, 320, 240).repeat(8, 0))
-    for k in range(9):
-        write_video(folder / f"{k}.avi", moving_scene(12, 96, 64, seed=k))
-    argv = ["folder", "--videos", str(folder), "--workers", "2", "--log", "none"]
-    argv += [*SMALL, "--samples-per-shard", "10"]
-    (source_set,) = find_folder([folder])
-    seed = next(
-        k
-        for k in range(1000)
-        if run.plan_shards(source_set, ShardSettings(seed=k))[0][0].name == "long.avi"
-    )
-    most: dict[int, int] = {}
-    take = driver._Driver._take
-
-    def watch(self: driver._Driver, *args: object) -> None:
-        take(self, *args)  # pyright: ignore[reportArgumentType]
-        size = self._settings.buffer_bytes
-        most[size] = max(most.get(size, 0), self._waiting.num_bytes)
-
-    monkeypatch.setattr(driver._Driver, "_take", watch)
-    for size in (1, 1 << 30):
-        out = tmp_path / str(size)
-        command = parse_command([*argv, "--out", str(out), "--seed", str(seed)])
-        object.__setattr__(command.settings, "buffer_bytes", size)
-        run_command(command)
-    assert contents(tmp_path / "1") == contents(tmp_path / str(1 << 30))
-    # The short ones are done long before the long one; with room they all wait.
-    assert 0 < most[1] < most[1 << 30] / 4
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])

@@ -13,9 +13,11 @@ import pytest
 import yaml
 
 from strata import logs
+from strata.distributed import World
 from strata.logs import JsonLines, read_json_lines, set_up_logging
-from strata.telemetry.metrics import ExporterConfig, Metrics, TargetFile
-from tests.support.commands import ROOT, TINY
+from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
+from tests.support.commands import ROOT, TINY, free_port
 from tests.support.shard_folders import moving_picture
 from tests.support.training_processes import ForkServer
 
@@ -41,7 +43,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])
-def test_records_are_lost_counted_and_told_once(
+def test_lost_records_are_counted_and_reported_once(
     room: int, full: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     metrics = Metrics(tmp_path / "log.jsonl")
@@ -97,9 +99,10 @@ def test_lines_for_people_that_cannot_be_written_are_dropped(monkeypatch: pytest
             pass
 
 
-def test_a_target_file_that_cannot_be_written_is_told(caplog: pytest.LogCaptureFixture):
-    config = ExporterConfig(file_sd=Path("/proc/strata"))
-    TargetFile(config, 9480, run="a", rank=0, role="train").remove()
+def test_a_target_file_that_cannot_be_written_is_reported(caplog: pytest.LogCaptureFixture):
+    config = ExporterConfig(port=free_port(), file_sd=Path("/proc/strata"))
+    with export_process(config, role="evaluate", run="a", world=World(), places={}):
+        pass
     assert "Prometheus does not find this process" in caplog.text
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from strata.dataload import storage, transfer
+from strata import transfer
+from strata.dataload import storage
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
 from strata.errors import ConfigError, ShardError
@@ -162,7 +163,7 @@ def test_a_busy_store_is_asked_again(code: int, name: str, server: Misbehaving, 
 @pytest.mark.parametrize(
     ("code", "said"), [(404, "does not exist"), (403, "may not be read"), (401, "access rights")]
 )
-def test_what_is_absent_or_forbidden_is_asked_for_once(
+def test_absent_or_forbidden_files_are_requested_once(
     code: int, said: str, server: Misbehaving, tmp_path: Path
 ):
     server.faults["samples.jsonl"] = status(code)
@@ -188,7 +189,7 @@ def test_a_silent_server_is_left_after_the_time_limit(
     assert not leftovers(tmp_path)
 
 
-def test_a_trickle_is_given_up(server: Misbehaving, tmp_path: Path):
+def test_a_transfer_that_is_too_slow_is_aborted(server: Misbehaving, tmp_path: Path):
     server.faults[FIRST] = trickling
     with pytest.raises(ShardError, match=r"was not read in 3 attempts: only .* bytes in"):
         open_at(server, tmp_path, timeout_s=0.2).strip(0, FRAMES)
@@ -249,7 +250,7 @@ def test_the_leftover_of_a_killed_process_goes_and_the_file_of_a_living_one_stay
 ):
     server.faults["samples.jsonl"] = silent
     code = (
-        "import sys; from pathlib import Path; from strata.dataload.transfer import Store; "
+        "import sys; from pathlib import Path; from strata.transfer import Store; "
         "folder = Path(sys.argv[2]) / 'set'; folder.mkdir(); "
         "Store(sys.argv[1], 60).download('samples.jsonl', folder / 'samples.jsonl', limit=9999)"
     )

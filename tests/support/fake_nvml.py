@@ -32,6 +32,7 @@ class FakeNvml:
         self.errors: dict[str, int] = {}
         self.every_error: int | None = None
         self.gpm, self.missing = gpm, missing
+        self.xids: list[int] = []
         self.live_samples = 0
         self.gpm_values: dict[int, float] = {}
         self.mig_samples: list[int] = []
@@ -99,6 +100,34 @@ class FakeNvml:
     def nvmlDeviceGetPcieThroughput(self, _: Any, counter: Any, kib: Any) -> int:
         transmitted = getattr(counter, "value", counter) == pynvml.NVML_PCIE_UTIL_TX_BYTES
         return self._put(kib, 10 if transmitted else 20)
+
+    def nvmlDeviceGetFieldValues(self, _: Any, count: Any, fields: Any) -> int:
+        assert count.value == 1
+        for field in fields._obj:
+            assert field.fieldId == pynvml.NVML_FI_DEV_MEMORY_TEMP
+            field.nvmlReturn, field.value.uiVal = _OK, 72
+        return _OK
+
+    def nvmlDeviceGetRemappedRows(self, _: Any, *found: Any) -> int:
+        for reference, value in zip(found, (3, 1, 1, 0), strict=True):
+            self._put(reference, value)
+        return _OK
+
+    def nvmlDeviceGetPcieReplayCounter(self, _: Any, count: Any) -> int:
+        return self._put(count, 5)
+
+    def nvmlEventSetCreate(self, _: Any) -> int:
+        return _OK
+
+    def nvmlDeviceRegisterEvents(self, _: Any, kinds: Any, events: Any) -> int:
+        assert getattr(kinds, "value", kinds) == pynvml.nvmlEventTypeXidCriticalError
+        return _OK
+
+    def nvmlEventSetWait_v2(self, _: Any, event: Any, timeout_ms: Any) -> int:
+        if not self.xids:
+            return pynvml.NVML_ERROR_TIMEOUT
+        event._obj.eventData = self.xids.pop(0)
+        return _OK
 
     def nvmlGpmQueryDeviceSupport(self, _: Any, support: Any) -> int:
         assert support._obj.version == pynvml.NVML_GPM_SUPPORT_VERSION

@@ -8,12 +8,12 @@ import torch
 
 
 def _nan(step: int, rank: str) -> None:
-    from strata.train import loop
+    from strata.train import pretraining
 
-    original = loop.Trainer._part
+    original = pretraining.Pretraining._part
 
     def part(self: Any, batch: Any, *more: Any) -> Any:
-        if os.environ["RANK"] == rank and self.state.step == step - 1:
+        if os.environ["RANK"] == rank and more[-1] == step - 1:
             losses = self.method.losses
 
             def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def _nan(step: int, rank: str) -> None:
                 self.method.losses = losses
         return original(self, batch, *more)
 
-    setattr(loop.Trainer, "_part", part)  # noqa: B010
+    setattr(pretraining.Pretraining, "_part", part)  # noqa: B010
 
 
 def nan_at_step_5_on_rank_1() -> None:
@@ -42,16 +42,16 @@ def nan_at_step_5() -> None:
 
 
 def stall_in_step_4_on_rank_1() -> None:
-    from strata.train import loop
+    from strata.train import pretraining
 
-    original = loop.Trainer.step
+    original = pretraining.Pretraining.step
 
-    def step(self: Any, batch: Any) -> Any:
-        if os.environ["RANK"] == "1" and self.state.step == 3:
+    def step(self: Any, batch: Any, state: Any) -> Any:
+        if os.environ["RANK"] == "1" and state.step == 3:
             time.sleep(3600)
-        return original(self, batch)
+        return original(self, batch, state)
 
-    loop.Trainer.step = step
+    pretraining.Pretraining.step = step
 
 
 def other_code_on_rank_1() -> None:
@@ -106,3 +106,52 @@ def log_full_from_the_fifth_record() -> None:
         return original(handle, data)
 
     logs.os.write = write
+
+
+def slow_steps() -> None:
+    """Steps take 0.3 s more, so that a Prometheus sees each of them."""
+    from strata.train import loop
+
+    original = loop.Trainer._advance
+
+    def advance(self: Any) -> None:
+        time.sleep(0.3)
+        original(self)
+
+    setattr(loop.Trainer, "_advance", advance)  # noqa: B010
+
+
+def slow_nan_at_step_5() -> None:
+    slow_steps()
+    nan_at_step_5()
+
+
+def blocked_reads_on_rank_1() -> None:
+    """The storage does not answer any more after eight batches of rank 1."""
+    from strata.dataload.reader import ShardReader
+
+    slow_steps()
+    original, calls = ShardReader.strips, []
+
+    def strips(self: Any, *args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) > 8:
+            time.sleep(3600)
+        return original(self, *args, **more)
+
+    setattr(ShardReader, "strips", strips)  # noqa: B010
+
+
+def full_disk_for_one_save() -> None:
+    """The second checkpoint fails, and all disks but /dev/shm report 1 GB of 1 TB as free."""
+    from strata.telemetry import host
+
+    slow_steps()
+    disk_full_once()
+    original = host.psutil.disk_usage
+
+    def disk_usage(path: str) -> Any:
+        found = original(path)
+        return found if path == "/dev/shm" else found._replace(total=10**12, free=10**9)
+
+    setattr(host.psutil, "disk_usage", disk_usage)  # noqa: B010

@@ -1,4 +1,4 @@
-"""Helpers of the DALI graph's tests: images, augmentation cases, and running a graph."""
+"""Helpers of the pipelines' tests: images, augmentation cases, and running a pipeline."""
 
 import dataclasses
 import io
@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from strata.dataload.augment import ViewParameters, centre_crop
-from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from strata.dataload.cpu_pipeline import CpuPipeline
+from strata.dataload.pipeline import GpuPipeline, GraphSpec, ViewSlice
 from tests.support.shard_folders import moving_picture
 
 HEIGHT, WIDTH, FRAMES, SIZE = 64, 96, 8, 48
@@ -27,8 +28,13 @@ def moving_pictures(seed: int) -> np.ndarray:
 
 
 def run_graph(
-    strips: list[np.ndarray], views: list[ViewParameters], cuts: tuple[ViewSlice, ...], **changes
+    strips: list[np.ndarray],
+    views: list[ViewParameters],
+    cuts: tuple[ViewSlice, ...],
+    pipeline: type[CpuPipeline] | type[GpuPipeline] = CpuPipeline,
+    **changes,
 ) -> list[np.ndarray]:
+    """Each view of a batch, `[B, T, SIZE, SIZE, 3]`."""
     spec = GraphSpec(
         batch_size=len(strips),
         strip_frames=FRAMES,
@@ -42,8 +48,10 @@ def run_graph(
         device_id=None,
         num_threads=1,
     )
-    graph = ClipPipeline(dataclasses.replace(spec, **changes))
-    return [v.cpu().numpy() for v in graph.run(strips, views)]
+    opened = pipeline(dataclasses.replace(spec, **changes))
+    first, *rest = opened.start(strips, views)()
+    opened.close()
+    return [v.cpu().numpy() for v in (first[:, 0], *rest)]
 
 
 IDENTITY = centre_crop(1, height=HEIGHT, width=WIDTH)

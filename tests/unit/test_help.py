@@ -1,21 +1,26 @@
 """Help is short, every command has some, and a mistake is answered with what was probably meant."""
 
 import importlib
+import sys
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from strata import commands
+from strata import commands, launch
 from strata.config import parse_config
 from strata.errors import ConfigError, ShardError
-from strata.eval.protocols.run import RUNNERS, RetrievalEvaluation
+from strata.eval.evaluations.retrieval import RetrievalEvaluation
+from strata.eval.evaluations.runners import RUNNERS
 from strata.format.manifest import read_manifest
+from strata.preprocess.options import usage
 from strata.recipes import find_recipe, recipes, summary_of
 from strata.suggestions import did_you_mean
-from strata.tools import demo_steps
+from strata.tools import demo_steps, entry
 from strata.tools.demo_steps import DemoConfig
 from strata.train.config import TrainConfig
 from tests.support.shard_folders import make_shards
@@ -166,6 +171,53 @@ def test_commands_are_named_as_they_were_started(monkeypatch: pytest.MonkeyPatch
     assert commands.line("pretrain", "--run", "a") == "strata pretrain --run a"
     assert commands.shown_program("tools/shard.py ucf101") == "strata shard ucf101"
     assert "strata pretrain --help" in refused("--qqqq", "1")
+
+
+def test_the_program_lists_commands_and_recipes(capsys: pytest.CaptureFixture[str]):
+    def said(*words: str) -> tuple[int, str]:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv(commands.STARTED_AS, "")
+            with suppress(SystemExit):
+                status = entry.main(words)
+                return status, capsys.readouterr().out
+        return 2, capsys.readouterr().err
+
+    listed = said("--help")[1]
+    assert all(f"  {name} " in listed for name in [*commands.FILES, "configs"])
+    assert "pretrain/ucf101_r3d18 " in said("configs")[1]
+    assert "queue_length: 1024" in said("configs", "ucf101_r3d18")[1]
+    assert "did you mean pretrain?" in said("petrain")[1]
+    assert "--num_gpus is 0; use 1 or more" in said("pretrain", "--num_gpus", "0")[1]
+    assert said("shard", "--help") == (0, usage().replace("tools/shard.py", "strata shard") + "\n")
+
+
+def test_the_program_starts_a_rank_for_each_gpu(monkeypatch: pytest.MonkeyPatch):
+    started: list[list[str]] = []
+
+    def run(words: list[str], **options: Any) -> SimpleNamespace:
+        started.append(words)
+        return SimpleNamespace(returncode=5)
+
+    monkeypatch.setenv(commands.STARTED_AS, "")
+    monkeypatch.setattr(entry.subprocess, "run", run)
+    monkeypatch.setattr(entry.runpy, "run_path", lambda path, run_name: started.append([path]))
+    monkeypatch.setattr(entry.sys, "argv", [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    script = str(commands.script("pretrain"))
+    assert entry.main(["pretrain", "--run", "a"]) == 5
+    assert started[-1][-3:] == [script, "--run", "a"]
+    assert started[-1][started[-1].index("--num_gpus") + 1] == "4"
+    assert entry.main(["evaluate", "--num_gpus=2", "linear"]) == 5
+    assert started[-1][started[-1].index("--num_gpus") + 1] == "2"
+    # With one GPU, and in a rank, it is this process.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert entry.main(["pretrain", "--run", "a"]) == 0
+    assert (started[-1], sys.argv) == ([script], [script, "--run", "a"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with monkeypatch.context() as launched:
+        launched.setattr(launch, "is_launched", lambda: True)
+        assert entry.main(["pretrain", "--run", "a"]) == 0
+    assert started[-1] == [script]
 
 
 def test_the_demo_says_how_many_videos_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -100,11 +100,11 @@ def test_names_in_records_of_unfinished_shards(tmp_path: Path):
     progress.mkdir()
     form = {"width": 64, "height": 48}
     plan = {"dataset": "d", "split": "s", "form": form, "classes": [], "absent": []}
-    plan |= {"settings": {"plan": "p"}, "num_shards": 1}
+    plan |= {"settings": {"plan": "p"}, "names": "p", "shards": [[1, "s"]]}
     (progress / "plan.json").write_text(json.dumps(plan))
     entry = {"name": "../evil.tar", "num_samples": 1, "num_frames": 1, "num_bytes": 1}
     entry |= {"sha256": "0" * 64, "index_sha256": "0" * 64}
-    record = {"plan": "p", "entry": entry, "rows": []}
+    record = {"plan": "p", "sizes": "s", "stamps": [], "entry": entry, "rows": []}
     (progress / "shard-000000.tar.json").write_text(json.dumps(record))
     with pytest.raises(ShardError, match=r"shard-000000\.tar\.json contains the shard name"):
         merge_set(tmp_path)

@@ -17,9 +17,8 @@ from nvidia.dali.pipeline import pipeline_def
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from torch import Tensor
 
-from strata.dataload.augment import AugmentSpec
+from strata.dataload.augment import BLUR_RADIUS_SIGMAS, AugmentSpec
 from strata.dataload.clips import ClipSpec
-from strata.dataload.pipeline import BLUR_RADIUS_SIGMAS
 from strata.format.schema import FRAMES_EXT, INDEX_SUFFIX, NormalForm, segment_ext
 
 __all__ = ["DaliPeer"]

@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
 from strata.dataload.config import DataConfig
+from strata.dataload.cpu_pipeline import open_pipeline
 from strata.dataload.loader import TrainLoader
-from strata.dataload.pipeline import ClipPipeline, GraphSpec, ViewSlice
+from strata.dataload.pipeline import GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
@@ -48,7 +49,6 @@ from strata.tools.benchmarks.step import (
     random_step,
 )
 from strata.train.config import TrainConfig
-from strata.train.engine import autocast_dtype
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.monitor.cost_model import step_cost
@@ -220,8 +220,8 @@ class _Bench:
                     device_id=0 if self.on_gpu else None,
                     num_threads=threads,
                 )
-                graph = ClipPipeline(spec)
-                rate = self.rate(lambda g=graph: g.run(self.strips, parameters), batch)
+                graph = open_pipeline(spec)
+                rate = self.rate(lambda g=graph: g.start(self.strips, parameters)(), batch)
                 places_of = {"decode": decode, "augment": augment, "threads": threads}
                 self.record("graph", **places_of, samples_per_s=rate)
 
@@ -272,7 +272,7 @@ class _Bench:
             method=MethodConfig(queue_length=max(1024, batch)),
             engine=variant.engine,
         )
-        dtype = autocast_dtype(variant.engine, self.device)
+        dtype = variant.engine.autocast_on(self.device)
         precision = "fp32" if dtype is None else "bf16"
         if self.on_gpu:
             torch.backends.cudnn.benchmark = True

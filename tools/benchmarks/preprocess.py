@@ -26,9 +26,9 @@ from strata.format.strip_jpeg import assemble_strip, parse_strip
 from strata.limits import usable_cpus
 from strata.preprocess.encode_mp4 import encode_mp4, to_stored_range
 from strata.preprocess.run import shard_set
+from strata.preprocess.sample import keep_freed_memory
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.transcode import FrameSource, encode_strip
-from strata.preprocess.worker import keep_freed_memory
 from strata.tools.benchmarks.measure import (
     find_videos,
     in_turns,

@@ -50,7 +50,7 @@ from strata.train.method.schedules import phase_at
 
 __all__ = ["main"]
 
-_RECIPE = Path(__file__).resolve().parents[2] / "configs/pretrain/ucf101_r3d18_release.yaml"
+_RECIPE = "ucf101_r3d18_release"
 _ENDLESS = 1_000_000
 
 
@@ -119,7 +119,7 @@ class _Task:
         }
         flags = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
         self.config = parse_config(
-            TrainConfig, ["--config", str(_RECIPE), *flags], prog="published", description=""
+            TrainConfig, ["--config", _RECIPE, *flags], prog="published", description=""
         )
         # The stage in which every term is computed.
         self.phase = phase_at(self.config.schedule, self.config.schedule.second_stage_epoch)

@@ -21,7 +21,7 @@ from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.train.config import TrainConfig
 from strata.train.convolutions import sound_convolutions
-from strata.train.engine import EngineConfig, autocast_dtype
+from strata.train.engine_config import EngineConfig
 from strata.train.fast_encoder import arrange_encoder
 from strata.train.method.model import VideoModel
 from strata.train.method.objective import Method
@@ -112,7 +112,7 @@ class Step:
         schedule = ScheduleConfig()
         epoch = schedule.frozen_prototype_epochs if stage == 1 else schedule.second_stage_epoch
         self._phase = phase_at(schedule, epoch)
-        self._dtype = autocast_dtype(config.engine, self._device)
+        self._dtype = config.engine.autocast_on(self._device)
         self._scale = _FP16_SCALE if self._dtype == torch.float16 else 1.0
         orders = self._model.orders(samples, 0, 0, clip_frames)
         self._orders = [order.to(self._device) for order in orders]

@@ -23,6 +23,7 @@ __all__ = [
     "embedding_health",
     "graph_health",
     "graph_in_words",
+    "health_series",
     "prototype_health",
 ]
 
@@ -173,3 +174,29 @@ def chance_levels(
         "graph": graph / num_videos if divide_by_batch else graph,
         **{f"retrieval_{level}": math.log(t) for level, t in num_long_steps.items()},
     }
+
+
+_SERIES: dict[str, tuple[str, dict[str, str]]] = {
+    "embedding_std": ("strata_embedding_std", {}),
+    "embedding_effective_rank": ("strata_embedding_effective_rank", {}),
+    "prototypes_in_use": ("strata_prototypes_in_use", {"of": "scores"}),
+    "assigned_prototypes_in_use": ("strata_prototypes_in_use", {"of": "assignments"}),
+    "prototype_entropy_nats": ("strata_prototype_entropy_nats", {"of": "scores"}),
+    "assigned_prototype_entropy_nats": ("strata_prototype_entropy_nats", {"of": "assignments"}),
+    "graph_off_diagonal_mass": ("strata_graph_off_diagonal_ratio", {}),
+    "graph_semantic_partners": ("strata_graph_partners", {"graph": "semantic"}),
+    "graph_instance_partners": ("strata_graph_partners", {"graph": "instance"}),
+}
+"""The metric and labels of each measure; one unit a metric."""
+
+
+def health_series(measure: str) -> tuple[str, dict[str, str]]:
+    """The metric and the labels of a measure of the health.
+
+    Raises:
+        KeyError: It is not one of the measures of this file.
+    """
+    if measure.startswith("cosine_altered_"):
+        alteration, level = measure.removeprefix("cosine_altered_").split("_")
+        return "strata_altered_cosine", {"alteration": alteration, "level": level}
+    return _SERIES[measure]

@@ -1,21 +1,26 @@
 """Monitoring of a running training: counters, times and the bottleneck, as metrics."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from strata.code_digest import commit
+from strata.config import dotted, plain
 from strata.dataload.loader import Batch
 from strata.distributed import World, broadcast_object, gather, watch_collectives
 from strata.errors import ConfigError
 from strata.logs import get_logger
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.host import HostCollector, ProcessCollector
+from strata.telemetry.loggers import MlflowLogger, WandbLogger
 from strata.telemetry.metrics import Metrics
 from strata.telemetry.readings import Reading, ReadingCollector
 from strata.telemetry.serve import export
+from strata.telemetry.targets import run_name
 from strata.telemetry.tensorboard import TensorBoard
 from strata.train.config import TrainConfig
 from strata.train.monitor.bottleneck import (
@@ -28,6 +33,7 @@ from strata.train.monitor.bottleneck import (
 )
 from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
 from strata.train.monitor.cost_model import step_cost
+from strata.train.monitor.health import health_series
 from strata.train.monitor.progress import ACTIVITIES
 
 __all__ = ["RunMonitor", "count_starts", "serve_run"]
@@ -43,8 +49,24 @@ def count_starts(log: Path) -> int:
         return sum('"kind": "start"' in line for line in lines)
 
 
-def _open_run(config: TrainConfig, world: World) -> Metrics:
+def _loggers(config: TrainConfig) -> Iterator[TensorBoard | WandbLogger | MlflowLogger]:
+    """The loggers that the settings name."""
+    monitor, settings = config.monitor, dotted(plain(config))
+    if monitor.tensorboard:
+        yield TensorBoard(config.run / "tensorboard")
+    if monitor.wandb:
+        yield WandbLogger(config.run, settings)
+    if monitor.mlflow:
+        yield MlflowLogger(config.run, settings)
+
+
+def _open_run(config: TrainConfig, world: World, opened: ExitStack) -> Metrics:
     """Create the run's folder and log, and count previous starts. All ranks call it.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers.
+        opened: Closes the loggers.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -58,8 +80,12 @@ def _open_run(config: TrainConfig, world: World) -> Metrics:
         metrics = Metrics(log if world.is_first else None)
         if world.is_first:
             metrics.add("strata_restarts_total", starts)
-        if config.monitor.tensorboard and world.is_first:
-            metrics.tell(TensorBoard(config.run / "tensorboard"))
+        if world.is_first:
+            for sink in _loggers(config):
+                metrics.tell(sink)
+                opened.callback(sink.close)
+    except ConfigError as error:
+        wrong = str(error)
     except OSError as error:
         wrong = f"the run's folder cannot be written: {error}; choose another --run, or fix it"
     wrong = broadcast_object(wrong)
@@ -77,13 +103,13 @@ def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
         world: This rank and its peers.
 
     Raises:
-        ConfigError: The run's folder cannot be written.
+        ConfigError: The run's folder cannot be written, or another live run has the same name.
     """
-    metrics = _open_run(config, world)
-    run = config.run.resolve().name
-    ranks = {"rank": world.rank, "local_rank": world.local_rank}
-    with export(metrics, config.monitor, role="train", run=run, **ranks):
-        yield metrics
+    with ExitStack() as opened:
+        metrics = _open_run(config, world, opened)
+        run = run_name(config.monitor, config.run)
+        with export(metrics, config.monitor, role="train", run=run, world=world):
+            yield metrics
 
 
 class RunMonitor:
@@ -123,16 +149,45 @@ class RunMonitor:
             places = {"run": config.run}
             if "://" not in str(config.data.shards):
                 places["shards"] = Path(config.data.shards)
-            metrics.add_collector(HostCollector(places))
+            metrics.add_collector(HostCollector(places, config.monitor.node))
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             uuid = str(properties.uuid)
             metrics.add_collector(GpuCollector(uuid))
             # A separate reader, since GPM reports means since the last reading.
             self._gpu = GpuCollector(uuid)
-            if config.engine.precision in ("auto", "bf16"):
+            metrics.add_collector(ReadingCollector(self._allocator))
+            if config.engine.precision_on(device) == "bf16":
                 self._peak = peak_flops(properties.name)
         watch_collectives(clock.communication)
+
+    def start(self, *, step: int, total_steps: int, data: str) -> None:
+        """Report what is about to be trained.
+
+        Args:
+            step: Steps that earlier processes of the run have taken.
+            total_steps: Steps of the complete run.
+            data: Digest of the manifest.
+        """
+        metrics = self._metrics
+        metrics.set("strata_step", step)
+        metrics.set("strata_total_steps", total_steps)
+        metrics.set("strata_start_timestamp_seconds", time.time())
+        metrics.set(
+            "strata_run_info",
+            1,
+            commit=commit(),
+            model=self._config.model.name,
+            world_size=str(self._world.size),
+            precision=self._config.engine.precision_on(self._device),
+            data=data[:12],
+        )
+
+    def health(self, measured: Mapping[str, float]) -> None:
+        """Set the metrics of the representation's health."""
+        for measure, value in measured.items():
+            name, labels = health_series(measure)
+            self._metrics.set(name, value, **labels)
 
     def count(self, batch: Batch, queue_depth: int) -> None:
         """Count an issued step without using the device."""
@@ -230,6 +285,16 @@ class RunMonitor:
         if found.straggler_ratio is not None:
             yield Reading("strata_straggler_ratio", found.straggler_ratio, {})
             yield Reading("strata_straggler_rank", found.slowest_rank, {})
+
+    def _allocator(self) -> Iterator[Reading]:
+        """Readings of torch's allocator of device memory."""
+        stats = torch.cuda.memory_stats(self._device)
+        for kind in ("active", "reserved"):
+            peak = stats.get(f"{kind}_bytes.all.peak", 0)
+            yield Reading("strata_torch_memory_peak_bytes", peak, {"kind": kind})
+        retries, failed = stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
+        yield Reading("strata_torch_allocator_retries_total", retries, {})
+        yield Reading("strata_torch_out_of_memory_total", failed, {})
 
     def _utilisation(self) -> Utilisation:
         if self._gpu is None:

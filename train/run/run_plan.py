@@ -1,5 +1,7 @@
 """The run plan: a summary of a run that is printed and logged before it starts."""
 
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,17 +9,24 @@ import numpy as np
 import torch
 
 import strata
+from strata.config import plain
 from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
+from strata.logs import get_logger, read_json_lines
+from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
-from strata.train.engine import derive_deepspeed
+from strata.train.engine_config import derive_deepspeed
 from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_estimate, step_cost
 
-__all__ = ["RunPlan", "describe_run", "stage_epochs"]
+__all__ = ["RunPlan", "announce_run", "describe_run", "stage_epochs"]
 
+logger = get_logger(__name__)
+
+_RATES = 20
+"""Records of log.jsonl whose median is the measured speed."""
 _NAMED = 5
 """Number of videos that a line names; the log has all of them."""
 
@@ -101,6 +110,7 @@ def describe_run(
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
             f"order {plan.digest}, seed {config.seed}",
         ),
+        ("hours", _hours(config, last - step)),
         (
             "model",
             f"{config.model.name}, width {config.model.width}, "
@@ -116,20 +126,11 @@ def describe_run(
         ("figures", _figures(config)),
     ]
     record = {
-        "strata": strata.__version__,
-        "torch": torch.__version__,
-        "world_size": world.size,
-        "device": device.type,
         "autocast": dtype,
-        "batch_size": data.batch_size,
-        "steps_per_epoch": plan.steps_per_epoch,
         "step": step,
         "last_step": last,
-        "manifest_digest": reader.manifest.digest,
-        "plan_digest": plan.digest,
-        "left_out": [reader.keys[sample] for sample in plan.left_out],
-        "cache_bytes": cache_bytes(reader) if data.cache != "none" else 0,
         "parameters": costs[largest].parameters,
+        **_facts(config, world, device, reader, plan),
         "stages": {
             str(stage): {
                 "epochs": list(stages[stage]),
@@ -141,6 +142,71 @@ def describe_run(
         },
     }
     return RunPlan(lines=tuple(lines), record=record)
+
+
+def _facts(
+    config: TrainConfig, world: World, device: torch.device, reader: ShardReader, plan: Plan
+) -> dict[str, Any]:
+    """What is trained where on what, for the record."""
+    return {
+        "strata": strata.__version__,
+        "torch": torch.__version__,
+        "world_size": world.size,
+        "device": device.type,
+        "batch_size": config.data.batch_size,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "manifest_digest": reader.manifest.digest,
+        "plan_digest": plan.digest,
+        "left_out": [reader.keys[sample] for sample in plan.left_out],
+        "cache_bytes": cache_bytes(reader) if config.data.cache != "none" else 0,
+    }
+
+
+def announce_run(
+    config: TrainConfig,
+    *,
+    world: World,
+    device: torch.device,
+    reader: ShardReader,
+    plan: Plan,
+    step: int,
+    chance: Mapping[str, float],
+    metrics: Metrics,
+) -> None:
+    """Log the summary of a run, and record its start with the losses at chance level.
+
+    Args:
+        config: The run's settings.
+        world: This rank and the world size.
+        device: The device to compute on.
+        reader: The data set, opened.
+        plan: The order of samples.
+        step: Steps already done, if the run is resumed.
+        chance: Each loss term at chance level.
+        metrics: Receives the record.
+    """
+    record = None
+    if world.is_first:
+        page = describe_run(config, world=world, device=device, reader=reader, plan=plan, step=step)
+        logger.info("run plan:\n%s", page.text())
+        record = page.record
+    for term, value in chance.items():
+        metrics.set("strata_loss_chance", value, term=term)
+    metrics.record("start", step=step, chance=chance, plan=record, config=plain(config))
+
+
+def _hours(config: TrainConfig, steps: int) -> str:
+    """How long the remaining steps take at the given or the last measured speed."""
+    rate, source = config.plan_rate, "as given"
+    log = config.run / "log.jsonl"
+    if not rate and log.is_file():
+        records = [r for r in read_json_lines(log)[0] if r["kind"] == "step"]
+        rates = [r["samples_per_second"] for r in records[-_RATES:]]
+        rate, source = statistics.median(rates) if rates else 0.0, "as this run's log measured last"
+    if not rate:
+        return "unknown until the speed is measured; --plan_rate gives it in samples/s"
+    hours = steps * config.data.batch_size / rate / 3600
+    return f"{hours:.3g} for {steps} steps at {rate:.4g} samples/s, {source}; without evaluation"
 
 
 def _world(config: TrainConfig, world: World, device: torch.device, dtype: str | None) -> str:

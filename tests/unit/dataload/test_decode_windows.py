@@ -156,9 +156,7 @@ def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The GPU's answer is simulated here; tests/gpu uses a real one."""
-    monkeypatch.setattr(
-        "strata.dataload.decode_windows.video_decoder_fault", lambda *_: "no libnvcuvid"
-    )
+    monkeypatch.setattr("strata.dataload.pipeline.video_decoder_fault", lambda *_: "no libnvcuvid")
     monkeypatch.setattr("strata.logs._said", set())
     gpu = torch.device("cuda", 0)
     vp9, h264 = ShardReader(folders["vp9"]), ShardReader(folders["h264"])
@@ -168,7 +166,7 @@ def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
         choose_decoder(vp9, "gpu", gpu, "gpu")
     with pytest.raises(ConfigError, match="this rank has none; shard the videos again"):
         choose_decoder(h264, "auto", gpu, "gpu")
-    monkeypatch.setattr("strata.dataload.decode_windows.video_decoder_fault", lambda *_: None)
+    monkeypatch.setattr("strata.dataload.pipeline.video_decoder_fault", lambda *_: None)
     assert choose_decoder(h264, "auto", gpu, "gpu") == "gpu"
 
 

@@ -62,8 +62,10 @@ def test_batches_are_those_of_the_reference(shards: Path):
             want = reference_view(frames, cut, parameters, row, 32, photometric=True)
             got = batch.short[row, view] if view < 2 else batch.long[row]
             gap = np.abs(got.numpy().astype(int) - want.astype(int))
+            # Colour enlarges a difference of 1 in the resize.
             assert gap.max() <= 4
-            assert gap.mean() <= 0.6
+            assert (gap > 1).mean() <= 0.03
+            assert gap.mean() <= 0.3
 
 
 def same(one: Batch, two: Batch) -> bool:

@@ -13,8 +13,8 @@ import fsspec
 import numpy as np
 import pytest
 
+from strata import transfer
 from strata.dataload import reader as reader_module
-from strata.dataload import transfer
 from strata.dataload.config import DataConfig
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan

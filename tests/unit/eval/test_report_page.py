@@ -16,8 +16,9 @@ from PIL import Image
 from strata.dataload.reader import ShardReader
 from strata.eval.pictures import encode_jpeg, film_strip
 from strata.eval.published import PUBLISHED
-from strata.eval.report import Curve, curve_svg, render, write_page
+from strata.eval.report import Curve, curve_svg, page_of, render, write_page
 from strata.eval.results import ClassCounts, Classified, Cue, Cues, EvaluationResult, Measurement
+from strata.eval.summary import FigureLine, wilson
 from tests.support.evaluation_results import (
     classifier_measurement,
     evaluation_result,
@@ -87,24 +88,28 @@ class _Balance(HTMLParser):
 
 
 def test_the_page_is_complete_and_requests_nothing(result: EvaluationResult):
-    text = render(result)
+    folder = result.checkpoint.parents[2]
+    text = render(result, folder)
     balance = _Balance()
     balance.feed(text)
     assert balance.open == []
     pictures = [link.partition(";base64,")[0] for link in balance.links]
     assert pictures.count("data:image/svg+xml") == NUM_CURVES
-    assert set(pictures) == {"data:image/svg+xml", "data:image/jpeg"}
+    # Videos are linked, and nothing is loaded.
+    assert set(pictures) == {"data:image/svg+xml", "data:image/jpeg", "0.mp4"}
     assert "url(" not in text
     assert "<script" not in text
-    assert text == render(result)
+    assert text == render(result, folder)
 
 
-def test_it_shows_its_result(result: EvaluationResult):
+def test_the_demo_shows_its_result(result: EvaluationResult):
     text = " ".join(render(result).split())
     for shown in (
         "Generated videos. Shares of the test set.",
         "50.0% (40.0% to 60.0%)",
         "not measured",
+        # Of 12 test videos in each of two splits.
+        "31.4% to 68.6%",
         "12.5%",
         "a protocol of linear",
         "_&lt;of&gt;_two_&amp;_more",
@@ -113,7 +118,7 @@ def test_it_shows_its_result(result: EvaluationResult):
         "63.2 / 33.4",
         "c0ffee",
         "name: r3d18",
-        "video-9: mean logit of 3 clips +1.25 as they are (right), +0.50 reversed (wrong); 0.mp4",
+        "video-9: mean logit of 3 clips +1.25 as they are (right), +0.50 reversed (wrong);",
         "Red speaks for the original order",
         "By class: Linear probe, made, split 1",
         "Confusion: Retrieval, made, split 1",
@@ -126,7 +131,29 @@ def test_it_shows_its_result(result: EvaluationResult):
     assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 6 * 5
 
 
-def test_what_is_empty_is_left_out(shards: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("measured", "untrained", "said"),
+    [
+        (0.2, 0.2, "R: pretrained is not ahead of untrained."),
+        (0.1, 0.2, "R: pretrained is not ahead of untrained."),
+        (0.25, 0.2, "ahead of untrained by 5.0 points, which 84 test videos are too few"),
+        (0.6, 0.2, ""),
+    ],
+)
+def test_a_sentence_says_where_pretraining_is_not_ahead(
+    measured: float, untrained: float, said: str
+):
+    line = FigureLine(
+        name="R", data="", measured=(measured,), untrained=(untrained,), chance=0.1, num_test=84
+    )
+    assert said in line.lead
+    assert bool(line.lead) == bool(said)
+    assert replace(line, untrained=()).lead == ""
+    # As in a table of Wilson's interval: 0 of 10 is 0 to 27.8 %.
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+def test_empty_parts_are_left_out(shards: Path, tmp_path: Path):
     measurement = Measurement(rows=classifier_measurement(shards).rows)
     text = render(evaluation_result(shards, tmp_path / "a" / "b", finetune=[measurement]))
     for heading in ("By class", "Confusion", "Nearest", "Loss terms", "Training of", "Health"):
@@ -177,7 +204,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+@pytest.mark.parametrize("width", [400, 1280], ids=["phone", "desktop"])
 def test_a_browser_shows_it(
     browser: Browser, result: EvaluationResult, tmp_path: Path, width: int, dark: bool
 ):
@@ -198,6 +225,25 @@ def test_a_browser_shows_it(
     background = [int(v) for v in paper.split(", ")]
     assert np.abs(pixels[2, 2] - background).max() <= 2
     assert (np.abs(pixels - background).max(axis=2) > 60).mean() > 0.01
+
+
+def test_the_page_of_a_grid_fits_a_phone(browser: Browser, tmp_path: Path):
+    long = "a_row_with_a_long_name_" * 4
+    rows = [["", "runs", *[f"retrieval R@{k}" for k in (1, 5, 10, 20, 50)]]]
+    rows += [[long, "3", *["12.3 ± 4.5"] * 5], ["chance", "", *["1.0"] * 5]]
+    text = page_of(
+        "ablation.html.j2",
+        title=f"A grid of <{long}>",
+        incomplete=["INCOMPLETE: listed videos are missing."],
+        tables=[("", "Mean ± deviation, in %.", rows)],
+        lists=[("Rows", [(long, "configs/pretrain/ucf101_r3d18.yaml")])],
+        footer="All figures of all runs: ablation.json.",
+    )
+    assert "A grid of &lt;a_row" in text
+    (tmp_path / "ablation.html").write_text(text)
+    assert browser.open(tmp_path / "ablation.html", width=400, height=900, dark=False) == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == 400
+    assert browser.evaluate("document.querySelectorAll('tbody tr').length") == 2
 
 
 def test_the_browser_reports_a_request(browser: Browser, tmp_path: Path):

@@ -39,6 +39,13 @@ CLASSIC = {
     "throttled/settings": 0,
     "pcie_bytes_per_second/tx": 10 * 1024,
     "pcie_bytes_per_second/rx": 20 * 1024,
+    "memory_temperature_celsius": 72,
+    "remapped_rows/correctable": 3,
+    "remapped_rows/uncorrectable": 1,
+    "row_remap_pending": 1,
+    "row_remap_failed": 0,
+    "pcie_replays_total": 5,
+    "xid_errors_total": 0,
 }
 
 
@@ -75,6 +82,18 @@ def test_gpm_readings_are_means_and_samples_are_freed(
     assert "sm_activity_ratio" not in read(collector)
 
 
+def test_xid_errors_are_counted_and_the_last_is_named(monkeypatch: pytest.MonkeyPatch):
+    nvml = FakeNvml(monkeypatch)
+    collector = GpuCollector("abc")
+    read(collector)
+    nvml.xids = [31, 79]
+    for _ in range(2):
+        found = read(collector)
+        assert (found["xid_errors_total"], found["last_xid"]) == (2, 79)
+    nvml.errors["nvmlDeviceRegisterEvents"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    assert "xid_errors_total" not in read(GpuCollector("abc"))
+
+
 @pytest.mark.parametrize("uuid", ["MIG-def", "def"])
 def test_a_mig_device_is_sampled_through_its_parent(uuid: str, monkeypatch: pytest.MonkeyPatch):
     nvml = FakeNvml(monkeypatch, gpm=True)
@@ -97,7 +116,7 @@ def test_a_mig_device_is_sampled_through_its_parent(uuid: str, monkeypatch: pyte
         ("nvmlDeviceGetUtilizationRates", {"utilization_ratio", "memory_bandwidth_ratio"}),
         ("nvmlDeviceGetJpgUtilization", {"jpeg_utilization_ratio"}),
         ("nvmlDeviceGetTotalEnergyConsumption", {"energy_joules_total"}),
-        ("nvmlDeviceGetPcieThroughput", {k for k in CLASSIC if k.startswith("pcie")}),
+        ("nvmlDeviceGetPcieThroughput", {k for k in CLASSIC if k.startswith("pcie_b")}),
         ("nvmlDeviceGetCurrentClocksEventReasons", {k for k in CLASSIC if k.startswith("thro")}),
     ],
 )
@@ -150,13 +169,16 @@ def test_families_carry_help_and_labels(monkeypatch: pytest.MonkeyPatch):
 def test_the_host_is_read(tmp_path: Path):
     found = {
         (r.name, *r.labels.values()): r.value
-        for r in HostCollector({"run": tmp_path, "shards": tmp_path / "gone"}).read()
+        for r in HostCollector({"run": tmp_path, "shards": tmp_path / "gone"}, "n7").read()
     }
+    (disk,) = {key[2] for key in found if key[0] == "strata_disk_size_bytes"}
+    # The same for every folder of the file system, so for every run.
+    assert Path(disk.removeprefix("n7:")).is_mount()
     assert found[("strata_host_cpu_seconds_total", "busy")] > 0
     total = found[("strata_host_memory_total_bytes",)]
     assert 0 < found[("strata_host_memory_available_bytes",)] <= total
-    size = found[("strata_disk_size_bytes", "run")]
-    assert 0 < found[("strata_disk_free_bytes", "run")] <= size
-    assert ("strata_disk_free_bytes", "shards") not in found
+    size = found[("strata_disk_size_bytes", "run", disk)]
+    assert 0 < found[("strata_disk_free_bytes", "run", disk)] <= size
+    assert ("strata_disk_free_bytes", "shards", disk) not in found
     process = {r.name: r.value for r in ProcessCollector().read()}
     assert process["strata_process_resident_memory_bytes"] > 2**20

@@ -5,15 +5,22 @@ import json
 import socket
 import ssl
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.request
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from strata.errors import ConfigError
-from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics, TargetFile
-from tests.support.commands import scrape
+from strata.distributed import World
+from strata.errors import ConfigError, NotFiniteError
+from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics
+from strata.telemetry.serve import export_process
+from strata.telemetry.targets import Target, TargetFile, run_name
+from tests.support.commands import free_port, scrape
 
 UNITS = {
     "seconds": ("_seconds", "_seconds_total"),
@@ -49,6 +56,7 @@ def test_names_follow_prometheus_and_carry_their_unit():
                 "strata_loss_chance",
                 "strata_process_resident_memory_bytes",
                 "strata_build_info",
+                "strata_finished",
             )
         ), f"{metric.name}: when is it absent?"
 
@@ -64,6 +72,7 @@ def test_what_is_set_is_served_and_logged(tmp_path: Path):
     assert found['strata_loss{term="instance"}'] == 1.5
     assert found["strata_samples_total"] == 8
     assert found["strata_step_duration_seconds_count"] == 1
+    assert not [name for name in found if "_created" in name]
     assert found["strata_steps_total"] == 0
     # What nobody set is absent: 0 would be a lie, and set off alerts.
     assert "strata_grad_norm" not in found
@@ -89,7 +98,7 @@ def test_a_role_has_its_own_metrics():
     Metrics(role="preprocess").add("strata_frames_sharded_total", 1)
 
 
-def test_a_taken_port_warns_and_goes_on(caplog: pytest.LogCaptureFixture):
+def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -172,7 +181,7 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path):
         ExporterConfig(port=70_000)
     with pytest.raises(ConfigError, match="belong together"):
         ExporterConfig(certificate=tmp_path / "c")
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a file"):
         ExporterConfig(password_file=tmp_path / "gone")
     wrong = tmp_path / "wrong"
     wrong.write_text("nocolon")
@@ -180,18 +189,92 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path):
         ExporterConfig(password_file=wrong)
 
 
-def test_target_files_tell_prometheus_where_to_scrape(tmp_path: Path):
-    config = ExporterConfig(file_sd=tmp_path / "targets", host="0.0.0.0")
-    targets = [
-        TargetFile(config, 9480 + rank, run="a", rank=rank, role="train") for rank in range(2)
-    ]
-    TargetFile(config, None, run="a", rank=2, role="train")
-    files = sorted((tmp_path / "targets").iterdir())
-    assert [f.name for f in files] == ["a-train-0.json", "a-train-1.json"]
-    (entry,) = json.loads(files[1].read_text())
+def test_a_run_is_called_by_its_path(tmp_path: Path):
+    config = ExporterConfig(root=tmp_path)
+    # Every run of a grid is called "run" by its last folder.
+    assert run_name(config, tmp_path / "grid" / "a" / "run") == "grid/a/run"
+    assert run_name(config, tmp_path / "grid" / "b" / "run") == "grid/b/run"
+    assert run_name(ExporterConfig(), tmp_path / "run") == str(tmp_path / "run")
+    assert run_name(ExporterConfig(name="mine"), tmp_path) == "mine"
+
+
+def test_target_files_list_processes_for_prometheus(tmp_path: Path):
+    config = ExporterConfig(file_sd=tmp_path / "targets", host="0.0.0.0", node="n7")
+    files = []
+    for run, rank in (("x/run", 0), ("x/run", 1), ("y/run", 0), ("x-run", 0)):
+        target = Target.of(config, 9480 + rank, run=run, rank=rank, role="train")
+        files.append(TargetFile(config, target))
+    TargetFile(config, None)
+    made = sorted((tmp_path / "targets").iterdir())
+    # Names that read alike are files of their own.
+    assert len(made) == 4
+    (entry,) = (e for e in map(read_target, made) if e["labels"]["rank"] == "1")
     assert entry["targets"] == [f"{socket.gethostname()}:9481"]
-    assert entry["labels"]["run"] == "a"
-    assert entry["labels"]["rank"] == "1"
-    for target in targets:
-        target.remove()
+    assert entry["labels"] == {
+        **{"run": "x/run", "node": "n7", "rank": "1", "role": "train"},
+        "__scheme__": "http",
+    }
+    files[1].say_why(NotFiniteError("a loss is NaN"))
+    ended = [e["labels"].get("ended") for e in map(read_target, made)]
+    assert sorted(filter(None, ended)) == ["NotFiniteError"]
+    for file in files:
+        file.remove()
     assert not list((tmp_path / "targets").iterdir())
+
+
+def read_target(path: Path) -> dict[str, Any]:
+    (entry,) = json.loads(path.read_text())
+    return entry
+
+
+def exported(config: ExporterConfig, run: str = "a") -> AbstractContextManager[Metrics]:
+    return export_process(config, role="evaluate", run=run, world=World(), places={})
+
+
+def test_a_second_live_run_of_a_name_is_refused(tmp_path: Path):
+    config = ExporterConfig(port=free_port(), file_sd=tmp_path)
+    with exported(config):
+        with pytest.raises(ConfigError, match=r"called 'a' \(evaluate\).*monitor\.name"):
+            exported(ExporterConfig(port=free_port(), file_sd=tmp_path)).__enter__()
+        with exported(ExporterConfig(port=free_port(), file_sd=tmp_path), run="b"):
+            assert len(list(tmp_path.glob("*.json"))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_are_served_without_a_shared_folder():
+    config = ExporterConfig(port=free_port())
+    with (
+        exported(config),
+        urllib.request.urlopen(f"http://127.0.0.1:{config.port}/targets", timeout=5) as answer,
+    ):
+        assert answer.headers["Content-Type"] == "application/json"
+        (entry,) = json.load(answer)
+    assert entry["targets"] == [f"127.0.0.1:{config.port}"]
+    assert entry["labels"]["run"] == "a"
+
+
+def test_the_end_is_seen_by_the_next_scrape(tmp_path: Path):
+    """A finished process waits for one more scrape; one that nobody watches does not."""
+    seen: list[float] = []
+    config = ExporterConfig(port=free_port(), file_sd=tmp_path)
+
+    def scrape_twice() -> None:
+        scrape(config.port)
+        worked.set()
+        ended.wait(10)
+        time.sleep(0.3)
+        seen.append(scrape(config.port)["strata_finished"])
+
+    worked, ended = threading.Event(), threading.Event()
+    prometheus = threading.Thread(target=scrape_twice)
+    with exported(config):
+        prometheus.start()
+        worked.wait(10)
+        ended.set()
+    prometheus.join()
+    assert seen == [1]
+    # A fault leaves the target, with its reason.
+    with pytest.raises(NotFiniteError), exported(config):
+        raise NotFiniteError("a loss is NaN")
+    (left,) = tmp_path.glob("*.json")
+    assert read_target(left)["labels"]["ended"] == "NotFiniteError"

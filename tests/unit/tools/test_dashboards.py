@@ -58,9 +58,28 @@ def test_rules_use_the_catalogue_and_what_is_recorded():
         used = metric_names(re.sub(r"strata:[a-z0-9_:]+", "", rule["expr"]))
         assert used <= NAMES, rule
         assert set(re.findall(r"strata:[a-z0-9_:]+", rule["expr"])) <= recorded, rule
-        if "alert" in rule:
-            assert rule["annotations"]["action"]
-            assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_each_alert_has_a_paragraph_and_a_panel_and_names_no_rank_or_term():
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    panels = {
+        (page["uid"], str(panel["id"])): panel
+        for page in PAGES.values()
+        for panel in page["panels"]
+    }
+    for rule in rules():
+        if "alert" not in rule:
+            continue
+        notes = rule["annotations"]
+        assert notes["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert f"\n## {rule['alert']}\n" in runbook
+        panel = panels[notes["__dashboardUid__"], notes["__panelId__"]]
+        assert notes["dashboard"].startswith(
+            f"/d/{notes['__dashboardUid__']}?viewPanel={panel['id']}"
+        )
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        for labels in re.findall(r"^\(?(?:\w+) by \(([\w, ]+)\)", rule["expr"]):
+            assert not {"rank", "term"} & set(labels.split(", ")), rule["alert"]
 
 
 @pytest.mark.parametrize("uid", PAGES)
@@ -68,7 +87,11 @@ def test_a_dashboard_is_complete(uid: str):
     made = json.loads(json.dumps(PAGES[uid]))
     assert made["uid"] == f"strata-{uid}"
     variables = {v["name"] for v in made["templating"]["list"]}
-    assert {"run", "node"} <= variables
+    assert {"run", "node", "datasource"} <= variables
+    # The source is chosen at the import, or is the default one where files provision.
+    assert [source["name"] for source in made["__inputs"]] == ["DS_PROMETHEUS"]
+    (source,) = (v for v in made["templating"]["list"] if v["name"] == "datasource")
+    assert source["current"]["value"] == "${DS_PROMETHEUS}"
     assert [a["name"] for a in made["annotations"]["list"]] == ["Checkpoint", "Stage"]
     for annotation in made["annotations"]["list"]:
         assert metric_names(annotation["expr"]) <= NAMES
@@ -101,15 +124,29 @@ def test_a_dashboard_is_complete(uid: str):
             assert metric_names(target["expr"]) <= NAMES
             used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"}
             assert used <= variables, target
-            assert target["datasource"]["uid"] == "strata"
+            assert target["datasource"]["uid"] == "${datasource}"
             assert "$" not in literal(target["expr"], made)
 
 
-def test_names_are_those_of_now_and_not_of_the_time_range():
-    stats = [p for made in PAGES.values() for p in made["panels"] if p["type"] == "stat"]
-    for panel in stats:
-        named = panel["options"]["textMode"] == "name"
-        assert [t.get("instant", False) for t in panel["targets"]] == [named], panel["title"]
+def test_states_are_those_of_now_and_not_of_the_time_range():
+    for panel in (p for made in PAGES.values() for p in made["panels"] if "targets" in p):
+        now = [t.get("instant", False) and not t["range"] for t in panel["targets"]]
+        assert set(now) == {panel["type"] == "stat"}, panel["title"]
+
+
+def test_what_belongs_to_a_machine_is_counted_once():
+    shared = {e.name for e in CATALOGUE if e.section in ("GPU", "Host")}
+    for panel in (p for made in PAGES.values() for p in made["panels"] if "targets" in p):
+        for target in panel["targets"]:
+            if metric_names(target["expr"]) & shared and "samples" not in target["expr"]:
+                grouped = re.match(r"(max|min|avg) by \(([\w, ]+)\)", target["expr"])
+                assert grouped, target["expr"]
+                by = set(grouped[2].split(", "))
+                assert by & {"node", "disk", "run"}, target["expr"]
+                assert "rank" not in by, target["expr"]
+
+
+def test_instant_queries_are_asked_as_such():
     asked: dict[str, bool] = {}
 
     def ask(expr: str, instant: bool) -> list[dict[str, Any]]:
@@ -237,27 +274,162 @@ def _with(**labels: str) -> str:
     return _T[:-1] + "".join(f', {name}="{value}"' for name, value in labels.items()) + "}"
 
 
+def _rank(rank: str, **labels: str) -> str:
+    return _with(**labels).replace('rank="0"', f'rank="{rank}"')
+
+
+def _disk(free: str, size: str = "1000x100", run: str = "a") -> dict[str, str]:
+    """A disk's series, in GB."""
+    labels = _with(place="run", disk="n:/").replace('run="a"', f'run="{run}"')
+    found = {"free": free, "size": size if "stale" not in free else "1000x79 stale"}
+    return {f"strata_disk_{name}_bytes{labels}": _giga(value) for name, value in found.items()}
+
+
+def _giga(values: str) -> str:
+    """Each number of promtool's notation, but for the counts, with nine zeros."""
+    return re.sub(r"(?<![x\d])(\d+)", r"\g<1>000000000", values)
+
+
 _GPU = _with(gpu="G")
+_LIVE = {f"strata_finished{_T}": "0x400"}
+_DONE = {f"strata_finished{_T}": "1x400"}
+_UP = {f"strata_gpu_up{_GPU}": "1x400"}
 # For each alert: after so many minutes, series (by promtool's notation, a value a minute) at which
 # it fires, a set for each of its conditions, and at which it does not.
 Sets = list[dict[str, str]]
 ALERTS: dict[str, tuple[int, Sets, Sets]] = {
+    "StrataRankLost": (
+        3,
+        [
+            {f"up{_T}": "1 0x10", **_LIVE},
+            # Killed, and named by the text; the other rank says that it has lost a peer.
+            {
+                f"up{_T}": "1 0x10",
+                "up" + _rank("1", ended="LostPeerError"): "_ 0x10",
+            },
+        ],
+        [
+            {f"up{_T}": "1x10", **_LIVE},
+            # Ended, and its target is still listed.
+            {f"up{_T}": "1 0x10", f"strata_finished{_T}": "1 stale"},
+            # One failed scrape.
+            {f"up{_T}": "1 1 1 0 1", **_LIVE},
+        ],
+    ),
     "StrataNoProgress": (
         1,
         [{"strata_bound" + _with(by="stalled"): "0 1"}],
         [
             {"strata_bound" + _with(by="stalled"): "0 0", "strata_bound" + _with(by="data"): "1 1"},
+            {"strata_bound" + _with(by="stalled"): "1 stale"},
+        ],
+    ),
+    "StrataLossNotFinite": (
+        2,
+        [
+            {"strata_loss" + _with(term="total"): "1 2 NaN", **_LIVE},
+            {"strata_loss" + _with(term="total"): "1 2 Inf", **_LIVE},
+            # A NaN in three terms on two ranks.
+            {f"strata_skipped_steps_total{_T}": "0 0 1", **_LIVE}
+            | {f"strata_skipped_steps_total{_rank('1')}": "0 0 1"}
+            | {"strata_loss" + _with(term=term): "1 2 NaN" for term in ("total", "a", "b")},
+        ],
+        [
+            {
+                "strata_loss" + _with(term="total"): "1 2 3",
+                f"strata_skipped_steps_total{_T}": "1 1 1",
+                **_LIVE,
+            },
+            {f"strata_skipped_steps_total{_T}": "0 1 1", **_DONE},
+            {f"strata_skipped_steps_total{_T}": "0 1 stale", f"strata_finished{_T}": "0 0 stale"},
+        ],
+    ),
+    "StrataCheckpointFailed": (
+        3,
+        [{f"strata_checkpoint_failures_total{_T}": "0 0 1 1", **_LIVE}],
+        [
+            {f"strata_checkpoint_failures_total{_T}": "0x5", **_LIVE},
+            {f"strata_checkpoint_failures_total{_T}": "0 1x5", **_DONE},
+        ],
+    ),
+    "StrataNoCheckpoint": (
+        70,
+        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0x80"}],
+        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80"}],
+    ),
+    "StrataNeverCheckpoint": (
+        70,
+        [{f"strata_step{_T}": "1+1x80"}],
+        [
+            {
+                f"strata_step{_T}": "1+1x80",
+                f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80",
+            },
+            {f"strata_step{_T}": "1+1x60 stale"},
+        ],
+    ),
+    "StrataDiskFilling": (
+        90,
+        [
+            # By its trend, and because little is left; two runs on one disk.
+            {**_disk("450-3x100"), **_disk("450-3x100", run="b")},
+            _disk("40x100"),
+        ],
+        [
+            _disk("500x100"),
+            # A run of two minutes whose disk has 61 GB of 1000 free, while and after it ran.
+            _disk("_x88 70 61 61"),
+            _disk("_x78 70 61 stale"),
+            # 5 % of 100 TB.
+            _disk("4000x100", size="100000x100"),
+            # It would be full in four hours, but most of it is free.
+            _disk("900-3x100"),
+        ],
+    ),
+    "StrataGpuLost": (1, [{f"strata_gpu_up{_GPU}": "1 0"}], [{f"strata_gpu_up{_GPU}": "1 1"}]),
+    "StrataGpuXid": (
+        3,
+        [{f"strata_gpu_xid_errors_total{_GPU}": "0 0 1 1", **_UP}],
+        [
+            {f"strata_gpu_xid_errors_total{_GPU}": "0x5", **_UP},
+            {f"strata_gpu_xid_errors_total{_GPU}": "0 1 1 stale"},
+        ],
+    ),
+    "StrataGpuRowsRemapped": (
+        1,
+        [{f"strata_gpu_row_remap_{what}{_GPU}": "0 1"} for what in ("pending", "failed")],
+        [
+            {
+                f"strata_gpu_row_remap_pending{_GPU}": "0 0",
+                "strata_gpu_remapped_rows" + _with(gpu="G", kind="correctable"): "9 9",
+            }
+        ],
+    ),
+    "StrataGpuThrottled": (
+        7,
+        [{"strata_gpu_throttled" + _with(gpu="G", reason="thermal"): "1x10"}],
+        [
+            {"strata_gpu_throttled" + _with(gpu="G", reason="power"): "1x10"},
+            {"strata_gpu_throttled" + _with(gpu="G", reason="thermal"): "1 0 1 0 1 0 1 0 1"},
         ],
     ),
     "StrataGpuIdle": (
         6,
-        [{f"strata_gpu_utilization_ratio{_GPU}": "0.01x10"}],
+        [
+            {
+                f"strata_gpu_utilization_ratio{_GPU}": "0.9x10",
+                "strata_gpu_utilization_ratio" + _rank("1", gpu="H"): "0.01x10",
+            }
+        ],
         [
             {f"strata_gpu_utilization_ratio{_GPU}": "0.01x3 0.9x10"},
             {f"strata_gpu_utilization_ratio{_GPU.replace('train', 'evaluate')}": "0.01x10"},
+            {
+                f"strata_gpu_utilization_ratio{_GPU}": "0.01x10",
+                "strata_bound" + _with(by="stalled"): "1x10",
+            },
         ],
     ),
-    "StrataGpuLost": (1, [{f"strata_gpu_up{_GPU}": "1 0"}], [{f"strata_gpu_up{_GPU}": "1 1"}]),
     "StrataDataBound": (
         6,
         [{"strata_bound" + _with(by="data"): "1x10"}],
@@ -283,18 +455,12 @@ ALERTS: dict[str, tuple[int, Sets, Sets]] = {
             for busy, waited in (("0.99x15", "0x15"), ("0.5x15", "0+30x15"))
         ],
     ),
-    "StrataLossNotFinite": (
-        2,
+    "StrataDecodeFaults": (
+        3,
+        [{f"strata_decode_faults_total{_T}": "0 0 2 2", **_LIVE}],
         [
-            {"strata_loss" + _with(term="total"): "1 2 NaN"},
-            {"strata_loss" + _with(term="total"): "1 2 Inf"},
-            {f"strata_skipped_steps_total{_T}": "0 0 1"},
-        ],
-        [
-            {
-                "strata_loss" + _with(term="total"): "1 2 3",
-                f"strata_skipped_steps_total{_T}": "1 1 1",
-            }
+            {f"strata_decode_faults_total{_T}": "2x5", **_LIVE},
+            {f"strata_decode_faults_total{_T}": "0 2x5", **_DONE},
         ],
     ),
     "StrataLossAtChance": (
@@ -315,54 +481,60 @@ ALERTS: dict[str, tuple[int, Sets, Sets]] = {
     "StrataCollapse": (
         12,
         [
-            {"strata_health" + _with(measure="embedding_std"): "0.01x15"},
-            {"strata_health" + _with(measure="embedding_effective_rank"): "1.5x15"},
+            {f"strata_embedding_std{_T}": "0.01x15"},
+            {f"strata_embedding_effective_rank{_T}": "1.5x15"},
         ],
         [
             {
-                "strata_health" + _with(measure="embedding_std"): "0.8x15",
-                "strata_health" + _with(measure="embedding_effective_rank"): "40x15",
-                "strata_health" + _with(measure="cosine_altered_0_high"): "0.01x15",
+                f"strata_embedding_std{_T}": "0.8x15",
+                f"strata_embedding_effective_rank{_T}": "40x15",
+                "strata_altered_cosine" + _with(alteration="0", level="high"): "0.01x15",
             }
         ],
     ),
     "StrataStraggler": (
         7,
-        [{f"strata_straggler_ratio{_T}": "1.8x10"}],
+        [{f"strata_straggler_ratio{_T}": "1.8x10", f"strata_straggler_rank{_T}": "3x10"}],
         [{f"strata_straggler_ratio{_T}": "1.1x10"}],
     ),
-    "StrataNoCheckpoint": (
-        70,
-        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0x80"}],
-        [{f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80"}],
-    ),
-    "StrataNeverCheckpoint": (
-        70,
-        [{f"strata_step{_T}": "1+1x80"}],
+    "StrataRestarts": (
+        60,
+        [{f"strata_restarts_total{_T}": "0x10 1x10 2x10 3x40", **_LIVE}],
         [
-            {
-                f"strata_step{_T}": "1+1x80",
-                f"strata_checkpoint_last_success_timestamp_seconds{_T}": "0+60x80",
-            }
+            {f"strata_restarts_total{_T}": "5x100", **_LIVE},
+            {f"strata_restarts_total{_T}": "0x10 1x10 2x60", **_LIVE},
         ],
     ),
-    "StrataDiskFilling": (
-        90,
+    "StrataSharedMemoryLow": (
+        3,
+        [{f"strata_host_shm_free_bytes{_T}": "5x5", f"strata_host_shm_size_bytes{_T}": "64x5"}],
+        [{f"strata_host_shm_free_bytes{_T}": "50x5", f"strata_host_shm_size_bytes{_T}": "64x5"}],
+    ),
+    "StrataHostMemoryLow": (
+        4,
         [
             {
-                "strata_disk_free_bytes" + _with(place="run"): free,
-                "strata_disk_size_bytes" + _with(place="run"): "2000x100",
+                f"strata_host_memory_available_bytes{_T}": "1x5",
+                f"strata_host_memory_total_bytes{_T}": "64x5",
             }
-            for free in ("1000-5x100", "90x100")
         ],
         [
             {
-                "strata_disk_free_bytes" + _with(place="run"): "1000x100",
-                "strata_disk_size_bytes" + _with(place="run"): "2000x100",
+                f"strata_host_memory_available_bytes{_T}": "1x1 30x5",
+                f"strata_host_memory_total_bytes{_T}": "64x5",
             }
         ],
     ),
-    "StrataExporterDown": (2, [{f"up{_T}": "1 0x10"}], [{f"up{_T}": "1x10"}]),
+    "StrataAllocatorRetries": (
+        3,
+        [{f"strata_torch_allocator_retries_total{_T}": "0 0 1 1", **_LIVE}],
+        [{f"strata_torch_allocator_retries_total{_T}": "4x5", **_LIVE}],
+    ),
+    "StrataLogRecordsLost": (
+        3,
+        [{f"strata_log_records_lost_total{_T}": "0 0 1 1", **_LIVE}],
+        [{f"strata_log_records_lost_total{_T}": "0 1 1 1", **_DONE}],
+    ),
 }
 # For each recording rule: series with a value every 15 s, and its value after ten minutes.
 RECORDED: dict[str, tuple[dict[str, str], str, float]] = {

@@ -1,7 +1,5 @@
 """An exported encoder, loaded by the card's code, equals the checkpoint's encoder."""
 
-import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -11,52 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from strata.config import plain
-from strata.dataload.config import DataConfig
 from strata.errors import CheckpointError, ConfigError
 from strata.tools.export import main
-from strata.train.config import TrainConfig
-from strata.train.export import ExportCommand, example_code, load_export, write_export
-from strata.train.models.backbones import BackboneConfig, build_backbone
-from strata.train.run.checkpoint import RunState, load_backbone
+from strata.train.export import ExportCommand, load_export, write_export
+from strata.train.model_card import example_code
+from strata.train.models.backbones import BackboneConfig
+from strata.train.run.encoder import load_backbone
+from tests.support.checkpoints import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-
-
-def checkpoint(folder: Path, model: BackboneConfig) -> Path:
-    """Write a complete checkpoint of a random encoder, as `train/run/checkpoint.py` does."""
-    folder.mkdir(parents=True)
-    torch.manual_seed(3)
-    backbone = build_backbone(model)
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            assert module.running_mean is not None
-            nn.init.normal_(module.running_mean, std=0.1)
-    backbone.channels_last()
-    weights = {f"backbone.{k}": v.contiguous() for k, v in backbone.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    save_file({"random.cpu": torch.get_rng_state()}, folder / "training.safetensors")
-    config = TrainConfig(
-        run=Path("/home/somebody/runs/a"),
-        data=DataConfig(shards=Path("/home/somebody/shards/set"), size=32),
-        model=model,
-    )
-    state = RunState(
-        step=7,
-        epoch=1,
-        epoch_step=1,
-        manifest_digest="m",
-        plan_digest="p",
-        world_size=1,
-        config=plain(config),
-    )
-    (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    (folder / "complete.json").write_text(json.dumps(hashes))
-    return folder
 
 
 def code_in(markdown: str) -> str:

@@ -9,13 +9,13 @@ import torch
 
 from strata.errors import CheckpointError
 from strata.train import fast_encoder
-from strata.train.engine import EngineConfig
+from strata.train.engine_config import EngineConfig
 from strata.train.fast_encoder import arrange_encoder, choose_fold, compiles
 from strata.train.method.model import VideoModel
 from strata.train.method.schedules import Phase
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
-from strata.train.run.checkpoint import backbone_config
+from strata.train.run.encoder import backbone_config
 from tests.support.synthetic_clips import smooth_videos
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -19,7 +19,7 @@ from strata.tools.benchmarks.webdataset_loaders import DECODERS, PaperTransform,
 from tests.support.shard_folders import HEIGHT, WIDTH, moving_picture
 
 
-def test_all_loaders_in_turns(tmp_path: Path):
+def test_all_loaders_are_measured_in_turns(tmp_path: Path):
     out = tmp_path / "out.json"
     sizes = ["--size", "32", "--workers", "1", "--peers", "mp4-pyav", "dali"]
     main(["data", "--quick", *sizes, "--out", str(out)])

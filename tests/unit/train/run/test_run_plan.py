@@ -1,5 +1,6 @@
 """Content of the run plan, and printing it without starting a run."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_the_plan_describes_the_run(shards: Path):
     assert lines["batch"].startswith("4 videos, 2 a rank; clips of 16 and 32 frames, 32x32 pixels")
     assert lines["steps"].startswith("6 an epoch, 300 epochs: 5 of 400 done; order ")
     assert "24 videos" in lines["data"]
+    assert lines["hours"].startswith("unknown until the speed is measured; --plan_rate")
     assert "epochs 0 to 49" in lines["stage 1"]
     assert lines["stage 1"].endswith(": 1 instance + 0.5 prototype")
     assert "epochs 50 to 299" in lines["stage 2"]
@@ -131,3 +133,16 @@ def test_plan_only_prints_the_plan_and_writes_nothing(
     main([*words, "--plan_only", "true"])
     assert "0 of 18 done" in capsys.readouterr().out
     assert not run.exists()
+
+
+def test_the_plan_gives_hours_from_a_given_or_the_measured_speed(shards: Path, tmp_path: Path):
+    sizes = ("--data.batch_size", "4", "--data.size", "32", "--model.width", "8")
+    sizes = (*sizes, "--stop_after_steps", "95", "--run", str(tmp_path))
+    given = dict(page(shards, *sizes, "--plan_rate", "0.2").lines)["hours"]
+    # 90 steps of 4 videos.
+    assert given == "0.5 for 90 steps at 0.2 samples/s, as given; without evaluation"
+    rates = [9.0, *[0.1] * 20]
+    lines = [{"kind": "step", "step": n, "samples_per_second": r} for n, r in enumerate(rates)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measured = dict(page(shards, *sizes).lines)["hours"]
+    assert measured.startswith("1 for 90 steps at 0.1 samples/s, as this run's log measured last")

@@ -1,4 +1,4 @@
-"""What a worker makes of what goes wrong, and that it says when it gets on."""
+"""Which errors are faults of a video, and that reading and decoding report their progress."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from strata.format.schema import NormalForm
-from strata.preprocess.container import hash_file
-from strata.preprocess.worker import Done, Task, is_media_fault, make_sample
+from strata.preprocess import container
+from strata.preprocess.container import open_source
+from strata.preprocess.sample import Done, Task, is_media_fault, make_sample
 from tests.support.source_videos import moving_scene, write_video
 
 
@@ -44,15 +45,25 @@ def test_faults_of_the_program(what: str) -> None:
     assert not is_media_fault(raised_by(what))
 
 
-def test_hashing_says_that_it_gets_on(tmp_path: Path) -> None:
+def test_reading_reports_its_progress(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(3 << 20))
     pulses: list[int] = []
-    _, num_bytes = hash_file(path, "a", lambda: pulses.append(1))
-    assert (num_bytes, len(pulses)) == (3 << 20, 3)
+    with open_source(path, "a", lambda: pulses.append(1)) as content:
+        assert (content.num_bytes, content.where, len(pulses)) == (3 << 20, bytes(3 << 20), 3)
 
 
-def test_every_frame_says_that_it_gets_on(tmp_path: Path) -> None:
+def test_a_large_source_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    with open_source(path, "a", lambda: None) as small:
+        monkeypatch.setattr(container, "_MEMORY_BYTES", 99)
+        with open_source(path, "a", lambda: None) as large:
+            assert (small.where, large.where) == (bytes(100), path)
+            assert small.sha256 == large.sha256
+
+
+def test_every_frame_reports_its_progress(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(30, 96, 64))
     pulses: list[int] = []
     form = NormalForm(width=96, height=64, min_frames=1)

@@ -1,28 +1,21 @@
-"""The worker process: it turns one video after another into the members of a sample."""
+"""One video to the members of its sample."""
 
 import ctypes
-import os
-import signal
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import av.logging
 import numpy as np
 from av.error import FFmpegError
 
 from strata.decoding import Damaged
-from strata.errors import FaultKind, VideoFault
+from strata.errors import FaultKind
 from strata.format.open_video import no_pulse
 from strata.format.schema import (
     FACTS_EXT,
     FRAMES_EXT,
+    NO_LABEL,
     Checksums,
     FrameTable,
     NormalForm,
@@ -31,9 +24,9 @@ from strata.format.schema import (
     segment_checksums,
     segment_ext,
 )
-from strata.preprocess.container import hash_file
+from strata.preprocess.container import SourceContent, open_source
+from strata.preprocess.datasets.folder import Source, sample_key
 from strata.preprocess.encode_mp4 import encode_mp4, verify_mp4
-from strata.preprocess.parts import PartPacker, Refused, RefusedError, Rejected, WorkerFailure
 from strata.preprocess.read_back import verify_strip
 from strata.preprocess.settings import ReadBack
 from strata.preprocess.transcode import FrameSource, encode_strip
@@ -46,11 +39,8 @@ __all__ = [
     "keep_freed_memory",
     "make_sample",
     "make_segment",
-    "send_sample",
-    "serve",
+    "task_of",
 ]
-
-_SEGMENT_SUFFIXES = (".jpg", ".mp4")
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,26 @@ class Task:
     key: str
     label: int
     class_name: str | None
+    stamp: str = ""
+    """Size and time of change when it was listed."""
+    fault: tuple[FaultKind, str] | None = None
+    """Reason and detail of a rejection that is known already."""
+
+
+def task_of(source: Source, classes: Sequence[str]) -> Task:
+    """The task for a source that is on the disk."""
+    if source.path is None:
+        raise AssertionError(f"{source.name} is not on disk")
+    return Task(
+        path=source.path,
+        name=source.name,
+        file_name=source.file or source.name,
+        key=sample_key(source.name),
+        label=source.label,
+        class_name=classes[source.label] if source.label != NO_LABEL else None,
+        stamp=source.stamp,
+        fault=source.fault,
+    )
 
 
 @dataclass(frozen=True)
@@ -137,35 +147,41 @@ def make_sample(
         task: The video.
         form: The normal form.
         read_back: Which frames are decoded back and compared.
-        pulse: Called at each progress: a piece of the file was hashed, a packet read, a frame
+        pulse: Called at each progress: a piece of the file was read, a packet read, a frame
             decoded.
         damaged: What to do with a video of which some frames are damaged or missing.
 
     Raises:
         VideoFault: The video cannot be used.
     """
-    sha256, num_bytes = hash_file(task.path, task.name, pulse)
-    frames = FrameSource(task.path, task.name, form, damaged=damaged, pulse=pulse)
+    with open_source(task.path, task.name, pulse) as content:
+        frames = FrameSource(content.where, task.name, form, damaged=damaged, pulse=pulse)
+        yield from _members(task, form, read_back, frames, content)
+
+
+def _members(
+    task: Task, form: NormalForm, read_back: ReadBack, frames: FrameSource, content: SourceContent
+) -> Iterator[Member | Done]:
     offsets: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     checksums: list[np.ndarray] = []
     heads: list[int] = []
     for number, planes in enumerate(frames.segments()):
-        content, places = make_segment(planes, form, frames.rate, task.name, read_back)
+        segment, places = make_segment(planes, form, frames.rate, task.name, read_back)
         offsets.append(places[0])
         lengths.append(places[1])
-        of_frames, of_head = segment_checksums(content, *places, form.payload)
+        of_frames, of_head = segment_checksums(segment, *places, form.payload)
         checksums.append(of_frames)
         heads.append(of_head)
-        yield Member(segment_ext(number, form.payload), content)
+        yield Member(segment_ext(number, form.payload), segment)
     source = frames.facts
     if source is None:
         raise AssertionError("frames without facts")
     facts = SampleFacts(
         key=task.key,
         source=task.file_name,
-        source_sha256=sha256,
-        source_bytes=num_bytes,
+        source_sha256=content.sha256,
+        source_bytes=content.num_bytes,
         label=task.label,
         class_name=task.class_name,
         num_frames=frames.num_frames,
@@ -195,14 +211,6 @@ def make_sample(
     yield Member(FRAMES_EXT, table.to_bytes())
     yield Member(FACTS_EXT, facts)
     yield Done(frames.num_frames, tuple(frames.notes))
-
-
-def _die_with_parent() -> None:
-    """End this process as soon as its parent is gone, even inside a hung codec."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
 
 
 def keep_freed_memory() -> None:
@@ -243,72 +251,3 @@ def is_media_fault(error: Exception) -> bool:
     frame = trace.tb_frame
     where = frame.f_globals.get("__name__") or frame.f_code.co_filename.replace("/", ".")
     return where.partition(".")[0] in _MEDIA_LIBRARIES
-
-
-def send_sample(
-    connection: Connection,
-    task: Task,
-    form: NormalForm,
-    read_back: ReadBack,
-    damaged: Damaged,
-    pulse: Callable[[], None],
-) -> None:
-    """Make a sample and send it: one segment in each part, the last with the other members."""
-    packer = PartPacker(connection, task.key)
-    for message in make_sample(task, form, read_back, pulse, damaged):
-        pulse()
-        match message:
-            case Member(ext, content):
-                if ext.endswith(_SEGMENT_SUFFIXES) and not packer.is_empty:
-                    packer.send()
-                packer.add(ext, content)
-            case Done(num_frames, notes):
-                packer.send(num_frames, notes)
-
-
-def serve(
-    connection: Connection,
-    form: NormalForm,
-    read_back: ReadBack,
-    damaged: Damaged,
-    heartbeat: "ctypes.c_double",
-) -> None:
-    """Answer tasks with messages until the connection closes; the body of a worker process.
-
-    Args:
-        connection: To the driver.
-        form: The normal form.
-        read_back: Which frames are decoded back and compared.
-        damaged: What to do with a video of which some frames are damaged or missing.
-        heartbeat: Time of the last progress, by `time.monotonic`; shared with the driver.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
-    keep_freed_memory()
-    av.logging.set_level(av.logging.PANIC)  # Errors are raised as exceptions.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-    def pulse() -> None:
-        heartbeat.value = time.monotonic()
-
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        if task is None:
-            continue  # A confirmation for the sample before, which failed without waiting for it.
-        try:
-            pulse()
-            send_sample(connection, task, form, read_back, damaged, pulse)
-        except VideoFault as fault:
-            connection.send(Rejected(fault.kind, fault.detail))
-        except RefusedError as error:
-            connection.send(Refused(*error.args))
-        except (BrokenPipeError, ConnectionResetError, EOFError):
-            return
-        except Exception as error:  # The boundary: one video must not end a long run.
-            if is_media_fault(error):
-                detail = f"{type(error).__name__}: {error}"
-                connection.send(Rejected(FaultKind.CRASH, detail))
-            else:
-                connection.send(WorkerFailure(traceback.format_exc()))

@@ -1,14 +1,17 @@
-"""Download files from a URL with time limits, retries and a limit on their size."""
+"""Files below a URL: downloads, uploads and lists, with time limits, retries and limits."""
 
 import errno
 import fcntl
+import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec.core
 from fsspec.callbacks import Callback
@@ -23,7 +26,7 @@ from tenacity import (
 from strata.errors import ConfigError, ShardError
 from strata.logs import get_logger
 
-__all__ = ["Store", "WrongContentError"]
+__all__ = ["Store", "StoredFile", "WrongContentError", "as_url"]
 
 logger = get_logger(__name__)
 
@@ -44,6 +47,40 @@ _TRY_AGAIN = (408, 425, 429)
 """HTTP statuses below 500 after which a request is tried again."""
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PART = ".part"
+
+
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+
+
+def as_url(given: str | Path) -> str | None:
+    """The URL that a setting names, without a slash at its end; None for a local path.
+
+    A URL that lost a slash by a conversion to `Path` is accepted.
+    """
+    text = os.fspath(given)
+    match = _URL.match(text)
+    if match is None:
+        return None
+    scheme = match[1].lower()
+    root = "/" if scheme == "file" else ""
+    return f"{scheme}://{root}{text[match.end() :]}".rstrip("/")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file or folder of a store.
+
+    Args:
+        name: Relative to the folder that was listed.
+        num_bytes: Size; 0 of a folder.
+        stamp: Size, and the content's hash or the time of change, as the store tells it.
+        is_folder: Whether it is a folder.
+    """
+
+    name: str
+    num_bytes: int
+    stamp: str
+    is_folder: bool
 
 
 class WrongContentError(Exception):
@@ -100,7 +137,7 @@ class Store:
         ConfigError: fsspec does not know the protocol, or needs a package for it.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
         self._url, self._timeout_s = url, timeout_s
         self._closed = threading.Event()
         try:
@@ -162,12 +199,95 @@ class Store:
 
         self._persist(f"{self._url}/{name}", fetch)
 
+    def info(self, name: str) -> StoredFile | None:
+        """Facts of a file without its content; None if it is missing."""
+        path = f"{self._path}/{name}"
+        return self._persist(
+            f"{self._url}/{name}",
+            lambda: _stored(self._fs.info(path, **self._refresh()), path.rpartition("/")[0]),
+            missing_ok=True,
+        )
+
+    def listed(self, folder: str, *, deep: bool = False) -> list[StoredFile]:
+        """Files and folders in a folder; with `deep` all files below it. Empty if there is none.
+
+        Args:
+            folder: Relative to the URL; empty for the URL itself.
+            deep: Whether files in folders below are listed too.
+        """
+        path = f"{self._path}/{folder}".rstrip("/")
+
+        def ask() -> list[StoredFile]:
+            self._fs.invalidate_cache()
+            found = self._fs.find(path, detail=True) if deep else self._fs.ls(path, detail=True)
+            every = found.values() if isinstance(found, dict) else found
+            return [_stored(each, path) for each in every if each["name"].rstrip("/") != path]
+
+        return self._persist(f"{self._url}/{folder}", ask, missing_ok=True) or []
+
+    def fetch(self, name: str, target: IO[bytes], pulse: Callable[[], None] = lambda: None) -> bool:
+        """Download one file into an open file, which need not have a name.
+
+        Args:
+            name: Name of the file below the URL.
+            target: Is written from its beginning, and is at its beginning afterwards.
+            pulse: Called after each piece and before each new attempt.
+
+        Returns:
+            Whether the file exists.
+
+        Raises:
+            ShardError: The file cannot be read.
+        """
+
+        def request() -> bool:
+            pulse()
+            self._fs.get_file(f"{self._path}/{name}", _path_of(target), callback=_Pulses(pulse))
+            target.seek(0)
+            return True
+
+        return bool(self._persist(f"{self._url}/{name}", request, missing_ok=True))
+
+    def upload(self, source: IO[bytes], name: str) -> None:
+        """Upload an open file completely; until then the name is absent or has its old content.
+
+        Raises:
+            ShardError: The file cannot be written.
+        """
+        source.flush()
+        size = os.fstat(source.fileno()).st_size
+
+        def request() -> None:
+            self._fs.put_file(_path_of(source), f"{self._path}/{name}")
+            self._fs.invalidate_cache()
+            found = self._fs.info(f"{self._path}/{name}")["size"]
+            if found != size:
+                raise WrongContentError(f"{found} of {size} bytes arrived")
+
+        self._persist(f"{self._url}/{name}", request)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files and folders; those that are gone already are no error."""
+        for name in names:
+            self._persist(
+                f"{self._url}/{name}",
+                lambda name=name: self._fs.rm(f"{self._path}/{name}", recursive=True),
+                missing_ok=True,
+            )
+
+    def _refresh(self) -> dict[str, bool]:
+        """Makes S3's client ask the store again."""
+        return {"refresh": True} if "s3" in self._fs.protocol else {}
+
     def _within(self, limit_s: float) -> dict[str, float]:
         """Time limit of a complete call, which fsspec supports for asynchronous stores."""
         return {"timeout": limit_s} if self._fs.async_impl else {}
 
-    def _persist(self, what: str, request: Callable[[], T]) -> T:
-        """Repeat a request until it succeeds or the error is permanent."""
+    def _persist(self, what: str, request: Callable[[], T], *, missing_ok: bool = False) -> T:
+        """Repeat a request until it succeeds or the error is permanent.
+
+        With `missing_ok` it returns None if the file does not exist.
+        """
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=self._stop,
@@ -180,6 +300,9 @@ class Store:
             return retrying(request)
         # Every store raises its own error types.
         except Exception as error:
+            root = _root(error)
+            if missing_ok and (isinstance(root, FileNotFoundError) or _status(root) == 404):
+                return None  # pyright: ignore[reportReturnType]
             raise ShardError(_explain(what, _root(error), retrying)) from error
 
     def _stop(self, state: RetryCallState) -> bool:
@@ -195,6 +318,34 @@ class Store:
                 except BlockingIOError:
                     continue  # Another process is writing it.
                 path.unlink(missing_ok=True)
+
+
+class _Pulses(Callback):
+    """Tells that a transfer makes progress."""
+
+    def __init__(self, pulse: Callable[[], None]) -> None:
+        super().__init__()
+        self._pulse = pulse
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Called after each piece."""
+        self._pulse()
+
+
+def _path_of(file: IO[bytes]) -> str:
+    """A path of an open file, also of one without a name: fsspec takes paths alone."""
+    return f"/proc/self/fd/{file.fileno()}"
+
+
+def _stored(info: dict[str, Any], folder: str) -> StoredFile:
+    size = int(info.get("size") or 0)
+    # S3 and Google have a hash of the content, others a time.
+    versions = (
+        info.get(k) for k in ("ETag", "md5Hash", "etag", "LastModified", "mtime", "created")
+    )
+    version = next((str(v).strip('"') for v in versions if v), "")
+    name = info["name"].rstrip("/").removeprefix(f"{folder}/")
+    return StoredFile(name, size, f"{size}:{version}", info.get("type") == "directory")
 
 
 def _options(url: str, timeout_s: float) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Sharding from and to a real S3 server that fails: the same bytes as between local folders."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from strata import transfer
+from strata.errors import ConfigError, ShardError
+from strata.preprocess.command import main
+from tests.integration.test_sharding import SMALL, contents, shards, videos
+from tests.support.object_store import BUCKET, FaultyStore, put_folder, s3_server, stored
+
+pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+
+__all__ = ["shards", "videos"]
+OUT = f"s3://{BUCKET}/out"
+
+
+def argv(out: str, *options: str) -> list[str]:
+    words = ["folder", "--videos", f"s3://{BUCKET}/videos", "--out", out, "--workers", "2"]
+    return [*words, *SMALL, "--max-rejects", "1", "--log", "none", *options]
+
+
+@pytest.fixture(scope="module")
+def server(videos: Path) -> Iterator[FaultyStore]:
+    with s3_server() as store:
+        put_folder(videos, "videos")
+        yield store
+
+
+@pytest.fixture
+def store(server: FaultyStore) -> FaultyStore:
+    server.every = 0
+    server.asked.clear()
+    return server
+
+
+def test_the_same_bytes_through_a_store_that_fails(
+    store: FaultyStore, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.every = 9
+    main(argv(OUT, "--slice", "0/2", "--samples-per-part", "2"))
+    with pytest.raises(ShardError, match=r"s3://bucket/out/train: 2 of 3 shards are not finished"):
+        main(["merge", f"{OUT}/train"])
+    main(argv(OUT, "--samples-per-part", "2"))
+    store.every = 0
+    assert stored("out/train") == contents(shards)
+    assert {"GET 500", "PUT 500", "GET cut"} <= store.failed.keys(), store.failed
+    main(argv(OUT))  # It is complete.
+    main(["merge", OUT, "--max-rejects", "1"])
+    assert f"folder train -> {OUT}/train" in capsys.readouterr().out
+
+
+def test_each_source_is_read_once_and_the_manifest_comes_last(store: FaultyStore) -> None:
+    main(argv(f"{OUT}/once"))
+    reads = {
+        path: count
+        for (method, path), count in store.asked.items()
+        if method == "GET" and path.startswith(f"/{BUCKET}/videos/")
+    }
+    assert set(reads.values()) == {1}
+    assert len(reads) == 12
+    puts = [path for method, path in store.asked if method == "PUT"]
+    assert puts[-1] == f"/{BUCKET}/out/once/train/manifest.json"
+
+
+def test_what_a_store_lacks_is_one_line(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file below s3://bucket/nothing; correct"):
+        main(["folder", "--videos", f"s3://{BUCKET}/nothing", "--out", OUT])
+    monkeypatch.setattr(transfer, "_RETRY_S", 0.0)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    store.every = 1
+    with pytest.raises(ShardError, match=r"s3://bucket/videos/ was not read in 5 attempts"):
+        main(argv(OUT))
