@@ -256,7 +256,7 @@ def averaged(world: World) -> list[torch.Tensor]:
     for kind in ("fp32", "bf16"):
         _, engine = make(world, average_in=kind)
         advance(engine, 1, world)
-        moments = content(engine.snapshot()).items()
+        moments = content(engine.state.snapshot()).items()
         found.append(torch.cat([v.flatten() for k, v in moments if k.startswith("exp_avg.")]))
     return found
 
