@@ -173,6 +173,7 @@ class RunMonitor:
         metrics.set("strata_step", step)
         metrics.set("strata_total_steps", total_steps)
         metrics.set("strata_start_timestamp_seconds", time.time())
+        metrics.set("strata_world_size", self._world.size)
         metrics.set(
             "strata_run_info",
             1,
