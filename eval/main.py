@@ -19,15 +19,15 @@ from functools import partial
 
 from strata import commands
 from strata.config import parse_config
-from strata.errors import ConfigError, exit_with_one_line
+from strata.errors import ConfigError, run_rank
+from strata.eval.evaluations.runners import RUNNERS
 from strata.eval.protocols.named import protocol_defaults
-from strata.eval.protocols.run import RUNNERS
 from strata.logs import set_up_logging
 from strata.suggestions import did_you_mean
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run one rank of an evaluation.
+def main(argv: Sequence[str]) -> int:
+    """Run one rank of an evaluation and return its exit status.
 
     Raises:
         ConfigError: The evaluation or one of its settings is not known.
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     name = args[0] if args else "--help"
     if name in ("-h", "--help", "--help_all"):
         print(_usage())
-        return
+        return 0
     if name not in RUNNERS:
         raise ConfigError(
             f"{commands.shown_program('eval/main.py')}: the first argument is an evaluation, one "
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> None:
         )
     settings, run = RUNNERS[name]
     parse = partial(
-        parse_config, prog=f"eval/main.py {name}", description=settings.__doc__.splitlines()[0]
+        parse_config,
+        prog=f"eval/main.py {name}",
+        description=(settings.__doc__ or "").splitlines()[0],
     )
     config = parse(settings, args[1:])
     if hasattr(config, "protocol"):
@@ -53,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         named = protocol_defaults(settings, name, config.protocol)
         config = parse(settings, args[1:], defaults=named)
     run(config)
+    return 0
 
 
 def _usage() -> str:
@@ -72,5 +75,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    with exit_with_one_line():
-        main(sys.argv[1:])
+    run_rank(lambda: main(sys.argv[1:]))

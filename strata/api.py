@@ -25,7 +25,7 @@ from strata.eval.protocols.linear import LinearConfig, LinearResult
 from strata.eval.protocols.linear import linear_probe as fit_probe
 from strata.eval.protocols.retrieval import RECALL_AT, Centring, recall_at, retrieve
 from strata.train import losses, models
-from strata.train.engine import EngineConfig, choose_device
+from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.models.inputs import normalise
 from strata.train.pretrained import Encoder, load_encoder
 from strata.train.representation.readout import knn_accuracy

@@ -25,6 +25,7 @@ __all__ = [
     "NotSavedError",
     "ShardError",
     "StallError",
+    "StoppedError",
     "StrataError",
     "VideoFault",
     "WorldError",
@@ -92,6 +93,12 @@ class NotSavedError(CheckpointError):
     """A checkpoint could not be written."""
 
     exit_code = EXIT_NOT_SAVED
+
+
+class StoppedError(StrataError):
+    """A signal stopped the work; a checkpoint has its position."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 class FaultKind(StrEnum):

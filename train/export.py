@@ -30,14 +30,8 @@ from strata.train.hub import push, require_hub
 from strata.train.model_card import PROGRAM, card, figures_of
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputChoice
-from strata.train.run.checkpoint import (
-    backbone_config,
-    build_for_file,
-    find_checkpoint,
-    load_backbone,
-    read_state,
-    trained_clips,
-)
+from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.encoder import backbone_config, build_for_file, load_backbone, trained_clips
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from strata.distributed import current_world
 from strata.errors import CheckpointError
 from strata.train import hub
-from strata.train.engine import EngineConfig, choose_device
+from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.export import exported_clips, is_export, load_export
 from strata.train.models.backbones import Backbone, Levels
-from strata.train.run.checkpoint import (
-    find_checkpoint,
-    load_backbone,
-    read_state,
-    trained_clips,
-)
+from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.encoder import load_backbone, trained_clips
 
 __all__ = ["Encoder", "load_encoder"]
 

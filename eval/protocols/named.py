@@ -1,4 +1,4 @@
-"""The named protocols: what `--protocol` sets. docs/evaluation.md says where each setting is from.
+"""The settings of `--protocol`; docs/evaluation.md has the source of each.
 
 A setting that the command line or a file gives is kept; the report then says how it differs.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from strata.config import dotted, plain
-from strata.eval.classifier import ClassifierConfig
+from strata.eval.classifier.config import ClassifierConfig
 from strata.eval.protocols.features import FeatureConfig
 from strata.eval.protocols.retrieval import RetrievalConfig
 
@@ -19,14 +19,15 @@ ProtocolName = Literal["coclr", "supplement", "ours"]
 _NOT_COMPARED = (
     *("features.size", "features.clip_frames", "features.videos_per_batch", "features.level"),
     *("retrieval.shown", "retrieval.variants"),
-    *("training.max_steps", "training.seed", "training.precision", "training.checkpoint."),
+    *("training.max_steps", "training.max_skipped_steps", "training.seed"),
+    *("training.precision", "training.checkpoint."),
 )
 """Settings that no protocol decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedProtocol:
-    """What a protocol decides, by the evaluation's part."""
+    """Settings of a protocol for each part of an evaluation."""
 
     features: FeatureConfig
     """Clips of a video."""
@@ -99,7 +100,7 @@ PROTOCOLS: dict[ProtocolName, NamedProtocol] = {
 
 
 def protocol_defaults(settings: type[Any], evaluation: str, name: ProtocolName) -> dict[str, Any]:
-    """What a protocol sets of an evaluation's settings, by dotted name.
+    """Defaults of an evaluation under a protocol, by dotted name.
 
     Args:
         settings: The evaluation's settings; only parts that it has are returned.

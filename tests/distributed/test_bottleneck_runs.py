@@ -14,13 +14,16 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.telemetry.metrics import Metrics
 from strata.train.config import MonitorConfig, TrainConfig
-from strata.train.engine import Engine, EngineConfig
+from strata.train.engine import Engine
+from strata.train.engine_config import EngineConfig
 from strata.train.loop import Trainer
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.monitor.bottleneck import Bottleneck
+from strata.train.pretraining import Pretraining, open_pretraining
 from strata.train.run.checkpoint import CheckpointConfig
+from strata.train.run.saver import RunSaver
 from tests.support.rank_processes import run_ranks
 
 _STEPS = 4
@@ -29,12 +32,12 @@ _SCENES: dict[str, dict[str, Any]] = {
     # steps and not seconds, because the loader runs in parallel to steps, whose time varies.
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
-    # It competes with the step for the core, so it must take longer.
-    "decode": {"owner": WindowDecoder, "name": "decode", "steps": 12, "repeat": True},
+    # For each of a rank's two samples. It competes with the step for the core: it takes longer.
+    "decode": {"owner": WindowDecoder, "name": "decode", "steps": 6, "repeat": True},
     "model": {"width": 24},
-    "slow rank": {"owner": Trainer, "name": "step", "steps": 6, "rank": 1},
+    "slow rank": {"owner": Pretraining, "name": "step", "steps": 6, "rank": 1},
     "network": {"owner": Engine, "name": "watch_averaging", "steps": 6},
-    "checkpoint": {"owner": Trainer, "name": "save", "steps": 6, "every_steps": 1},
+    "checkpoint": {"owner": RunSaver, "name": "save", "steps": 6, "every_steps": 1},
     "host": {"owner": Trainer, "name": "_advance", "steps": 6},
 }
 
@@ -88,7 +91,7 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Bottleneck]
             if "owner" in scene and scene.get("rank", world.rank) == world.rank:
                 patch.setattr(scene["owner"], scene["name"], _slowed(scene, step_s))
             metrics = Metrics(config.run / "log.jsonl" if world.is_first else None)
-            trainer = Trainer(
+            trainer = open_pretraining(
                 config,
                 world=world,
                 device=torch.device("cpu"),
@@ -96,8 +99,8 @@ def _run_scenes(world: World, shards: Path, runs: Path) -> dict[str, Bottleneck]
                 metrics=metrics,
             )
             trainer.fit()
-        assert trainer.monitor.bottleneck is not None
-        bottlenecks[name] = trainer.monitor.bottleneck
+        assert trainer.task.monitor.bottleneck is not None
+        bottlenecks[name] = trainer.task.monitor.bottleneck
         if name == "plain":
             step_s = broadcast_object(metrics.registry.get_sample_value("strata_own_step_seconds"))
     return bottlenecks

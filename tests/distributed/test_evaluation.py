@@ -1,6 +1,10 @@
 """Evaluation results are equal on one, two and three ranks with uneven numbers of samples."""
 
 import dataclasses
+import json
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,12 @@ import torch
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.errors import ConfigError
-from strata.eval.classifier import ClassifierRun
+from strata.errors import ConfigError, NotFiniteError
+from strata.eval.classifier.run import ClassifierRun, ClassifierTask
 from strata.eval.protocols.features import FeatureConfig, extract_features
 from strata.eval.protocols.named import PROTOCOLS
 from strata.train.models.backbones import BackboneConfig, build_backbone
+from strata.train.run.checkpoint import CheckpointConfig
 from tests.support.rank_processes import run_ranks
 from tests.support.shard_folders import make_shards
 
@@ -85,6 +90,78 @@ def finetuned(world: World, sets: Path, folder: Path) -> Any:
     run.fit()
     accuracy = run.test()
     return accuracy.top1, accuracy.confusion, accuracy.predictions
+
+
+def interrupted(world: World, sets: Path, root: Path) -> dict[str, Any]:
+    """A training that rank 1 stops and resumes, one with a bad step, and one that may skip it."""
+    config = dataclasses.replace(PROTOCOLS["ours"].finetune, epochs=2, batch_size=6)
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(keep=1, every_steps=3))
+
+    def run(name: str, **changes: Any) -> ClassifierRun:
+        return ClassifierRun(
+            encoder(),
+            ShardReader(sets / "train"),
+            ShardReader(sets / "test"),
+            dataclasses.replace(config, **changes),
+            CLIPS.clips(),
+            folder=root / name,
+            described={},
+            world=world,
+            device=CPU,
+        )
+
+    def weight(run: ClassifierRun) -> torch.Tensor:
+        return run.model.linear.weight.detach().clone()
+
+    step, keep = ClassifierTask.step, ClassifierTask._keep
+
+    def signalled(self: ClassifierTask, batch: Any, state: Any) -> Any:
+        if world.rank == 1 and state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, state)
+
+    def spoiled(self: ClassifierTask, num: int, number: int) -> Any:
+        kept = keep(self, num, number)
+        assert kept is not None
+        return kept * float("nan") if world.rank == 1 and number == 4 else kept
+
+    found: dict[str, Any] = {}
+    plain = run("plain")
+    found["finished"], found["plain"] = plain.fit(), weight(plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassifierTask, "step", signalled)
+        stopped = run("stopped")
+        found["stopped"] = stopped.fit(), stopped.state.step
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_DFL)
+    again = run("stopped")
+    found["resumed"] = again.fit(), weight(again)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassifierTask, "_keep", spoiled)
+        bad = run("bad")
+        with pytest.raises(NotFiniteError) as error:
+            bad.fit()
+        found["error"] = str(error.value)
+        left = run("left", max_skipped_steps=1)
+        found["left"] = left.fit(), left.state.num_skipped, weight(left)
+    return found
+
+
+def test_a_classifier_stops_resumes_and_skips_like_pretraining(sets: Path, tmp_path: Path):
+    for found in run_ranks(interrupted, 2, sets, tmp_path):
+        assert found["finished"]
+        assert found["stopped"] == (False, 2)
+        assert found["resumed"][0]
+        assert torch.equal(found["resumed"][1], found["plain"])
+        named = r"step 5 \(epoch 1, step 1 of it\): not finite: loss terms cross_entropy; on rank 1"
+        assert re.match(rf"{named} with samples video-\d+, ", found["error"])
+        assert "training.max_skipped_steps is 0" in found["error"]
+        assert found["left"][:2] == (True, 1)
+        assert torch.isfinite(found["left"][2]).all()
+    (bad,) = (tmp_path / "bad" / "checkpoints").glob("step-*")
+    assert bad.name == "step-000000003"
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "left" / "log.jsonl").open()]
+    assert kinds.count("skipped_step") == 1
 
 
 def test_features_do_not_depend_on_ranks(sets: Path, tmp_path: Path):

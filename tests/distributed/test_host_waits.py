@@ -14,7 +14,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
-from strata.train.loop import Trainer
+from strata.train.pretraining import open_pretraining
 from tests.support.commands import TINY
 from tests.support.rank_processes import run_ranks
 
@@ -58,7 +58,7 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
     words += ["--collect_every_steps", "4"]
     config = parse_config(TrainConfig, words, prog="test", description="")
     config.run.mkdir(exist_ok=True)
-    trainer = Trainer(
+    trainer = open_pretraining(
         config,
         world=world,
         device=torch.device("cpu"),
@@ -66,15 +66,15 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
         metrics=Metrics(),
     )
     watch, collected, watched = Watch(), [], []
-    step, advance = trainer.step, trainer._advance
+    step, advance = trainer.task.step, trainer._advance
 
-    def watched_step(batch: Any) -> Any:
+    def watched_step(batch: Any, state: Any) -> Any:
         # Constants are copied once; while the queue fills, its length is a shape.
-        if trainer.state.step == 0 or not trainer.model.queue.is_full:
-            return step(batch)
+        if trainer.state.step == 0 or not trainer.task.model.queue.is_full:
+            return step(batch, state)
         watched.append(trainer.state.step)
         with watch:
-            return step(batch)
+            return step(batch, state)
 
     def watched_advance() -> None:
         with watch:
@@ -84,7 +84,7 @@ def train(world: World, folder: Path, shards: Path, log_every: int) -> dict[str,
         if phase == "start" and trainer.state.step:
             collected.append((trainer.state.step, info["generation"]))
 
-    trainer.step, trainer._advance = watched_step, watched_advance
+    trainer.task.step, trainer._advance = watched_step, watched_advance
     gc.callbacks.append(note)
     try:
         trainer.fit()

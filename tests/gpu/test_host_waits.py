@@ -12,7 +12,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
-from strata.train.loop import Trainer
+from strata.train.pretraining import open_pretraining
 from tests.support.commands import TINY
 from tests.support.rank_processes import run_ranks
 
@@ -27,28 +27,28 @@ def train(world: World, folder: Path, shards: Path) -> int:
     words += ["--engine.device", "cuda"]
     config = parse_config(TrainConfig, words, prog="test", description="")
     config.run.mkdir(exist_ok=True)
-    trainer = Trainer(
+    trainer = open_pretraining(
         config,
         world=world,
         device=torch.device("cuda", 0),
         reader=ShardReader(config.data.shards),
         metrics=Metrics(),
     )
-    step, watched = trainer.step, 0
+    step, watched = trainer.task.step, 0
 
-    def strict(batch: Any) -> Any:
+    def strict(batch: Any, state: Any) -> Any:
         nonlocal watched
         # The first steps of a stage choose kernels and make buffers.
         if batch.step < 3 or batch.epoch > 1:
-            return step(batch)
+            return step(batch, state)
         watched += 1
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(batch)
+            return step(batch, state)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    trainer.step = strict
+    trainer.task.step = strict
     trainer.fit()
     return watched
 

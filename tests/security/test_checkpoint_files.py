@@ -13,20 +13,20 @@ from torch import nn
 
 from strata.distributed import World
 from strata.errors import CheckpointError
-from strata.train.engine import Engine, EngineConfig, ParameterGroup, Snapshot
+from strata.train.engine import Engine
+from strata.train.engine_config import EngineConfig, ParameterGroup
+from strata.train.engine_state import Snapshot
 from strata.train.export import ExportCommand, load_export, write_export
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from strata.train.run.checkpoint import (
     CheckpointConfig,
     RunState,
-    backbone_config,
-    load_backbone,
     read_marker,
     read_state,
     restore,
-    trained_clips,
     write,
 )
+from strata.train.run.encoder import backbone_config, load_backbone, trained_clips
 from tests.support.rank_processes import run_ranks
 
 CONFIG = {
@@ -74,7 +74,7 @@ def test_the_original_loads(folder: Path):
 
 
 @pytest.mark.parametrize("marker", ["{}", "some", "[]", "", "null", "deep", "unknown", "upper"])
-def test_without_every_hash_a_checkpoint_is_not_complete(marker: str, folder: Path):
+def test_a_checkpoint_without_every_hash_is_incomplete(marker: str, folder: Path):
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -186,7 +186,7 @@ def test_clips_that_are_none_are_one_line(data: Any):
         trained_clips({"data": data})
 
 
-def test_a_config_that_a_model_card_cannot_tell_is_one_line(folder: Path, tmp_path: Path):
+def test_a_config_that_a_model_card_cannot_state_is_one_line(folder: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="the config is not a training's"):
         write_export(ExportCommand(checkpoint=folder, out=tmp_path / "out", names="strata"))
     assert not (tmp_path / "out").exists()
@@ -249,7 +249,7 @@ def restore_odd(world: World, tmp_path: Path) -> list[str]:
         run=tmp_path,
     )
     engine.step(engine(torch.rand(2, 3)).square().sum(), lr_factor=1.0, frozen=())
-    good = engine.snapshot()
+    good = engine.state.snapshot()
     folder = write(good, STATE, tmp_path, CheckpointConfig())
     restore(engine, model, folder)
     refused = []

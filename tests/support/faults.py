@@ -8,12 +8,12 @@ import torch
 
 
 def _nan(step: int, rank: str) -> None:
-    from strata.train import loop
+    from strata.train import pretraining
 
-    original = loop.Trainer._part
+    original = pretraining.Pretraining._part
 
     def part(self: Any, batch: Any, *more: Any) -> Any:
-        if os.environ["RANK"] == rank and self.state.step == step - 1:
+        if os.environ["RANK"] == rank and more[-1] == step - 1:
             losses = self.method.losses
 
             def broken(out: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +30,7 @@ def _nan(step: int, rank: str) -> None:
                 self.method.losses = losses
         return original(self, batch, *more)
 
-    setattr(loop.Trainer, "_part", part)  # noqa: B010
+    setattr(pretraining.Pretraining, "_part", part)  # noqa: B010
 
 
 def nan_at_step_5_on_rank_1() -> None:
@@ -42,16 +42,16 @@ def nan_at_step_5() -> None:
 
 
 def stall_in_step_4_on_rank_1() -> None:
-    from strata.train import loop
+    from strata.train import pretraining
 
-    original = loop.Trainer.step
+    original = pretraining.Pretraining.step
 
-    def step(self: Any, batch: Any) -> Any:
-        if os.environ["RANK"] == "1" and self.state.step == 3:
+    def step(self: Any, batch: Any, state: Any) -> Any:
+        if os.environ["RANK"] == "1" and state.step == 3:
             time.sleep(3600)
-        return original(self, batch)
+        return original(self, batch, state)
 
-    loop.Trainer.step = step
+    pretraining.Pretraining.step = step
 
 
 def other_code_on_rank_1() -> None:

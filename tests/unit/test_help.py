@@ -14,7 +14,8 @@ import torch
 from strata import commands, launch
 from strata.config import parse_config
 from strata.errors import ConfigError, ShardError
-from strata.eval.protocols.run import RUNNERS, RetrievalEvaluation
+from strata.eval.evaluations.retrieval import RetrievalEvaluation
+from strata.eval.evaluations.runners import RUNNERS
 from strata.format.manifest import read_manifest
 from strata.preprocess.options import usage
 from strata.recipes import find_recipe, recipes, summary_of

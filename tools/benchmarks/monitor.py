@@ -28,9 +28,10 @@ from strata.tools.benchmarks.measure import (
     table,
 )
 from strata.train.config import TrainConfig
-from strata.train.engine import choose_device
+from strata.train.engine_config import choose_device
 from strata.train.loop import Trainer
 from strata.train.monitor.run_monitor import serve_run
+from strata.train.pretraining import Pretraining, open_pretraining
 
 __all__ = ["main"]
 
@@ -127,7 +128,9 @@ class _Turns:
         warmup: Steps before the first turn.
     """
 
-    def __init__(self, trainer: Trainer, scraper: _Scraper, *, steps: int, warmup: int) -> None:
+    def __init__(
+        self, trainer: Trainer[Pretraining], scraper: _Scraper, *, steps: int, warmup: int
+    ) -> None:
         self._scraper, self._steps, self._left = scraper, steps, warmup
         self._on = True  # The warm-up is not counted; a turn without scrapes follows.
         self._start = time.perf_counter()
@@ -137,8 +140,8 @@ class _Turns:
         """Seconds that a scrape added to the steps before it, of each scraped turn."""
         self.recording_s: list[float] = []
         """Seconds of `RunMonitor.count`, of each step."""
-        self._count = trainer.monitor.count
-        trainer.monitor.count = self._timed_count  # pyright: ignore[reportAttributeAccessIssue]
+        self._count = trainer.task.monitor.count
+        trainer.task.monitor.count = self._timed_count  # pyright: ignore[reportAttributeAccessIssue]
 
     def _timed_count(self, *args: Any) -> None:
         start = time.perf_counter()
@@ -189,7 +192,9 @@ def _measure(config: TrainConfig, options: MonitorOptions) -> dict[str, Any]:
             serve_run(config, world) as metrics,
             _scraping(config.monitor.port, options.pause) as scraper,
         ):
-            trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
+            trainer = open_pretraining(
+                config, world=world, device=device, reader=reader, metrics=metrics
+            )
             cpu_s = _cpu_of_a_scrape(scraper, options.seconds)
             turns = _Turns(trainer, scraper, steps=options.steps, warmup=options.warmup)
             trainer.fit()

@@ -37,9 +37,10 @@ from strata.tools.benchmarks.measure import (
     wait_for,
 )
 from strata.train.config import TrainConfig
-from strata.train.engine import choose_device
+from strata.train.engine_config import choose_device
 from strata.train.loop import Trainer
 from strata.train.monitor.cost_model import memory_estimate, step_cost
+from strata.train.pretraining import Pretraining, open_pretraining
 
 __all__ = ["PARTS", "StepClock", "main"]
 
@@ -129,7 +130,7 @@ def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]
 
 
 @contextmanager
-def _clocked(trainer: Trainer, clock: StepClock) -> Iterator[None]:
+def _clocked(trainer: Trainer[Pretraining], metrics: Metrics, clock: StepClock) -> Iterator[None]:
     """Clocks around the parts of a trainer's steps."""
 
     def timed(part: str) -> Callable[[Any], Any]:
@@ -155,14 +156,14 @@ def _clocked(trainer: Trainer, clock: StepClock) -> Iterator[None]:
 
         return iterate
 
-    deepspeed = trainer.engine.engine
+    deepspeed = trainer.task.engine.engine
     parts: list[tuple[Any, str, str]] = [
         (deepspeed, "forward", "forward"),
         (deepspeed, "backward", "backward"),
         (deepspeed, "step", "optimizer"),
-        (trainer.method, "losses", "losses"),
-        (trainer.method, "averaged", "metrics"),
-        *((trainer.metrics, name, "metrics") for name in ("set", "add", "observe", "record")),
+        (trainer.task.method, "losses", "losses"),
+        (trainer.task.method, "averaged", "metrics"),
+        *((metrics, name, "metrics") for name in ("set", "add", "observe", "record")),
         *((distributed.dist, name, "communication") for name in _COLLECTIVES),
     ]
     with ExitStack() as stack:
@@ -251,13 +252,13 @@ def _measure(config: TrainConfig, stage: int, options: StepOptions, world: World
     run.mkdir(parents=True, exist_ok=True)
     reader = ShardReader(config.data.shards, config.data.check)
     metrics = Metrics(run / "log.jsonl" if world.is_first else None)
-    trainer = Trainer(config, world=world, device=device, reader=reader, metrics=metrics)
+    trainer = open_pretraining(config, world=world, device=device, reader=reader, metrics=metrics)
     clock = StepClock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets VmHWM.
     before = _resident("VmRSS")
-    with _clocked(trainer, clock):
+    with _clocked(trainer, metrics, clock):
         finished = trainer.fit()
     if not finished and trainer.state.step < options.all_steps:
         metrics.close()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from strata.counter_random import Stream, uniforms
 from strata.errors import ConfigError
-from strata.train.engine import ParameterGroup
+from strata.train.engine_config import ParameterGroup
 from strata.train.method.schedules import Phase
 from strata.train.method.score_queue import ScoreQueue
 from strata.train.method.settings import LEVELS, Level, MethodConfig

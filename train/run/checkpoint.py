@@ -13,47 +13,36 @@ rename, and only then older checkpoints are removed (train/run/history.py). A fo
 pickled, and nothing depends on the number of ranks or ZeRO's stage. DeepSpeed's own format is
 pickled, depends on both, and would store the weights twice.
 
-The state is copied to the host's memory between two steps (all ranks take part), and rank 0 writes
-the copy in a thread while training continues. Nothing else uses the copy, so the files do not
-depend on when it is written.
+train/run/saver.py decides when one is written, train/run/encoder.py reads the encoder out of one.
 """
 
 import dataclasses
 import json
 import shutil
-import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from strata.errors import CheckpointError, ConfigError, NotSavedError
 from strata.files import open_atomic, sha256_of, sync_path, write_atomic
-from strata.train.engine import Engine, Snapshot
-from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.engine import Engine
+from strata.train.engine_state import Snapshot
 from strata.train.run.history import COMPLETE, FOLDER, History, find_checkpoint, name_of
 from strata.untrusted import Digest, decode_json
 
 __all__ = [
     "CheckpointConfig",
     "RunState",
-    "Saver",
-    "TrainedClips",
-    "Written",
-    "backbone_config",
-    "build_for_file",
     "find_checkpoint",
-    "load_backbone",
     "read_marker",
     "read_state",
     "restore",
-    "trained_clips",
+    "verified_weights",
     "write",
 ]
 
@@ -63,9 +52,7 @@ _STATE = "state.json"
 _FILES = frozenset((_MODEL, _TRAINING, _STATE))
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
-_BACKBONE = "backbone."
 _MAX_JSON_BYTES = 1 << 24
-_SPARE_BYTES = 1 << 20
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 _Text = Annotated[str, msgspec.Meta(max_length=200)]
@@ -115,79 +102,15 @@ class RunState:
     loss_scale: dict[str, float] = field(default_factory=dict)
     """State of fp16's loss scaling; empty for other precisions."""
 
-
-class Saver:
-    """Writes the checkpoints of a run, one at a time, in a thread of rank 0.
-
-    Args:
-        run: The run's folder.
-        config: How many to keep.
-    """
-
-    def __init__(self, run: Path, config: CheckpointConfig) -> None:
-        self._run, self._config = run, config
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._written: Written | None = None
-
-    def begin(self, snapshot: Snapshot, state: RunState) -> None:
-        """Start to write a checkpoint, after waiting for the previous one."""
-        self._join()
-        self._thread = threading.Thread(
-            target=self._work, args=(snapshot, state), name="strata-saver"
+    def after_step(self, steps_per_epoch: int) -> "RunState":
+        """The state when one more step is done."""
+        last = self.epoch_step + 1 == steps_per_epoch
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            epoch=self.epoch + last,
+            epoch_step=0 if last else self.epoch_step + 1,
         )
-        self._thread.start()
-
-    def _work(self, snapshot: Snapshot, state: RunState) -> None:
-        start = time.perf_counter()
-        try:
-            path = write(snapshot, state, self._run, self._config)
-            self._written = Written(path, state.step, time.perf_counter() - start)
-        except BaseException as error:
-            self._error = error
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def close(self) -> None:
-        """Wait for the checkpoint that is being written; its failure is not reported."""
-        self._join()
-
-    def finish(self) -> "Written | None":
-        """Wait for the checkpoint that is being written and return its result.
-
-        Raises:
-            NotSavedError: It could not be written.
-        """
-        self._join()
-        return self.take()
-
-    def take(self) -> "Written | None":
-        """The checkpoint written since the last call, if any, without waiting.
-
-        Raises:
-            NotSavedError: It could not be written.
-        """
-        if self._thread is not None and self._thread.is_alive():
-            return None
-        self._join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        written, self._written = self._written, None
-        return written
-
-
-@dataclass(frozen=True)
-class Written:
-    """A complete checkpoint."""
-
-    path: Path
-    step: int
-    took_s: float
-    """Seconds from the copy in memory to the pointer on disk."""
 
 
 def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConfig) -> Path:
@@ -267,8 +190,8 @@ def read_marker(folder: Path) -> str:
     return _read(folder / COMPLETE).decode("utf-8")
 
 
-def _check_hashes(folder: Path) -> None:
-    """Compare every file of a checkpoint with its hash.
+def verified_weights(folder: Path) -> Path:
+    """The file of a checkpoint's weights, after every file was compared with its hash.
 
     Raises:
         CheckpointError: A hash or a file is missing, or a file is altered.
@@ -287,6 +210,7 @@ def _check_hashes(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or sha256_of(path) != expected:
             raise CheckpointError(f"checkpoint file {path} is missing or altered; {advice}")
+    return folder / _MODEL
 
 
 def _read(path: Path) -> bytes:
@@ -319,13 +243,13 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
     Raises:
         CheckpointError: A file is missing or altered, or does not fit the model.
     """
-    _check_hashes(folder)
-    _check_architecture(folder / _MODEL, model)
+    weights = verified_weights(folder)
+    _check_architecture(weights, model)
     state = read_state(folder)
     try:
-        engine.restore(
+        engine.state.restore(
             Snapshot(
-                model=load_file(folder / _MODEL),
+                model=load_file(weights),
                 training=load_file(folder / _TRAINING),
                 loss_scale=state.loss_scale,
             )
@@ -336,97 +260,6 @@ def restore(engine: Engine, model: nn.Module, folder: Path) -> RunState:
             "with the run's own config.yaml"
         ) from error
     return state
-
-
-def load_backbone(folder: Path) -> Backbone:
-    """Load the encoder of a checkpoint, built from its own config; no code in it is executed.
-
-    Raises:
-        CheckpointError: A file is missing, altered or damaged.
-    """
-    _check_hashes(folder)
-    path = folder / _MODEL
-    backbone = build_for_file(backbone_config(read_state(folder).config), path)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            names = [k for k in tensors.keys() if k.startswith(_BACKBONE)]
-            weights = {k.removeprefix(_BACKBONE): tensors.get_tensor(k) for k in names}
-        backbone.load_state_dict(weights, strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not hold this encoder: {error}; use another checkpoint"
-        ) from error
-    return backbone
-
-
-def build_for_file(config: BackboneConfig, path: Path) -> Backbone:
-    """Build the encoder for a weights file; refuse one that is larger than the file.
-
-    Raises:
-        CheckpointError: The encoder has far more weights than the file.
-    """
-    try:
-        with torch.device("meta"):
-            sketch = build_backbone(config)
-        due = sum(t.numel() * t.element_size() for t in sketch.state_dict().values())
-        found = path.stat().st_size
-    except (OSError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} does not hold this encoder: {error}") from error
-    if due > 2 * found + _SPARE_BYTES:
-        raise CheckpointError(
-            f"{path} does not hold this encoder: it has {found} bytes, an encoder of width "
-            f"{config.width} has {due}; use another checkpoint"
-        )
-    return build_backbone(config)
-
-
-def backbone_config(config: dict[str, Any]) -> BackboneConfig:
-    """Parse the encoder's settings of a run's resolved configuration.
-
-    Raises:
-        CheckpointError: The configuration is of another version.
-    """
-    described = config.get("model")
-    known = {f.name for f in dataclasses.fields(BackboneConfig)}
-    try:
-        if isinstance(described, dict) and not described.keys() <= known:
-            raise ConfigError(f"unknown settings {sorted(map(str, described.keys() - known))[:3]}")
-        return msgspec.convert(described, BackboneConfig)
-    except (msgspec.ValidationError, ConfigError) as error:
-        raise CheckpointError(
-            f"the checkpoint's config does not describe an encoder: {error}; use another one"
-        ) from error
-
-
-class _ClipPart(msgspec.Struct, frozen=True):
-    clip_frames: Annotated[int, msgspec.Meta(ge=2, le=1 << 12)]
-
-
-class TrainedClips(msgspec.Struct, frozen=True):
-    """Settings of the clips that an encoder was trained on, read from a run's config."""
-
-    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
-    """Rows and columns."""
-    clips: _ClipPart
-
-    @property
-    def frames(self) -> int:
-        """Frames of a clip."""
-        return self.clips.clip_frames
-
-
-def trained_clips(config: dict[str, Any]) -> TrainedClips:
-    """Parse the clip settings of a run's resolved configuration.
-
-    Raises:
-        CheckpointError: It has no valid clip settings.
-    """
-    try:
-        return msgspec.convert(config.get("data"), TrainedClips)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(
-            f"the checkpoint's config does not describe clips: {error}; use another"
-        ) from error
 
 
 def _check_architecture(path: Path, model: nn.Module) -> None:

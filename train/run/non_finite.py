@@ -1,6 +1,7 @@
-"""Reports on non-finite steps: collected on the device, read only if the step was skipped."""
+"""Steps that are not finite: flags on the device, reports, and how many a run may skip."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,28 +9,18 @@ import torch
 from torch import Tensor
 
 from strata.dataload.loader import Batch
-from strata.distributed import gather_objects
-from strata.train.method.objective import LossTerms
+from strata.distributed import World, gather_objects
+from strata.errors import NotFiniteError
+from strata.logs import get_logger
+from strata.telemetry.metrics import Metrics
+from strata.train.engine import Engine
 
-__all__ = ["NonFiniteFlags", "Report", "mean_terms"]
+__all__ = ["NonFiniteFlags", "Report", "SkippedSteps"]
+
+logger = get_logger(__name__)
 
 _SHOWN = 8
 """Number of samples that a message names; the log has all of them."""
-
-
-def mean_terms(parts: Sequence[LossTerms]) -> LossTerms:
-    """Average the loss terms and metrics over the micro-batches of an accumulated batch."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def mean(of: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.stack([each[name] for each in of]).mean(0) for name in of[0]}
-
-    return LossTerms(
-        total=torch.stack([part.total.detach() for part in parts]).mean(0),
-        terms=mean([part.terms for part in parts]),
-        health=mean([part.health for part in parts]),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +42,31 @@ class NonFiniteFlags:
 
     @staticmethod
     def of(
-        parts: Sequence[LossTerms],
-        bad_samples: Sequence[Tensor],
+        terms: Mapping[str, Tensor],
+        bad_samples: Tensor,
         *,
         skipped: Tensor,
         step: int,
         batch: Batch,
     ) -> "NonFiniteFlags":
-        """Compute the flags of a step from its micro-batches without waiting for the device."""
-        names = (*parts[0].terms, "total")
-        values = torch.stack(
-            [torch.stack([*part.terms.values(), part.total.detach()]) for part in parts]
-        )
+        """Compute the flags of a step without waiting for the device.
+
+        Args:
+            terms: Loss terms by name, each of the shape `[parts of the batch]`.
+            bad_samples: bool `[b]`: the sample's embedding is not finite.
+            skipped: bool, whether the step was skipped.
+            step: Steps done before this one.
+            batch: The batch of the step.
+        """
+        values = torch.stack(list(terms.values()))
         return NonFiniteFlags(
             step=step,
             epoch=batch.epoch,
             epoch_step=batch.step,
-            terms=names,
-            bad_terms=~torch.isfinite(values).all(0),
+            terms=tuple(terms),
+            bad_terms=~torch.isfinite(values).all(1),
             samples=batch.samples,
-            bad_samples=torch.cat(list(bad_samples)),
+            bad_samples=bad_samples,
             skipped=skipped,
         )
 
@@ -132,3 +128,76 @@ class Report:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             places.append(f"rank {rank} with samples {', '.join(names[:_SHOWN])}{more}")
         return f"{where}: not finite: {what}; on {'; '.join(places)}"
+
+
+class SkippedSteps:
+    """Counts and reports the steps that a run skipped, and ends a run that skips too many.
+
+    Args:
+        engine: Which skips a step whose loss or gradient is not finite.
+        allowed: Steps of the run that may be skipped.
+        keys: Names of the samples.
+        world: This rank and its peers.
+        metrics: Receives the count and the reports.
+        settings: Prefix of the settings that the advice of an error names, such as `engine`.
+        dump: Called with the report on a step whose batch this rank may be the cause of.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        allowed: int,
+        keys: Sequence[str],
+        world: World,
+        metrics: Metrics,
+        settings: str,
+        dump: Callable[[Report], None] | None = None,
+    ) -> None:
+        self._engine, self._allowed, self._keys = engine, allowed, keys
+        self._world, self._metrics, self._dump = world, metrics, dump
+        self._settings = settings
+        self._flags: list[NonFiniteFlags] = []
+        self._seen = 0
+
+    def note(self, flags: NonFiniteFlags) -> None:
+        """Keep the flags of a step until `judge` reads them."""
+        self._flags.append(flags)
+
+    def judge(self, before: int) -> int:
+        """Read the flags since the last call; all ranks call it. Waits for the device.
+
+        Args:
+            before: Steps that the run had skipped at the last call.
+
+        Returns:
+            Steps that it has skipped now.
+
+        Raises:
+            NotFiniteError: More than allowed.
+        """
+        flags, self._flags = self._flags, []
+        new = self._engine.num_skipped() - self._seen
+        if new == 0:
+            return before
+        self._seen += new
+        self._metrics.add("strata_skipped_steps_total", new)
+        reports = [
+            Report.gathered(each, self._world.rank, self._keys)
+            for each in flags
+            if bool(each.skipped)
+        ]
+        for report in reports:
+            self._metrics.record("skipped_step", **dataclasses.asdict(report))
+            logger.warning("%s; the step was skipped", report)
+            if self._dump is not None and report.concerns(self._world.rank):
+                self._dump(report)
+        if before + new > self._allowed:
+            name = self._settings
+            clip = ", with --engine.grad_clip 1" if name == "engine" else ""
+            raise NotFiniteError(
+                f"{reports[0]}; {before + new} steps were skipped, {name}.max_skipped_steps is "
+                f"{self._allowed}. Resume from the last checkpoint with a smaller "
+                f"--{name}.learning_rate{clip} or with more --{name}.max_skipped_steps"
+            )
+        return before + new

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.eval.classifier import Classifier, video_probabilities
+from strata.eval.classifier.model import Classifier, video_probabilities
 from strata.eval.protocols.features import FeatureConfig
 from strata.eval.protocols.named import PROTOCOLS
 from strata.format.schema import NormalForm

@@ -12,7 +12,9 @@ from torch import nn
 
 from strata.distributed import World
 from strata.errors import ConfigError
-from strata.train.engine import Engine, EngineConfig, ParameterGroup, Snapshot, derive_deepspeed
+from strata.train.engine import Engine
+from strata.train.engine_config import EngineConfig, ParameterGroup, derive_deepspeed
+from strata.train.engine_state import Snapshot
 from strata.train.self_test import check_conv3d
 from tests.support.rank_processes import run_ranks
 
@@ -145,20 +147,26 @@ def skip_and_restore(world: World, zero: Literal[0, 1, 2], bad: float) -> list[A
     _, engine = make(world, zero=zero)
     advance(engine, 0, world)
     advance(engine, 1, world)
-    before = content(engine.snapshot())
+    before = content(engine.state.snapshot())
     # On one rank only; an infinite factor makes the loss infinite, a huge one only the gradient.
     advance(engine, 2, world, factor=bad if world.rank == world.size - 1 else 1.0)
-    skipped, left = bool(engine.skipped), content(engine.snapshot())
+    skipped, left = bool(engine.skipped), content(engine.state.snapshot())
     advance(engine, 3, world)
-    after = engine.snapshot()
+    after = engine.state.snapshot()
     assert not bool(engine.skipped)
     assert engine.num_skipped() == 1
     # Another engine restores the state and continues like this one.
     advance(engine, 4, world)
     _, other = make(world, zero=zero)
-    other.restore(after)
+    other.state.restore(after)
     advance(other, 4, world)
-    return [skipped, before, left, content(engine.snapshot()), content(other.snapshot())]
+    return [
+        skipped,
+        before,
+        left,
+        content(engine.state.snapshot()),
+        content(other.state.snapshot()),
+    ]
 
 
 def differing(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
@@ -191,20 +199,20 @@ def sgd(world: World) -> list[dict[str, torch.Tensor]]:
         optimizer.zero_grad()
         plain(inputs(step, world)).backward()
         optimizer.step()
-    saved = engine.snapshot()
+    saved = engine.state.snapshot()
     assert set(saved.training) == {
         "random.cpu",
         *(f"momentum_buffer.{name}" for name, _ in model.named_parameters()),
     }
     _, other = make(world, momentum=0.9)
-    other.restore(saved)
+    other.state.restore(saved)
     for one in (engine, other):
         advance(one, 4, world)
     return [
         dict(saved.model),
         {name: value.clone() for name, value in plain.state_dict().items()},
-        content(engine.snapshot()),
-        content(other.snapshot()),
+        content(engine.state.snapshot()),
+        content(other.state.snapshot()),
     ]
 
 
@@ -227,7 +235,7 @@ def accumulate(world: World) -> tuple[dict[str, torch.Tensor], list[str], dict[s
     _, clipping = make(world, grad_clip=1e-2)
     advance(clipping, 1, world, factor=1e3)
     assert (clipping.grad_norm or 0) > 1
-    return content(engine.snapshot()), logs, content(clipping.snapshot())
+    return content(engine.state.snapshot()), logs, content(clipping.state.snapshot())
 
 
 def test_accumulation_moves_once_a_batch_and_the_norm_is_clipped():
@@ -246,13 +254,13 @@ def across_stages(world: World, start: int, end: int) -> dict[str, torch.Tensor]
     _, engine = make(world, zero=start)
     for step in range(2):
         advance(engine, step, world)
-    saved = engine.snapshot()
+    saved = engine.state.snapshot()
     _, other = make(world, zero=end)
-    other.restore(saved)
-    assert differing(content(saved), content(other.snapshot())) == []
+    other.state.restore(saved)
+    assert differing(content(saved), content(other.state.snapshot())) == []
     advance(engine, 2, world)
     advance(other, 2, world)
-    mine, theirs = content(engine.snapshot()), content(other.snapshot())
+    mine, theirs = content(engine.state.snapshot()), content(other.state.snapshot())
     assert torch.allclose(mine["second.weight"], theirs["second.weight"], atol=1e-6)
     return theirs
 
@@ -266,13 +274,13 @@ def scale_losses(world: World) -> tuple[float, float, float, bool]:
     _, engine = make(world, precision="fp16")
     for step in range(1, 8):
         advance(engine, step, world)
-    saved = engine.snapshot()
+    saved = engine.state.snapshot()
     _, other = make(world, precision="fp16")
-    other.restore(saved)
-    assert other.snapshot().loss_scale == saved.loss_scale
+    other.state.restore(saved)
+    assert other.state.snapshot().loss_scale == saved.loss_scale
     # A finite loss with an infinite scaled gradient is handled by the scaler and no fault.
     advance(other, 8, world, factor=1e36)
-    after = other.snapshot()
+    after = other.state.snapshot()
     assert torch.equal(saved.model["second.weight"], after.model["second.weight"])
     steps = float(saved.training["step.second.weight"])
     return steps, saved.loss_scale["scale"], after.loss_scale["scale"], bool(other.skipped)

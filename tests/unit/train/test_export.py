@@ -17,7 +17,7 @@ from strata.tools.export import main
 from strata.train.export import ExportCommand, load_export, write_export
 from strata.train.model_card import example_code
 from strata.train.models.backbones import BackboneConfig
-from strata.train.run.checkpoint import load_backbone
+from strata.train.run.encoder import load_backbone
 from tests.support.checkpoints import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strata.train.engine import Snapshot
+from strata.train.engine_state import Snapshot
 from strata.train.models.backbones import BackboneConfig, build_backbone
 from strata.train.run.checkpoint import (
     CheckpointConfig,
     RunState,
     find_checkpoint,
-    load_backbone,
     read_state,
     write,
 )
+from strata.train.run.encoder import load_backbone
 from tests.support.fuzzing import ODD_VALUES, budget, byte_edits, edited, json_edited, outcome
 
 STATE = RunState(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from strata.errors import ConfigError
+from strata.eval.evaluations.classify import FinetuneEvaluation, run_finetune
+from strata.eval.networks import network_name
 from strata.eval.protocols.pixels import PixelMaps
-from strata.eval.protocols.run import FinetuneEvaluation, run_finetune
-from strata.eval.session import network_name
 from strata.train.models.inputs import normalise
 from strata.train.representation.encode import encode_levels
 

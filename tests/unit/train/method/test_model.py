@@ -14,7 +14,8 @@ import strata.train.method.objective
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.train.convolutions import sound_convolutions
-from strata.train.engine import Engine, EngineConfig
+from strata.train.engine import Engine
+from strata.train.engine_config import EngineConfig
 from strata.train.losses.prototypical import sinkhorn
 from strata.train.method.model import Embeddings, VideoModel
 from strata.train.method.objective import LossTerms, Method
@@ -411,12 +412,12 @@ def cross_boundaries(_: World, zero: Literal[0, 1]) -> dict[str, Any]:
         for epoch in range(SCHEDULE.epochs):
             _step(model, engine, epoch)
             states.append(copy.deepcopy(model.state_dict()))
-            saved.append(engine.snapshot())
+            saved.append(engine.state.snapshot())
         resumed = {}
         # Continued across: prototypes freed, queue used, second stage begun.
         for epoch in (0, 1, 2):
             other, engine = _engine(zero, folder)
-            engine.restore(saved[epoch])
+            engine.state.restore(saved[epoch])
             for later in range(epoch + 1, SCHEDULE.epochs):
                 _step(other, engine, later)
             resumed[epoch] = copy.deepcopy(other.state_dict())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from strata.dataload.config import DataConfig
 from strata.train.config import TrainConfig
-from strata.train.engine import EngineConfig
+from strata.train.engine_config import EngineConfig
 from strata.train.method.model import VideoModel
 from strata.train.method.schedules import Phase
 from strata.train.models.backbones import BackboneConfig, build_backbone

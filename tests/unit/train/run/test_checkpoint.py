@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from strata.errors import CheckpointError
-from strata.train.engine import Snapshot
+from strata.train.engine_state import Snapshot
 from strata.train.models.backbones import BackboneConfig
-from strata.train.run.checkpoint import (
-    CheckpointConfig,
-    RunState,
-    load_backbone,
-    write,
-)
+from strata.train.run.checkpoint import CheckpointConfig, RunState, write
+from strata.train.run.encoder import load_backbone
 
 SNAPSHOT = Snapshot(
     model={"w": torch.ones(3)}, training={"random.cpu": torch.get_rng_state()}, loss_scale={}

@@ -1,0 +1,1 @@
+"""A classifier on an encoder: the linear probe with augmentation, and finetuning."""

@@ -1,0 +1,1 @@
+"""The evaluations of eval/main.py, a file each: settings, measurement, report."""
