@@ -17,18 +17,23 @@ TEST_WORKERS ?= 2
 help:
 	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
 	@echo "make test   set up, then the tests"
-	@echo "make setup  create $(VENV) and install Strata with all it needs (about 7 GB)"
+	@echo "make setup  create $(VENV) and install Strata with all it needs: 2 GB, or 7 GB with a GPU"
 	@echo "make hooks  run the checks before each commit and push"
 	@echo "make lint | types | format | clean"
 	@echo "make supply known vulnerabilities, licences, tests on the lowest versions allowed"
 
 setup: $(SETUP)
 
+# The builds of torch and DALI that fit this machine: a GPU's driver, or no GPU.
 $(SETUP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Strata and its packages into $(VENV) (the first time several minutes)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	@read -r extra place < <($(RUN) tools/choose_build.py); \
+	if [ "$$place" != - ]; then \
+		$(RUN) -m pip install --quiet --disable-pip-version-check --index-url "$$place" torch torchvision; \
+	fi; \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$$extra,test]"
 	@touch $(SETUP)
 
 $(SETUP_DEV): $(SETUP)

@@ -16,13 +16,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import pipeline_def
-from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from torch import Tensor
 
 from strata.dataload.augment import ViewParameters, blur_window, colour_transforms
+from strata.errors import ConfigError
 from strata.logs import get_logger
+
+try:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+    from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+except ImportError as error:
+    raise ConfigError(
+        f"NVIDIA DALI cannot be imported ({error}); install strata-video[cuda13], [cuda12], or "
+        "[cpu] for a machine without a GPU (docs/usage.md, Installation)"
+    ) from error
 
 __all__ = [
     "CPU_VIDEO_CODECS",

@@ -222,7 +222,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class PairResult:
-    """All that was measured on one training set and one test set."""
+    """All measurements on one training set and one test set."""
 
     sets: SetPair
     measured: Mapping[Kind, Measurement]
@@ -259,10 +259,10 @@ class PairResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """All that an evaluation found, and all that decided it."""
+    """The result of an evaluation with everything that determined it."""
 
     name: str
-    """Like `linear-cached`: tells reports of one run apart."""
+    """Like `linear-cached`; different for each report of a run."""
     protocols: Mapping[Kind, str]
     """Each protocol in words."""
     is_untrained: bool

@@ -123,7 +123,7 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise WorldError(
                 f"the world of {world.size} did not form at {address} (waiting at most "
-                f"{timeout_s:.0f} s): {error}; mend the network, or choose another --master_port"
+                f"{timeout_s:.0f} s): {error}; check the network, or choose another --master_port"
             ) from error
     return world
 

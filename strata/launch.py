@@ -1,4 +1,4 @@
-"""What the launcher's environment says; the only place that reads or sets its variables.
+"""The launcher's environment: the only file that reads or sets its variables.
 
 Launchers are `deepspeed`, `torchrun` and Slurm's `srun`. This file imports nothing of ours, so that
 errors and logs can ask for the rank.
@@ -30,7 +30,7 @@ class LaunchError(ValueError):
 
 
 def is_launched() -> bool:
-    """Whether a launcher, or srun through `complete`, told this process its rank."""
+    """Whether a launcher, or srun through `complete`, gave this process its rank."""
     return "RANK" in os.environ
 
 
@@ -40,7 +40,7 @@ def rank_text() -> str | None:
 
 
 def complete() -> None:
-    """Add the variables of torchrun where `srun` or DeepSpeed has told the same by other names.
+    """Add the variables of torchrun where `srun` or DeepSpeed set the same under other names.
 
     Logs, DALI's share of the cores and DeepSpeed read them.
 
@@ -66,47 +66,45 @@ def ranks() -> tuple[int, int, int]:
             int(os.environ.get("LOCAL_RANK", "0")),
         )
     except ValueError as error:
-        raise LaunchError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}"
-        ) from error
+        raise LaunchError(f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}") from error
 
 
 def set_ranks(rank: int, size: int, local_rank: int) -> list[str]:
     """Set those of the three variables that no launcher has set; returns their names."""
-    told = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
-    added = {name: str(value) for name, value in told.items() if name not in os.environ}
+    wanted = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
+    added = {name: str(value) for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     return list(added)
 
 
 def unset(names: list[str]) -> None:
-    """Take back what `set_ranks` has set."""
+    """Remove the variables that `set_ranks` has set."""
     for name in names:
         os.environ.pop(name, None)
 
 
 def address() -> str | None:
-    """Where the ranks meet, `host:port`; None where nobody told."""
+    """Where the ranks meet, `host:port`; None where no address is set."""
     if "MASTER_ADDR" not in os.environ:
         return None
     return f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
 
 
 def local_world_size() -> int | None:
-    """Ranks on this node; None where the launcher does not tell, or not a number."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(told) if told.isdecimal() else None
+    """Ranks on this node; None where the launcher does not set them, or not to a number."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else None
 
 
 def ranks_of_node() -> int:
-    """Ranks on this node; all ranks where the launcher does not tell."""
+    """Ranks on this node; all ranks where the launcher does not set them."""
     return local_world_size() or ranks()[1]
 
 
 def local_rank_of_task() -> int:
     """Rank on this node of a process that may be a task of `srun`; 0 without a launcher."""
-    told = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return int(told) if told.isdecimal() else 0
+    text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return int(text) if text.isdecimal() else 0
 
 
 _ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP"))
@@ -155,7 +153,7 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, told by what `srun` set; empty outside a job step.
+    """The variables of torchrun from those of `srun`; empty outside a job step.
 
     Only a step of `srun` has SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is a
     world of one, however many tasks the job was given. Rank 0 is on the first node of the list, and

@@ -38,20 +38,20 @@ _PORTS = 16
 
 
 def _keep(config: AblateConfig) -> None:
-    """Refuse a folder whose rows or evaluations were others; add what is new.
+    """Store the settings of the grid; refuse a folder that was made with other settings.
 
     Raises:
-        ConfigError: A row or an evaluation of the folder is set otherwise now.
+        ConfigError: A row or an evaluation of the folder has other settings now.
     """
     path = config.out / "grid.json"
-    # As JSON has it, so that tuples compare with lists.
+    # Through JSON, so that tuples compare equal to lists.
     now = json.loads(json.dumps(resolved(config)))
     if path.exists():
         before = read_json(path)
         for kind in ("rows", "evaluations"):
             for name in before[kind].keys() & now[kind].keys():
                 old, new = before[kind][name], now[kind][name]
-                # What only one of them has is a setting that the code got or lost since.
+                # A setting that only one of them has was added to the code or removed since.
                 for key in sorted(old.keys() & new.keys()):
                     if old[key] != new[key]:
                         raise ConfigError(
@@ -65,7 +65,7 @@ def _keep(config: AblateConfig) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder.
+    """Lock the folder.
 
     Raises:
         ConfigError: Another grid runs in it.
@@ -82,15 +82,15 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 class _StoppedError(StrataError):
-    """A signal asked to stop."""
+    """A signal requested a graceful shutdown."""
 
     exit_code = EXIT_PREEMPTED
 
 
 class _Signals:
-    """While entered, notes SIGTERM and SIGINT.
+    """Records SIGTERM and SIGINT while it is entered.
 
-    Noted and not raised: raised while a process starts, nobody would know of the process.
+    The handler does not raise: an error while a process is being started would lose that process.
     """
 
     _NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -109,16 +109,14 @@ class _Signals:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
-    def obey(self) -> None:
-        """Stop where a signal asked to.
+    def check(self) -> None:
+        """Stop if a signal was received.
 
         Raises:
-            _StoppedError: One did.
+            _StoppedError: One was.
         """
         if self.received is not None:
-            raise _StoppedError(
-                f"stopped by {self.received.name}; the same command goes on where it was"
-            )
+            raise _StoppedError(f"stopped by {self.received.name}; the same command resumes it")
 
 
 def _say(text: str) -> None:
@@ -126,14 +124,14 @@ def _say(text: str) -> None:
 
 
 def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
-    """What each of several runs at once has in its environment: its share of the GPUs.
+    """Divide the visible GPUs among runs side by side.
 
     Args:
-        runs: How many. One has all GPUs; more than there are GPUs share them.
+        runs: How many. A single run has all GPUs; several runs may share one.
         launcher: Words that start a process.
 
     Returns:
-        Variables for each run.
+        Environment variables for each run.
 
     Raises:
         ConfigError: The GPUs do not divide, or the launcher would choose others.
@@ -160,7 +158,7 @@ def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
 
 
 class _Runner:
-    """Runs what is not whole yet, and remembers what became of it.
+    """Runs the steps that are not complete, and stores their results.
 
     Raises:
         ConfigError: Runs side by side, but not with these GPUs or this launcher.
@@ -188,9 +186,9 @@ class _Runner:
                     done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                     for future in done:
                         slots.append(running.pop(future)[0])
-                        whole = future.result()
+                        complete = future.result()
                         self.write()
-                        if not whole and self._config.on_failure == "stop":
+                        if not complete and self._config.on_failure == "stop":
                             waiting.clear()
             except BaseException:
                 # The pool waits for its threads: they stop theirs.
@@ -198,7 +196,7 @@ class _Runner:
                 raise
 
     def commands(self, cell: Cell) -> dict[str, list[str]]:
-        """What a run consists of, by the step's name: script and arguments."""
+        """The script and arguments of each step of a run, by the step's name."""
         config = self._config
         steps = {}
         if not config.rows[cell.row].untrained:
@@ -220,23 +218,23 @@ class _Runner:
             _say(gpu_hours(self._config))
 
     def _run(self, number: int, cell: Cell, slot: int) -> bool:
-        """Run what a cell lacks; whether it is whole then."""
-        whole = True
+        """Run the missing steps of a cell; returns whether all are complete."""
+        complete = True
         place = f"[{number}/{len(self._cells)}] {cell.name}"
         for step, words in self.commands(cell).items():
-            if cell.is_whole(step):
+            if cell.is_complete(step):
                 continue
             if step != "pretraining" and not cell.is_pretrained():
-                _say(f"{place}: {step}: left out, its pretraining is not whole")
-                whole = False
+                _say(f"{place}: {step}: left out, its pretraining is not complete")
+                complete = False
             elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
-                whole = False
+                complete = False
                 if self._config.on_failure == "stop":
                     break
-        return whole
+        return complete
 
     def _port(self, step: str, words: Sequence[str], slot: int) -> list[str]:
-        """Another port for metrics than that of the runs beside this one."""
+        """A port for metrics that no run beside this one uses."""
         if not slot:
             return []
         if step == "pretraining":
@@ -248,7 +246,7 @@ class _Runner:
         return ["--monitor.port", str(port + _PORTS * slot)] if port else []
 
     def _step(self, place: str, cell: Cell, step: str, words: Sequence[str], slot: int) -> bool:
-        """Run one process to its end; whether it succeeded."""
+        """Run one process to its end; returns whether it succeeded."""
         log, shown = cell.log(step), self.shown(words)
         _say(f"{place}: {step} (output: {log})\n   $ {shown}")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +269,7 @@ class _Runner:
         if code == EXIT_PREEMPTED:
             raise _StoppedError(
                 f"{cell.name}: {step} was stopped by a signal and has saved; the same command "
-                "goes on"
+                "resumes it"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
         _say(f"{place}: {step} {ended} after {took:.0f} s")
@@ -279,31 +277,31 @@ class _Runner:
             _say(f"   {_last_line(log)}")
         return code == 0
 
-    def _obey(self) -> None:
-        """Stop where a signal asked to, or where another run has stopped the grid.
+    def _check_stopped(self) -> None:
+        """Stop if a signal was received, or if another run has stopped the grid.
 
         Raises:
-            _StoppedError: One did.
+            _StoppedError: One of both.
         """
-        self._signals.obey()
+        self._signals.check()
         if self._stopped:
-            raise _StoppedError("stopped with the grid; the same command goes on where it was")
+            raise _StoppedError("stopped with the grid; the same command resumes it")
 
     def _wait_for_former(self, log: IO[bytes], path: Path) -> None:
-        """Wait for what a killed grid left behind: it goes on, and holds the lock of its output."""
-        said = False
+        """Wait for a process that a killed grid left running: it holds the lock of its output."""
+        logged = False
         while True:
-            self._obey()
+            self._check_stopped()
             try:
                 return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not said:
+                if not logged:
                     _say(f"   a process of a former start still works ({path}); waiting for it")
-                said = True
+                logged = True
                 time.sleep(_POLL_S)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """The exit code of a process; a signal to the grid ends it first."""
+        """Wait for the exit code of a process; a signal to the grid ends it early."""
         while True:
             try:
                 return process.wait(_POLL_S)
@@ -314,10 +312,10 @@ class _Runner:
             # The group: a launcher alone would leave its ranks behind.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-            self._obey()
+            self._check_stopped()
 
     def write(self) -> dict[str, Any]:
-        """Write the tables of what is there."""
+        """Write the tables of all results so far."""
         summary = summarise(
             self._cells,
             rows=list(self._config.rows),
@@ -333,13 +331,13 @@ class _Runner:
 def _next(
     waiting: Sequence[tuple[int, Cell]], running: Iterable[tuple[int, Cell]]
 ) -> tuple[int, Cell] | None:
-    """The first that can start: what is untrained needs a checkpoint that may be in the making."""
+    """The first run that can start: an untrained one waits for the checkpoint that it uses."""
     busy = {cell.source for _, cell in running}
     return next((each for each in waiting if each[1].source not in busy), None)
 
 
 def _script(command: str) -> str:
-    """A script of ours from the folder where the command was given."""
+    """The path of a script, relative to the current folder."""
     return os.path.relpath(commands.script(command))
 
 
@@ -348,7 +346,7 @@ def _last_line(log: Path) -> str:
     said = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
     lines = [line for line in said if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
-    return (errors or lines or ["it said nothing"])[-1].strip()[:500]
+    return (errors or lines or ["no output"])[-1].strip()[:500]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -367,7 +365,7 @@ def main(argv: Sequence[str]) -> int:
             runner.run()
             summary = runner.write()
     _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
-    missing = [r for r in summary["runs"] if r["status"] != "whole"]
+    missing = [r for r in summary["runs"] if r["status"] != "complete"]
     for run in missing:
         print(f"{run['name']}: {run['reason']}", file=sys.stderr, flush=True)
     return 1 if missing else 0

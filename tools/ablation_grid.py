@@ -1,4 +1,4 @@
-"""What a grid is: rows, evaluations, seeds and splits, and the commands that they mean."""
+"""Settings of a grid: rows, evaluations, seeds and splits, and their commands."""
 
 import json
 import re
@@ -30,7 +30,7 @@ _OURS = ("run", "seed", "resume", "plan_only")
 _OURS_TOO = ("checkpoint", "out", "weights", "seed", "train", "test", "gallery", "query")
 """Settings of an evaluation that the grid decides."""
 _FREE = ("run", "seed", "resume", "data.shards", "checkpoint", "out", "monitor.", "checkpoint.")
-"""Settings that do not change what a figure means: they may differ when a grid goes on."""
+"""Settings that do not change what a figure means: they may differ when a grid is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class AblateConfig:
     """What is pretrained on: a folder of shards, or its URL. With splits a folder that holds
     train01, test01 and so on."""
     out: Path
-    """Folder for everything; the same command goes on in it."""
+    """Folder for everything; the same command resumes there."""
     test: Path | None = None
     """Test set of the evaluations that name none. With splits it is the split's own."""
     splits: tuple[int, ...] = ()
@@ -154,9 +154,9 @@ class AblateConfig:
     side_by_side: int = 1
     """Runs at once, each with its share of the GPUs that are visible here: many small runs on one
     node, or on one GPU. The launcher must not choose GPUs then."""
-    on_failure: Literal["go on", "stop"] = "go on"
-    """What follows a run that failed. It is named in the table either way, and tried again when
-    the same command is given again."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """Whether the other runs still start after a run failed. The table names it either way, and the
+    same command tries it again."""
     plan_only: bool = False
     """Print the commands, and with rates the GPU-hours of the pretrainings, and end."""
     rates: RatesConfig = field(default_factory=RatesConfig)
@@ -197,7 +197,7 @@ class AblateConfig:
         _refuse(self.set, _OURS, "set")
 
     def cells(self) -> list[Cell]:
-        """All runs, seed by seed: a first table is there after the first seed."""
+        """All runs, seed by seed, so that the first seed gives a complete table."""
         rows = self.out / "rows"
         # What is untrained needs another row's checkpoint for its configuration.
         ordered = sorted(self.rows, key=lambda name: bool(self.rows[name].untrained))
@@ -220,12 +220,12 @@ class AblateConfig:
         return cells
 
     def training_set(self, cell: Cell) -> str:
-        """What a run is pretrained on."""
+        """Shards that a run is pretrained on."""
         shards = str(self.shards)
         return shards if cell.split is None else f"{shards.rstrip('/')}/train{cell.split:02d}"
 
     def test_set(self, cell: Cell) -> Path | None:
-        """What a run is tested on, where its evaluation does not say."""
+        """Test set of a run whose evaluation names none."""
         if cell.split is None:
             return self.test
         return Path(self.shards) / f"test{cell.split:02d}"
@@ -272,7 +272,7 @@ def evaluating(config: AblateConfig, cell: Cell, name: str) -> list[str]:
 
 
 def resolved(config: AblateConfig) -> dict[str, Any]:
-    """What each row and evaluation is, with all defaults.
+    """The settings of each row and evaluation, with all defaults.
 
     Raises:
         ConfigError: A setting is unknown or out of its range.

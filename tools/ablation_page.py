@@ -24,7 +24,7 @@ _HEALTH = (
 
 
 def _incomplete(summary: Mapping[str, Any]) -> list[str]:
-    """What is missing from the sets, to stand first: the same of every row's evaluation."""
+    """Which sets lack listed videos; shown first."""
     found = {
         f"{name}: {evaluation['incomplete']}"
         for run in summary["runs"]
@@ -47,7 +47,7 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _spread(grid: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands behind the ±: its key in the record, and its words."""
+    """The spread that ± shows: its key in the record, and its name."""
     if grid["splits"]:
         splits = ", ".join(map(str, grid["splits"]))
         return "error", f"standard error over splits {splits} and seeds"
@@ -73,7 +73,8 @@ def _figures(summary: Mapping[str, Any]) -> list[list[str]]:
     table = [["", "runs", *(heading for heading, *_ in columns)]]
     for row, record in summary["rows"].items():
         of = record["num_runs"]
-        runs = str(of) if record["num_whole"] == of else f"{record['num_whole']} of {of} whole"
+        done = record["num_complete"]
+        runs = str(of) if done == of else f"{done} of {of} complete"
         cells = [
             _cell_text(record["figures"][name].get(data, {}).get(figure), of, spread, 100, 1)
             for _, name, data, figure in columns
@@ -118,7 +119,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def _settings_text(grid: Mapping[str, Any], row: str) -> str:
-    """What a row is, in words."""
+    """Describe the settings of a row."""
     own = grid["rows"][row]
     if own["pixels"]:
         return f"{PIXEL_MAPS[own['pixels']]}, of the clips that {own['untrained']} is tested on"
@@ -154,7 +155,7 @@ def _protocols(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Runs that are not complete, and why."""
-    return [(r["name"], r["reason"]) for r in summary["runs"] if r["status"] != "whole"]
+    return [(r["name"], r["reason"]) for r in summary["runs"] if r["status"] != "complete"]
 
 
 def _footer(summary: Mapping[str, Any]) -> str:
@@ -188,7 +189,7 @@ def _page(summary: Mapping[str, Any]) -> str:
         lines += ["", "## Health at the end of pretraining", "", _markdown(healths)]
     missing = _missing(summary)
     if missing:
-        lines += ["", "## Not whole", "", *(f"- {name}: {reason}" for name, reason in missing)]
+        lines += ["", "## Not complete", "", *(f"- {name}: {reason}" for name, reason in missing)]
     return "\n".join([*lines, "", _footer(summary)]) + "\n"
 
 

@@ -23,7 +23,7 @@ _MAX_BYTES = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run of the grid: a row with a seed. What became of it stands in its `cell.json`."""
+    """One run of the grid: a row with a seed. `cell.json` has the result of each step."""
 
     row: str
     seed: int
@@ -49,23 +49,23 @@ class Cell:
         return self.folder / f"{evaluation}.json"
 
     def log(self, step: str) -> Path:
-        """What a step's processes print."""
+        """Log of a step's processes."""
         return self.folder / f"{step}.log"
 
     def state(self) -> dict[str, Any]:
-        """How each step ended last, by its name."""
+        """The latest result of each step, by its name."""
         return _state(self.folder)
 
     def remember(self, step: str, outcome: Mapping[str, Any]) -> None:
-        """Keep how a step ended."""
+        """Store the result of a step."""
         write_json(self.folder / _STATE, self.state() | {step: outcome})
 
-    def is_whole(self, step: str) -> bool:
-        """Whether a step has ended well."""
+    def is_complete(self, step: str) -> bool:
+        """Whether a step succeeded."""
         return self.state().get(step, {}).get("exit_code") == 0
 
     def is_pretrained(self) -> bool:
-        """Whether the checkpoint to evaluate is that of a whole pretraining."""
+        """Whether the checkpoint to evaluate is that of a complete pretraining."""
         return _state(self.source).get("pretraining", {}).get("exit_code") == 0
 
 
@@ -94,11 +94,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _log_facts(log: Path) -> dict[str, Any]:
-    """What a pretraining's log.jsonl says at its end: steps, seconds, health."""
+    """Steps, seconds and last health of a pretraining, from its log.jsonl."""
     steps, seconds, health, start, last = 0, 0.0, {}, None, 0.0
     for record in read_json_lines(log)[0]:
         if record["kind"] == "start":
-            # Only what was written counts; a killed run may have worked on a little.
+            # Only logged time counts; a killed run may have worked a little longer.
             seconds += 0.0 if start is None else last - start
             start = record["time_s"]
         elif record["kind"] == "step":
@@ -110,7 +110,7 @@ def _log_facts(log: Path) -> dict[str, Any]:
 
 
 def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict[str, Any]:
-    """All that is known of one run."""
+    """The record of one run."""
     state = cell.state()
     record: dict[str, Any] = {
         "name": cell.name,
@@ -119,7 +119,7 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
         "seed": cell.seed,
         "untrained": untrained,
         "run": str(cell.run),
-        "status": "whole",
+        "status": "complete",
         "reason": "",
         "evaluations": {},
     }
@@ -148,7 +148,7 @@ def _run_record(cell: Cell, untrained: bool, evaluations: Sequence[str]) -> dict
             log = cell.run / "log.jsonl"
             if log.exists():
                 record["pretraining"] |= _log_facts(log)
-        if code != 0 and record["status"] == "whole":
+        if code != 0 and record["status"] == "complete":
             record["status"] = "not run" if code is None else "failed"
             if code is not None:
                 record["reason"] = f"{step} failed with exit code {code}; see {cell.log(step)}"
@@ -162,10 +162,10 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 
 def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -> None:
-    """Refuse to compare what was measured or pretrained on differing data.
+    """Check that compared runs were pretrained and measured on the same data.
 
     Raises:
-        ConfigError: It was.
+        ConfigError: They were not.
     """
     pretrained: dict[Any, tuple[str, Any]] = {}
     for name in evaluations:
@@ -182,7 +182,7 @@ def _refuse_mixtures(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[st
             measured = measured_by_split.setdefault(run["split"], (here, digests))
             if digests != measured[1]:
                 raise ConfigError(
-                    f"evaluation {name} was of other data for {measured[0]} than for {here}; the "
+                    f"evaluation {name} used other data for {measured[0]} than for {here}; the "
                     "shards have changed since, choose another --out"
                 )
             digest = found["pretraining_manifest_digest"]
@@ -213,7 +213,7 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
             data: {figure: _over_runs([f["figures"][data][figure] for f in found]) for figure in of}
             for data, of in (found[0]["figures"] if found else {}).items()
         }
-    # Of whole pretrainings: what one that failed last said is not its end.
+    # Of complete pretrainings: the last record of one that failed is not that of its end.
     ends = [r["pretraining"] for r in runs if r.get("pretraining", {}).get("exit_code") == 0]
     healths = [e["health"] for e in ends]
     names = [
@@ -221,7 +221,7 @@ def _row_record(runs: Sequence[Mapping[str, Any]], evaluations: Sequence[str]) -
     ]
     return {
         "num_runs": len(runs),
-        "num_whole": sum(r["status"] == "whole" for r in runs),
+        "num_complete": sum(r["status"] == "complete" for r in runs),
         "figures": figures,
         "health": {n: _over_runs([h[n] for h in healths]) for n in names},
         "pretraining_s": _over_runs([e["pretraining_s"] for e in ends]) if ends else None,
@@ -237,7 +237,7 @@ def summarise(
     title: str,
     grid: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The record of a grid, of what is there.
+    """Make the record of a grid from the results of its runs.
 
     Args:
         cells: The runs.

@@ -1,4 +1,4 @@
-"""Write what is generated for Prometheus and Grafana, and docs/metrics.md and docs/runbook.md.
+"""Generate the files for Prometheus and Grafana, docs/metrics.md and docs/runbook.md.
 
 python tools/dashboards.py
 
@@ -104,6 +104,7 @@ class Panel(_Strict, frozen=True):
         unit: Grafana's name of the unit; replaces the catalogue's.
         kind: Grafana's type of panel.
         width: Of 24 columns.
+        empty: Text of an empty panel; replaces the catalogue's reasons.
         named: Whether a stat shows the names of its series instead of their values.
         stacked: Whether lines are areas on top of each other.
         repeat: A variable; there is one panel for each of its values, so that areas of several runs
@@ -121,6 +122,7 @@ class Panel(_Strict, frozen=True):
     unit: str = ""
     kind: Literal["timeseries", "stat"] = "timeseries"
     width: int = 8
+    empty: str = ""
     named: bool = False
     stacked: bool = False
     parts: bool = False
@@ -240,7 +242,7 @@ def _panel(panel: Panel, page: Page, colours: dict[str, str]) -> dict[str, Any]:
     """A panel as Grafana's JSON, without its number and place."""
     queries, unit = panel.expanded()
     names = sorted({name for query in queries for name in metric_names(query.expr)})
-    defaults: dict[str, Any] = {"unit": unit, "noValue": _no_value(panel, names)}
+    defaults: dict[str, Any] = {"unit": unit, "noValue": panel.empty or _no_value(panel, names)}
     overrides: list[dict[str, Any]] = []
     if unit == "percentunit":
         defaults["min"] = 0

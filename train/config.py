@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from strata.dataload.config import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.telemetry.loggers import require_logger
 from strata.telemetry.metrics import ExporterConfig
 from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.engine_config import EngineConfig
@@ -37,6 +38,12 @@ class MonitorConfig(ExporterConfig):
     tensorboard: bool = False
     """Whether rank 0 also writes TensorBoard's event files, to <run>/tensorboard; needs the package
     tensorboard."""
+    wandb: bool = False
+    """Whether rank 0 also writes to Weights & Biases, whose own variables say where (WANDB_MODE,
+    WANDB_PROJECT); needs strata-video[wandb]."""
+    mlflow: bool = False
+    """Whether rank 0 also writes to MLflow, whose own variables say where (MLFLOW_TRACKING_URI);
+    needs strata-video[mlflow]."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -49,6 +56,9 @@ class MonitorConfig(ExporterConfig):
             raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
         if self.tensorboard:
             require_tensorboard()
+        for name in ("wandb", "mlflow"):
+            if getattr(self, name):
+                require_logger(name)
         if self.stalled_s <= 0:
             raise ConfigError(f"monitor.stalled_s is {self.stalled_s}; use a positive number")
         if self.verdict_s < 0:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from strata.distributed import World
+from strata.driver import check_driver
 from strata.errors import ConfigError
 
 __all__ = ["EngineConfig", "ParameterGroup", "choose_device", "derive_deepspeed"]
@@ -91,10 +92,13 @@ def choose_device(config: EngineConfig, world: World) -> torch.device:
     """Choose the device of this rank.
 
     Raises:
-        ConfigError: The requested GPU does not exist.
+        ConfigError: The requested GPU does not exist, or its driver is too old.
     """
+    if config.device == "cpu":
+        return torch.device("cpu")
+    check_driver(torch.version.cuda)
     available = torch.cuda.device_count()
-    if config.device == "cpu" or (config.device == "auto" and available == 0):
+    if config.device == "auto" and available == 0:
         return torch.device("cpu")
     if world.local_rank >= available:
         raise ConfigError(

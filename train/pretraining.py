@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from strata.config import plain
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.config import DataConfig
 from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.plan import Plan
@@ -47,6 +48,7 @@ class Pretraining(Task[VideoModel]):
         reader: The opened data set.
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
+        augment_choice: Where views are augmented, if that was measured; for the start-up page.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Pretraining(Task[VideoModel]):
         reader: ShardReader,
         metrics: Metrics,
         probe: OnlineProbe | None = None,
+        augment_choice: AugmentChoice | None = None,
     ) -> None:
+        self._augment_choice = augment_choice
         self._config, self._plan, self._reader = config, plan, reader
         self._world, self._device = world, device
         self._metrics, self._probe = metrics, probe
@@ -182,6 +186,7 @@ class Pretraining(Task[VideoModel]):
                 self._config.data.batch_size, clips.clip_frames, clips.long_frames
             ),
             metrics=self._metrics,
+            augment_choice=self._augment_choice,
         )
 
     def count(self, batch: Batch, queue_depth: int) -> None:
@@ -264,6 +269,7 @@ def open_pretraining(
     metrics: Metrics,
     probe: OnlineProbe | None = None,
     lock: FolderLock | None = None,
+    augment_choice: AugmentChoice | None = None,
 ) -> Trainer[Pretraining]:
     """Make a pretraining run at its first step.
 
@@ -275,13 +281,21 @@ def open_pretraining(
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
         lock: The lock of the run's folder, on rank 0.
+        augment_choice: As `Pretraining` takes it.
 
     Raises:
         ConfigError: The data set is smaller than a batch, or the device lacks a feature.
     """
     plan = open_plan(reader, config.data, config.seed)
     task = Pretraining(
-        config, plan, world=world, device=device, reader=reader, metrics=metrics, probe=probe
+        config,
+        plan,
+        world=world,
+        device=device,
+        reader=reader,
+        metrics=metrics,
+        probe=probe,
+        augment_choice=augment_choice,
     )
     return Trainer(
         task,

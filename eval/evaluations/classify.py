@@ -95,7 +95,7 @@ def run_linear(config: LinearEvaluation) -> None:
 
 
 def run_finetune(config: FinetuneEvaluation) -> None:
-    """Train the whole network from the checkpoint's encoder and report Top-1 and Top-5."""
+    """Train the complete network from the checkpoint's encoder and report Top-1 and Top-5."""
     if config.training.train != "all":
         raise ConfigError("training.train is head; finetuning is for all, use linear")
     if config.weights in PIXEL_MAPS:

@@ -148,7 +148,7 @@ def _draw_cues(
 def cam_text(session: Session, config: CamConfig) -> str:
     """The protocol of the temporal cues in words."""
     return (
-        "temporal_cam: a linear head without bias on frozen features tells clips from the same "
+        "temporal_cam: a linear head without bias on frozen features separates clips from the same "
         f"clips reversed in time (one logit, right above and below 0); {session.clips_text()}, "
         f"each once as it is and once reversed; {level_text(session)}, logistic regression with "
         f"L2 {config.weight_decay:g}; videos: the mean of their clips' logits"

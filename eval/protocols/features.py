@@ -175,7 +175,7 @@ def extract_features(
         )
         if path is not None and world.is_first:
             _write(levels, path)
-    # No rank may look into the cache again before it is whole.
+    # No rank may look into the cache again before it is complete.
     barrier()
     return Features(levels, reader.labels, reader.keys, reader.manifest.classes)
 

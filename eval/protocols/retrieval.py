@@ -24,11 +24,11 @@ CENTRINGS: tuple[Centring, ...] = get_args(Centring)
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """What is subtracted from features, and what a report shows."""
+    """Settings of a retrieval: centring, and the contents of the report."""
 
     centre: Centring = "none"
     """Subtract no mean, the gallery's from both, or each set's own, as CoCLR does; the last uses
-    statistics of the whole test set, and the report says so."""
+    statistics of the complete test set, and the report says so."""
     variants: bool = True
     """Whether the report also has every other level and centring."""
     shown: int = 5

@@ -1,11 +1,11 @@
 """Where a frozen network sees the direction of time: a head on a level's maps, its activations.
 
-A linear head without bias tells clips from the same clips with their frames in reverse order. It
-acts on the average of a level's map over time and space. Its weights applied at each place of the
-map are a class activation map (Zhou et al., CVPR 2016, arXiv 1512.04150, section 2) whose mean is
-the head's logit: without bias nothing of the logit is left outside the map. The backbone's
-convolutions see the order of frames, so the average can tell a reversed clip. The reversed clip
-goes through the whole network, since a map that is reversed afterwards has the same average.
+A linear head without bias separates clips from the same clips with reversed frames. It acts on the
+average of a level's map over time and space. Its weights applied at each place of the map are a
+class activation map (Zhou et al., CVPR 2016, arXiv 1512.04150, section 2) whose mean is the head's
+logit: without bias the map contains the complete logit. The backbone's convolutions see the order
+of frames, so the average can distinguish a reversed clip. The reversed clip goes through the
+complete network, since a map that is reversed afterwards has the same average.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ _SHEET_FRAMES, _SHEET_PIXELS = 8, 96
 
 @dataclass(frozen=True, kw_only=True)
 class CamConfig:
-    """The head, and what is shown of it."""
+    """Settings of the head and of the shown videos."""
 
     weight_decay: float = 1e-3
     """L2 penalty on the head, whose features are scaled to a mean square of 1 for each channel."""
@@ -73,7 +73,7 @@ class CamConfig:
 def fit_direction_head(
     originals: np.ndarray, backwards: np.ndarray, weight_decay: float
 ) -> np.ndarray:
-    """The weights of logistic regression without intercept: the one minimum of a convex loss.
+    """Fit logistic regression without intercept; the loss is convex with a single minimum.
 
     Args:
         originals: Shape `[N, C]`: features of clips.
@@ -112,7 +112,7 @@ def fit_direction_head(
 def direction_accuracy(
     weight: np.ndarray, originals: np.ndarray, backwards: np.ndarray
 ) -> dict[str, float]:
-    """How often the direction is told right; every clip counts once in each direction.
+    """How often the direction is predicted correctly; every clip counts once in each direction.
 
     Args:
         weight: Shape `[C]`.

@@ -72,7 +72,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
 
     Args:
         host: Address to bind.
-        port: Port to bind; 0 takes a free one, told by `server_port`.
+        port: Port to bind; 0 takes a free one, see `server_port`.
         registry: What is rendered.
         tls: How to encrypt, or None.
         credentials: `user:password` that requests must bring, or None.
@@ -185,7 +185,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
                     pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of rendering is the program's and is told; the work continues."""
+        """Log an error of rendering, which is a bug; the process continues."""
         logger.exception("a scrape from %s failed", client_address)
 
     def _with_targets(self, metrics: Application) -> Application:

@@ -7,7 +7,7 @@ from typing import Any
 
 from strata.errors import ConfigError
 
-__all__ = ["TensorBoard", "require_tensorboard"]
+__all__ = ["TensorBoard", "require_tensorboard", "scalars_of"]
 
 
 def require_tensorboard() -> None:
@@ -41,9 +41,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=fields["step"] + 1)
-        elif kind in ("step", "probe") and self._writer is not None:
-            numbers = {name: value for name, value in fields.items() if name != "step"}
-            for name, value in _numbers("" if kind == "step" else "probe/", numbers):
+        elif self._writer is not None:
+            for name, value in scalars_of(kind, fields).items():
                 self._writer.add_scalar(name, value, fields["step"])
             self._writer.flush()
 
@@ -53,8 +52,16 @@ class TensorBoard:
             self._writer.close()
 
 
+def scalars_of(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a `step` or `probe` record by the name that every logger gives them."""
+    if kind not in ("step", "probe"):
+        return {}
+    numbers = {name: value for name, value in fields.items() if name != "step"}
+    return dict(_numbers("" if kind == "step" else "probe/", numbers))
+
+
 def _numbers(prefix: str, fields: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Nested names joined by slashes, which TensorBoard shows as groups."""
+    """Nested names joined by slashes, which loggers show as groups."""
     found: list[tuple[str, float]] = []
     for name, value in fields.items():
         if isinstance(value, Mapping):

@@ -92,7 +92,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert [r["step"] > 0 for r in log if r["kind"] == "start"] == [False, True]
     found = result(grid)
     by_run = {(r["row"], r["seed"]): r for r in found["runs"]}
-    assert {r["status"] for r in by_run.values()} == {"whole"}
+    assert {r["status"] for r in by_run.values()} == {"complete"}
     for seed in (0, 1):
         first, second = (by_run[row, seed] for row in ("one", "same"))
         mine, theirs = (r["evaluations"]["retrieval"] for r in (first, second))
@@ -120,7 +120,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert "test videos query the training set" in page
     assert "| chance |  | 25.0 |" in page
     assert said.count("$ python train/main.py") == 4
-    # Whole: nothing is run again.
+    # Complete: nothing is run again.
     assert main(written(grid, launcher="false")) == 0
     assert "$ false" not in capfd.readouterr().out
     # A row that is no longer the same may not stand beside what was measured before.
@@ -136,7 +136,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert main(written(grid, rows=rows, launcher="false")) == 1
     page = (Path(grid["out"]) / "ablation.md").read_text()
     assert f"| one | 2 | {mean:.1f} ± {deviation:.1f} |" in page
-    assert "| new | 0 of 2 whole | not measured |" in page
+    assert "| new | 0 of 2 complete | not measured |" in page
     assert "- new, seed 1: pretraining failed with exit code 1; see " in page
     # Figures of other data may not stand beside these.
     report = Path(grid["out"]) / "rows" / "same" / "seed-1" / "retrieval.json"
@@ -196,7 +196,7 @@ def script(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(
+def test_a_failed_run_is_named_and_the_others_continue(
     grid: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     words = "case \"$*\" in *rows/same/*) echo 'error: no space'; exit 4;; esac; exit 3"
@@ -208,11 +208,12 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert f"same, seed 1: pretraining failed with exit code 4; see {log}" in said.err
     assert [r["status"] for r in result(grid)["runs"]] == ["failed"] * 4
     assert (
-        "| same | 0 of 2 whole | not measured |" in (Path(grid["out"]) / "ablation.md").read_text()
+        "| same | 0 of 2 complete | not measured |"
+        in (Path(grid["out"]) / "ablation.md").read_text()
     )
 
 
-def test_or_the_first_failure_ends_it(grid: dict[str, Any], capfd: pytest.CaptureFixture[str]):
+def test_on_failure_stop_ends_the_grid(grid: dict[str, Any], capfd: pytest.CaptureFixture[str]):
     assert main(written(grid, launcher="false", on_failure="stop")) == 1
     assert capfd.readouterr().out.count("$ false") == 1
     statuses = {(r["row"], r["seed"]): r["status"] for r in result(grid)["runs"]}
@@ -263,7 +264,7 @@ def test_runs_side_by_side(
     assert ["--monitor.port 9716\n" in log for log in logs] == [False, True]
     assert found["late"]["status"] == "not run"
     said = capfd.readouterr().out
-    left_out = said.index("late, seed 0: retrieval: left out, its pretraining is not whole")
+    left_out = said.index("late, seed 0: retrieval: left out, its pretraining is not complete")
     assert left_out > said.index("one, seed 0: pretraining failed with exit code 5")
 
 
@@ -282,7 +283,7 @@ def test_all_runs_side_by_side_save(by: str, grid: dict[str, Any], tmp_path: Pat
 
     if by == "a signal to the grid":
         threading.Thread(target=interrupt).start()
-    with pytest.raises(StrataError, match="the same command goes on") as stopped:
+    with pytest.raises(StrataError, match="the same command resumes it") as stopped:
         main(written(grid, launcher=script(tmp_path, works), side_by_side=2))
     assert stopped.value.exit_code == 75
     assert all("\nsaved\n" in log.read_text() for log in logs)
@@ -294,7 +295,7 @@ def test_a_training_that_another_signalled_ends_the_grid(grid: dict[str, Any], t
     assert stopped.value.exit_code == 75
 
 
-def test_what_a_killed_grid_left_running_is_waited_for(grid: dict[str, Any], tmp_path: Path):
+def test_processes_of_a_killed_grid_are_waited_for(grid: dict[str, Any], tmp_path: Path):
     said = tmp_path / "said"
     log = Path(grid["out"]) / "rows" / "one" / "seed-0" / "pretraining.log"
     log.parent.mkdir(parents=True)

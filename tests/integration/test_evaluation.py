@@ -130,7 +130,7 @@ def test_it_answers_prometheus_while_it_works(pretrained: Path, sets: Path, tmp_
     assert not list((tmp_path / "targets").glob("*.json"))
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_bit(
+def test_a_stopped_training_resumes_with_the_same_bits(
     pretrained: Path, sets: Path, tmp_path: Path
 ):
     command = ("eval/main.py", "finetune", "--checkpoint", pretrained, *QUICK, *one_split(sets))

@@ -57,7 +57,7 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, clip: bytes) -> None:
     assert check_folder(folder, decode=-1) == []
 
 
-def test_notes_and_samples_without_a_label_are_told(
+def test_notes_and_samples_without_a_label_are_printed(
     tmp_path: Path, clip: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.flv"

@@ -110,7 +110,7 @@ def test_two_nodes_by_torchrun(runs: Runs, two_ranks: str):
     said = runs.start("torchrun-nodes", nodes, extra=("--monitor.port", str(free_port())))
     runs.same("torchrun-nodes", two_ranks)
     assert said.count("metrics are not served") == 1
-    assert "The work goes on" in said
+    assert "The work continues" in said
 
 
 def test_two_nodes_by_deepspeed_without_ssh(runs: Runs, two_ranks: str):

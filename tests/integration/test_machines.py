@@ -71,7 +71,7 @@ def test_a_worker_that_cannot_be_started_is_not_blamed_on_the_output(
         ("/tmp/pym-1-abc", "/tmp/pym-1-abc"),
     ],
 )
-def test_what_cannot_be_written_is_blamed(name: str | None, blamed: str) -> None:
+def test_an_output_that_cannot_be_written_is_named(name: str | None, blamed: str) -> None:
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), name)
     message = str(run._cannot_write(Path("/data/out/train"), error))
     assert message.startswith(f"cannot write to {blamed}: Read-only file system; ")

@@ -237,7 +237,7 @@ def test_the_catalogue_is_what_is_exported(watched: Watched):
             assert any(n.startswith(entry.name) for n in shown), f"{entry.name} is not exported"
 
 
-def test_the_verdict_is_said_with_its_numbers(watched: Watched):
+def test_the_bottleneck_is_reported_with_its_numbers(watched: Watched):
     verdicts = records(watched.run, "verdict")
     assert verdicts
     assert sum(verdicts[-1]["shares"].values()) == pytest.approx(1)

@@ -86,7 +86,7 @@ def assert_same_end(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on(
+def test_a_signal_saves_and_the_run_resumes(
     number: signal.Signals,
     ranks: int,
     server: ForkServer,
@@ -124,7 +124,7 @@ def test_resume_is_exact_after_any_step(
     assert losses(tmp_path / "run") == losses(whole[ranks])
 
 
-def test_another_number_of_ranks_goes_on(
+def test_another_number_of_ranks_resumes(
     server: ForkServer, arguments: list[str | Path], whole: dict[int, Path], tmp_path: Path
 ):
     """In the same order; batch norm sees other groups of videos, so the losses are near only."""
@@ -290,7 +290,7 @@ def test_every_file_of_a_checkpoint_is_compared(
     assert_same_end(run, whole[1])
 
 
-def test_ranks_that_disagree_are_told(
+def test_ranks_that_disagree_are_reported(
     server: ForkServer, arguments: list[str | Path], shards: Path
 ):
     group = server.start(*arguments, ranks=2, hook="tests.support.faults:other_code_on_rank_1")

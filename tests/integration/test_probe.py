@@ -72,7 +72,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_probed_run_is_the_same_run_to_the_bit(
+def test_a_probed_run_has_the_same_bits(
     ranks: int,
     server: ForkServer,
     plain: list[str | Path],
@@ -111,7 +111,9 @@ def test_a_probed_run_is_the_same_run_to_the_bit(
     assert last["chance"] == pytest.approx(figures["chance"])
 
 
-def test_it_is_exported(server: ForkServer, probed: list[str | Path], tmp_path: Path):
+def test_the_probe_is_exported_as_metrics(
+    server: ForkServer, probed: list[str | Path], tmp_path: Path
+):
     port, run = free_port(), tmp_path / "run"
     more = ("--run", run, "--monitor.port", str(port), "--schedule.epochs", "200")
     (rank,) = server.start(*probed, *more)

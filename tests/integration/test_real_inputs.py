@@ -45,7 +45,7 @@ def cases(real_data: Path) -> Path:
     return folder
 
 
-def test_the_cases(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_named_cases(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     manifest = shard(cases, tmp_path, "--width", "64", "--height", "48", "--max-rejects", "1")
     found = {Path(name).name: row for name, row in rows(manifest).items()}
     assert {name: (row.status, row.num_frames, row.notes) for name, row in found.items()} == {

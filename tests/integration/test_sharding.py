@@ -222,7 +222,7 @@ def calls_in_all(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0])
-def test_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     videos: Path, shards: Path, tmp_path: Path, calls_in_all: int, share: float
 ) -> None:
     """From the first call on the disk to the last: the plan, then the manifest and the cleaning."""

@@ -131,7 +131,7 @@ def test_json_log(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (end["done"], end["total"], end["rejected"], end["left_s"]) == (12, 12, 2, 0)
 
 
-def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_log_has_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     log = JsonLog("train", 10, 4, every_s=0.0)
     log.done(5)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -143,7 +143,7 @@ def test_json_log_tells_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -
     assert (line["event"], line["done"]) == ("progress", 5)
 
 
-def test_json_log_goes_on_while_no_video_is_done(
+def test_json_log_is_written_while_no_video_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "open_progress", functools.partial(run.open_progress, every_s=0.2))
@@ -234,7 +234,7 @@ def test_full_disk(videos: Path, shards: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_dry_run_tells_and_writes_nothing(
+def test_dry_run_prints_and_writes_nothing(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard(videos, tmp_path / "out", "--dry-run", "--test-fraction", "0.4")

@@ -118,7 +118,9 @@ def test_exported_features_have_every_video(
     assert np.load(tmp_path / "f.npz")["high"].shape == (12, 10, 64)
 
 
-def test_missing_videos_are_said_first(pretrained: tuple[Path, str], sets: Path, tmp_path: Path):
+def test_missing_videos_are_reported_first(
+    pretrained: tuple[Path, str], sets: Path, tmp_path: Path
+):
     """A set that was sharded with a higher limit lacks videos that its list names."""
     videos = sets / "videos" / "test"
     form = ("--width", "64", "--height", "48", "--workers", "1", "--log", "none")

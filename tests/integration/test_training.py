@@ -77,7 +77,7 @@ def test_both_stages_run(whole: Path):
     assert steps[-1]["losses"]["total"] == pytest.approx(total, rel=1e-5)
 
 
-def test_a_run_leaves_what_tells_of_it(whole: Path):
+def test_a_run_writes_config_log_and_checkpoints(whole: Path):
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert config["data"]["batch_size"] == 4
     assert json.loads((whole / "deepspeed.json").read_text())["train_batch_size"] == 4
@@ -92,7 +92,7 @@ def test_a_run_leaves_what_tells_of_it(whole: Path):
 
 # In the middle of an epoch, and at the switch of stages, where new heads wake.
 @pytest.mark.parametrize("stop", [6, 9])
-def test_stop_and_resume_is_the_uninterrupted_run_to_the_bit(
+def test_stop_and_resume_has_the_bits_of_the_uninterrupted_run(
     stop: int, whole: Path, tiny: Path, shards: Path, tmp_path: Path
 ):
     run = tmp_path / "run"

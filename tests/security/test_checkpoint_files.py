@@ -74,7 +74,7 @@ def test_the_original_loads(folder: Path):
 
 
 @pytest.mark.parametrize("marker", ["{}", "some", "[]", "", "null", "deep", "unknown", "upper"])
-def test_without_every_hash_a_checkpoint_is_not_complete(marker: str, folder: Path):
+def test_a_checkpoint_without_every_hash_is_incomplete(marker: str, folder: Path):
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -186,7 +186,7 @@ def test_clips_that_are_none_are_one_line(data: Any):
         trained_clips({"data": data})
 
 
-def test_a_config_that_a_model_card_cannot_tell_is_one_line(folder: Path, tmp_path: Path):
+def test_a_config_that_a_model_card_cannot_state_is_one_line(folder: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match="the config is not a training's"):
         write_export(ExportCommand(checkpoint=folder, out=tmp_path / "out", names="strata"))
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_no_connection_outlives_its_time(
     assert b"strata_build_info" in read()
 
 
-def test_what_clients_say_wrongly_is_no_traceback(
+def test_wrong_requests_cause_no_traceback(
     served: tuple[Metrics, int, Callable[[], bytes]], capfd: pytest.CaptureFixture[str]
 ):
     _, port, read = served

@@ -43,7 +43,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])
-def test_records_are_lost_counted_and_told_once(
+def test_lost_records_are_counted_and_reported_once(
     room: int, full: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     metrics = Metrics(tmp_path / "log.jsonl")
@@ -99,7 +99,7 @@ def test_lines_for_people_that_cannot_be_written_are_dropped(monkeypatch: pytest
             pass
 
 
-def test_a_target_file_that_cannot_be_written_is_told(caplog: pytest.LogCaptureFixture):
+def test_a_target_file_that_cannot_be_written_is_reported(caplog: pytest.LogCaptureFixture):
     config = ExporterConfig(port=free_port(), file_sd=Path("/proc/strata"))
     with export_process(config, role="evaluate", run="a", world=World(), places={}):
         pass

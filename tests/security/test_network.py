@@ -163,7 +163,7 @@ def test_a_busy_store_is_asked_again(code: int, name: str, server: Misbehaving, 
 @pytest.mark.parametrize(
     ("code", "said"), [(404, "does not exist"), (403, "may not be read"), (401, "access rights")]
 )
-def test_what_is_absent_or_forbidden_is_asked_for_once(
+def test_absent_or_forbidden_files_are_requested_once(
     code: int, said: str, server: Misbehaving, tmp_path: Path
 ):
     server.faults["samples.jsonl"] = status(code)
@@ -189,7 +189,7 @@ def test_a_silent_server_is_left_after_the_time_limit(
     assert not leftovers(tmp_path)
 
 
-def test_a_trickle_is_given_up(server: Misbehaving, tmp_path: Path):
+def test_a_transfer_that_is_too_slow_is_aborted(server: Misbehaving, tmp_path: Path):
     server.faults[FIRST] = trickling
     with pytest.raises(ShardError, match=r"was not read in 3 attempts: only .* bytes in"):
         open_at(server, tmp_path, timeout_s=0.2).strip(0, FRAMES)

@@ -57,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FolderLock, "STALE_S", 1.0)
 
 
-def test_the_second_is_told_who_is_first_and_the_next_may_in(tmp_path: Path):
+def test_a_second_holder_is_refused_by_name_and_a_later_one_accepted(tmp_path: Path):
     child = hold_elsewhere(tmp_path)
     with pytest.raises(ConfigError, match=rf"{tmp_path} is in use: process {child.pid} on .* is "):
         lock(tmp_path).__enter__()
@@ -76,7 +76,7 @@ def test_one_process_does_not_get_it_twice(tmp_path: Path):
         assert (tmp_path / ".lock").exists()
 
 
-def test_a_number_that_another_process_has_now_is_no_holder(tmp_path: Path):
+def test_a_reused_process_number_is_no_lock_holder(tmp_path: Path):
     with lock(tmp_path):
         rewrite(tmp_path, started=1)
         with lock(tmp_path):
@@ -121,7 +121,7 @@ def test_a_lock_that_nobody_renews_is_taken_over(content: bytes | None, tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_lost_the_lock_knows_and_does_not_remove_it(tmp_path: Path):
+def test_a_process_that_lost_the_lock_does_not_remove_it(tmp_path: Path):
     first = lock(tmp_path)
     with first:
         rewrite(tmp_path, token="0" * 32)
@@ -130,7 +130,7 @@ def test_who_lost_the_lock_knows_and_does_not_remove_it(tmp_path: Path):
     assert (tmp_path / ".lock").exists()
 
 
-def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path):
+def test_one_of_many_gets_a_stale_lock(tmp_path: Path):
     child = hold_elsewhere(tmp_path)
     child.kill()
     child.wait()

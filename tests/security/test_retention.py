@@ -112,7 +112,7 @@ def test_folders_that_the_run_did_not_write_stay_and_are_not_resumed(tmp_path: P
         find_checkpoint(tmp_path)
 
 
-def test_what_latest_names_stays_when_a_kill_comes_at_any_moment(
+def test_the_checkpoint_that_latest_names_survives_a_kill_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Each step of writing fails once; the pointer never dangles and the run resumes."""

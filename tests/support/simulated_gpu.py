@@ -21,7 +21,7 @@ from tests.support.commands import ROOT, TINY, free_port
 from tests.support.fake_nvml import FakeNvml
 
 REMARK = "Two small runs on CPUs; their GPU series are of a simulated NVML."
-_MINUTES = 4.0
+_MINUTES = 3.0
 
 
 class _Busy(FakeNvml):
@@ -45,6 +45,11 @@ class _Busy(FakeNvml):
             pynvml.NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC: self._wave(4000, 900, 17),
         }
         return super().nvmlGpmMetricsGet(query)
+
+    def nvmlDeviceGetRemappedRows(self, _: Any, *found: Any) -> int:
+        for reference in found:
+            self._put(reference, 0)
+        return pynvml.NVML_SUCCESS
 
     def nvmlDeviceGetMemoryInfo(self, _: Any, memory: Any) -> int:
         memory._obj.used, memory._obj.total = int(self._wave(58, 1, 53) * 2**30), 80 * 2**30

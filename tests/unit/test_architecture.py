@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,13 @@ def test_the_journeys_in_the_design_pass_functions_that_exist():
             elif Path(name).suffix not in (".json", ".html"):
                 assert path is not None, f"{name} stands before its file"
                 assert name in definitions(path), f"{path} has no {name}"
+
+
+@pytest.mark.parametrize("journey", ["From tar to loss", "From checkpoint to report"])
+def test_a_journey_does_not_return_to_a_file(journey: str):
+    text = DESIGN.partition(f"### {journey}\n")[2].partition("\n#")[0].strip()
+    entered = Counter()
+    for step in text.replace("\n   ", " ").splitlines():
+        entered.update({name for name in step.split("`")[1::2] if name.endswith(".py")})
+    assert len(entered) > 9
+    assert {name: count for name, count in entered.items() if count > 1} == {}

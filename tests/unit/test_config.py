@@ -97,7 +97,7 @@ def test_what_is_wrong_is_named(argv: list[str], message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_help_tells_the_fields(capsys: pytest.CaptureFixture[str]):
+def test_help_describes_the_fields(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "Something in hertz" in capsys.readouterr().out

@@ -121,7 +121,7 @@ def videos() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("schema", [1, 2])
-def test_what_another_program_wrote_is_sound_and_read(
+def test_shards_of_another_program_are_read(
     tmp_path: Path, videos: dict[str, np.ndarray], schema: int
 ) -> None:
     folder = tmp_path / "set"

@@ -41,7 +41,7 @@ def test_without_a_launcher_this_is_the_only_rank():
     assert current_world() == World(rank=0, size=1, local_rank=0)
 
 
-def test_the_launcher_says_who_this_is(monkeypatch: pytest.MonkeyPatch):
+def test_the_launcher_gives_the_rank(monkeypatch: pytest.MonkeyPatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert current_world() == World(rank=5, size=8, local_rank=1)
@@ -62,7 +62,7 @@ def test_a_world_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch):
         join_world(torch.device("cpu"))
 
 
-def test_one_process_meets_nobody_and_leaves_no_address_to_its_children(
+def test_one_process_needs_no_address_and_leaves_none_to_its_children(
     monkeypatch: pytest.MonkeyPatch,
 ):
     leave_world()
@@ -90,7 +90,7 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch):
             join_world(torch.device("cpu"), timeout_s=5)
 
 
-def test_a_peer_that_does_not_come_is_fatal_in_time(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_peer_ends_the_run_after_the_time_limit(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,7 +101,7 @@ def test_a_peer_that_does_not_come_is_fatal_in_time(monkeypatch: pytest.MonkeyPa
         join_world(torch.device("cpu"), timeout_s=3)
 
 
-def test_srun_alone_says_who_this_is(monkeypatch: pytest.MonkeyPatch):
+def test_srun_alone_gives_the_rank(monkeypatch: pytest.MonkeyPatch):
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
     assert current_world() == World(rank=2, size=3, local_rank=0)

@@ -85,7 +85,7 @@ def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "version 1, no limit",
     ],
 )
-def test_cpus(tmp_path: Path, files: dict[str, str], cpus: int) -> None:
+def test_number_of_cpus(tmp_path: Path, files: dict[str, str], cpus: int) -> None:
     tmp_path.joinpath("proc/self").mkdir(parents=True)
     assert usable_cpus(write(tmp_path, files)) == cpus
 

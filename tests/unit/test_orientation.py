@@ -73,7 +73,7 @@ def test_what_a_player_shows_is_stored(tmp_path: Path, suffix: str, name: str):
 
 
 @pytest.mark.parametrize("name", ["upright", "up-down"])
-def test_facts_tell_of_a_mirror_and_are_as_ever_without(tmp_path: Path, name: str):
+def test_facts_mention_a_mirrored_video_only(tmp_path: Path, name: str):
     path = tmp_path / "a.mp4"
     matrix = ORIENTATIONS[name][0]
     write_video(path, quarters()[None].repeat(3, 0), codec="libx264", display_matrix=matrix)
@@ -83,7 +83,7 @@ def test_facts_tell_of_a_mirror_and_are_as_ever_without(tmp_path: Path, name: st
     assert (b"mirrored" in facts) == (name == "up-down")
 
 
-def test_an_angle_between_is_rounded_and_told(tmp_path: Path):
+def test_other_angles_are_rounded_with_a_note(tmp_path: Path):
     path = write_video(tmp_path / "a.mp4", quarters()[None].repeat(3, 0), codec="libx264")
     content = bytearray(path.read_bytes())
     place = content.index(b"tkhd") + 44

@@ -38,7 +38,7 @@ class Progress:
         """Unix time of the last step's end, in seconds."""
         self._lock = threading.Lock()
         self._activity, self._since = "start", time.perf_counter()
-        self._spent_s = dict.fromkeys(ACTIVITIES, 0.0)
+        self._spent_s: dict[str, float] = dict.fromkeys(ACTIVITIES, 0.0)
         self._moved = self._since
         self._last: float | None = None
         self._steps_s: deque[float] = deque(maxlen=_STEPS)

@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from strata.code_digest import commit
+from strata.config import dotted, plain
 from strata.dataload.loader import Batch
 from strata.distributed import World, broadcast_object, gather, watch_collectives
 from strata.errors import ConfigError
 from strata.logs import get_logger
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.host import HostCollector, ProcessCollector
+from strata.telemetry.loggers import MlflowLogger, WandbLogger
 from strata.telemetry.metrics import Metrics
 from strata.telemetry.readings import Reading, ReadingCollector
 from strata.telemetry.serve import export
@@ -47,8 +49,24 @@ def count_starts(log: Path) -> int:
         return sum('"kind": "start"' in line for line in lines)
 
 
-def _open_run(config: TrainConfig, world: World) -> Metrics:
+def _loggers(config: TrainConfig) -> Iterator[TensorBoard | WandbLogger | MlflowLogger]:
+    """The loggers that the settings name."""
+    monitor, settings = config.monitor, dotted(plain(config))
+    if monitor.tensorboard:
+        yield TensorBoard(config.run / "tensorboard")
+    if monitor.wandb:
+        yield WandbLogger(config.run, settings)
+    if monitor.mlflow:
+        yield MlflowLogger(config.run, settings)
+
+
+def _open_run(config: TrainConfig, world: World, opened: ExitStack) -> Metrics:
     """Create the run's folder and log, and count previous starts. All ranks call it.
+
+    Args:
+        config: The run's settings.
+        world: This rank and its peers.
+        opened: Closes the loggers.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -62,8 +80,12 @@ def _open_run(config: TrainConfig, world: World) -> Metrics:
         metrics = Metrics(log if world.is_first else None)
         if world.is_first:
             metrics.add("strata_restarts_total", starts)
-        if config.monitor.tensorboard and world.is_first:
-            metrics.tell(TensorBoard(config.run / "tensorboard"))
+        if world.is_first:
+            for sink in _loggers(config):
+                metrics.tell(sink)
+                opened.callback(sink.close)
+    except ConfigError as error:
+        wrong = str(error)
     except OSError as error:
         wrong = f"the run's folder cannot be written: {error}; choose another --run, or fix it"
     wrong = broadcast_object(wrong)
@@ -83,10 +105,11 @@ def serve_run(config: TrainConfig, world: World) -> Iterator[Metrics]:
     Raises:
         ConfigError: The run's folder cannot be written, or another live run has the same name.
     """
-    metrics = _open_run(config, world)
-    run = run_name(config.monitor, config.run)
-    with export(metrics, config.monitor, role="train", run=run, world=world):
-        yield metrics
+    with ExitStack() as opened:
+        metrics = _open_run(config, world, opened)
+        run = run_name(config.monitor, config.run)
+        with export(metrics, config.monitor, role="train", run=run, world=world):
+            yield metrics
 
 
 class RunMonitor:
@@ -150,6 +173,7 @@ class RunMonitor:
         metrics.set("strata_step", step)
         metrics.set("strata_total_steps", total_steps)
         metrics.set("strata_start_timestamp_seconds", time.time())
+        metrics.set("strata_world_size", self._world.size)
         metrics.set(
             "strata_run_info",
             1,

@@ -10,6 +10,7 @@ import torch
 
 import strata
 from strata.config import plain
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
@@ -61,6 +62,7 @@ def describe_run(
     reader: ShardReader,
     plan: Plan,
     step: int = 0,
+    augment_choice: AugmentChoice | None = None,
 ) -> RunPlan:
     """Make the summary of a run.
 
@@ -71,6 +73,7 @@ def describe_run(
         reader: The data set, opened.
         plan: The order of samples.
         step: Steps already done, if the run is resumed.
+        augment_choice: Where views are augmented, if that was measured.
 
     Raises:
         ConfigError: The device does not support the precision.
@@ -96,6 +99,7 @@ def describe_run(
         (f"strata {strata.__version__}", str(config.run)),
         ("world", _world(config, world, device, dtype)),
         *_data(config, world, reader, plan),
+        *([("augmentation", augment_choice.text())] if augment_choice else []),
         (
             "steps",
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
@@ -120,6 +124,7 @@ def describe_run(
         "autocast": dtype,
         "step": step,
         "last_step": last,
+        "augment_rates": augment_choice.rates if augment_choice else None,
         "parameters": costs[largest].parameters,
         **_facts(config, world, device, reader, plan),
         "stages": {
@@ -163,6 +168,7 @@ def announce_run(
     step: int,
     chance: Mapping[str, float],
     metrics: Metrics,
+    augment_choice: AugmentChoice | None = None,
 ) -> None:
     """Log the summary of a run, and record its start with the losses at chance level.
 
@@ -175,10 +181,19 @@ def announce_run(
         step: Steps already done, if the run is resumed.
         chance: Each loss term at chance level.
         metrics: Receives the record.
+        augment_choice: Where views are augmented, if that was measured.
     """
     record = None
     if world.is_first:
-        page = describe_run(config, world=world, device=device, reader=reader, plan=plan, step=step)
+        page = describe_run(
+            config,
+            world=world,
+            device=device,
+            reader=reader,
+            plan=plan,
+            step=step,
+            augment_choice=augment_choice,
+        )
         logger.info("run plan:\n%s", page.text())
         record = page.record
     for term, value in chance.items():

@@ -102,7 +102,7 @@ def test_the_page_is_complete_and_requests_nothing(result: EvaluationResult):
     assert text == render(result, folder)
 
 
-def test_it_shows_its_result(result: EvaluationResult):
+def test_the_demo_shows_its_result(result: EvaluationResult):
     text = " ".join(render(result).split())
     for shown in (
         "Generated videos. Shares of the test set.",
@@ -153,7 +153,7 @@ def test_a_sentence_says_where_pretraining_is_not_ahead(
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
-def test_what_is_empty_is_left_out(shards: Path, tmp_path: Path):
+def test_empty_parts_are_left_out(shards: Path, tmp_path: Path):
     measurement = Measurement(rows=classifier_measurement(shards).rows)
     text = render(evaluation_result(shards, tmp_path / "a" / "b", finetune=[measurement]))
     for heading in ("By class", "Confusion", "Nearest", "Loss terms", "Training of", "Health"):

@@ -34,7 +34,7 @@ def test_every_config_is_of_its_dataset(path: Path) -> None:
     assert command.videos == (Path("v"),)
 
 
-def test_there_is_one_for_each_dataset() -> None:
+def test_there_is_one_config_for_each_dataset() -> None:
     names = {"ucf101", "hmdb51", "kinetics400", "kinetics600", "kinetics700", "folder"}
     assert {p.stem for p in CONFIGS.glob("*.yaml")} == names
 

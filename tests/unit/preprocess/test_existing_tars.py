@@ -57,7 +57,7 @@ def test_keys_with_dots(tmp_path: Path, first: str) -> None:
     }
 
 
-def test_what_a_format_adds_is_no_sample(tmp_path: Path) -> None:
+def test_members_that_a_format_adds_are_no_samples(tmp_path: Path) -> None:
     long_name = "folder/" * 30 + "v"
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_tar(tmp_path / "a.tar", {f"{long_name}.mp4": b"A"}, kind=kind)

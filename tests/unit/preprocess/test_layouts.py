@@ -50,7 +50,7 @@ def test_splits_without_classes(tmp_path: Path) -> None:
     assert (len(train.sources), len(test.sources)) == (2, 1)
 
 
-def test_the_same_video_in_two_splits_is_told(tmp_path: Path) -> None:
+def test_the_same_video_in_two_splits_is_noted(tmp_path: Path) -> None:
     fill(tmp_path, "train/run/a.mp4", "val/run/b.mp4")
     put(tmp_path / "train" / "run" / "x.mp4", b"same")
     put(tmp_path / "val" / "run" / "y.mp4", b"same")
@@ -86,7 +86,7 @@ def test_classes_that_sound_like_splits_stay_classes(tmp_path: Path) -> None:
     assert only.classes == ("bus", "test drive", "train")
 
 
-def test_odd_class_folders_are_told(tmp_path: Path) -> None:
+def test_odd_class_folders_are_noted(tmp_path: Path) -> None:
     fill(tmp_path, "Riding Bike/a.mp4", "riding_bike/b.mp4", "跑 步/c.mp4", "empty/.keep")
     (tmp_path / "really empty").mkdir()
     (only,) = find_folder([tmp_path])
@@ -102,7 +102,7 @@ def test_a_class_folder_with_a_line_break_is_refused_before_the_work(tmp_path: P
         find_folder([tmp_path])
 
 
-def test_one_class_above_the_classes_is_told(tmp_path: Path) -> None:
+def test_one_class_above_the_classes_is_noted(tmp_path: Path) -> None:
     fill(tmp_path, "UCF-101/run/a.mp4", "UCF-101/walk/b.mp4")
     (only,) = find_folder([tmp_path])
     assert only.classes == ("UCF-101",)

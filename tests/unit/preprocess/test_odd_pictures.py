@@ -159,7 +159,7 @@ def test_cut_off_without_a_frame_count(tmp_path: Path, suffix: str) -> None:
     assert "declares" in fault.detail or "decode, then" in fault.detail
 
 
-def test_sound_that_goes_on_is_not_a_cut(tmp_path: Path) -> None:
+def test_sound_longer_than_the_video_is_not_a_cut(tmp_path: Path) -> None:
     # A transport stream has one duration for all, and no number of frames.
     path = write_video(tmp_path / "a.ts", moving_scene(50, 96, 64), codec="mpeg2video")
     add_sound(path, 6)

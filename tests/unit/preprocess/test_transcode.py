@@ -155,7 +155,7 @@ def test_verify_finds_a_missing_frame(every: int) -> None:
     assert caught.value.kind is FaultKind.WRONG_COUNT
 
 
-def test_sampled_verification_decodes_every_so_manieth_frame_and_the_last() -> None:
+def test_sampled_verification_decodes_every_nth_frame_and_the_last() -> None:
     form = NormalForm(width=96, height=64)
     planes = smooth_planes(11)
     found = []

@@ -98,7 +98,7 @@ def test_a_role_has_its_own_metrics():
     Metrics(role="preprocess").add("strata_frames_sharded_total", 1)
 
 
-def test_a_taken_port_warns_and_goes_on(caplog: pytest.LogCaptureFixture):
+def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -50,7 +50,7 @@ def test_the_numbers_of_every_step(tmp_path: Path):
     }
 
 
-def test_a_run_that_goes_on_hides_what_it_repeats(tmp_path: Path):
+def test_a_resumed_run_hides_the_steps_that_it_repeats(tmp_path: Path):
     run(tmp_path, 0, 4, loss=0.5)
     run(tmp_path, 2, 3, loss=10.0)
     assert read(tmp_path)["losses/instance"] == {1: 1.5, 2: 2.5, 3: 13.0}

@@ -316,6 +316,15 @@ ALERTS: dict[str, tuple[int, Sets, Sets]] = {
             {f"up{_T}": "1 1 1 0 1", **_LIVE},
         ],
     ),
+    "StrataRankUnwatched": (
+        7,
+        [{f"up{_T}": "1x10", f"strata_world_size{_T}": "2x10"}],
+        [
+            {f"up{_T}": "1x10", f"up{_rank('1')}": "1x10", f"strata_world_size{_T}": "2x10"},
+            # All of them died: the other alert's.
+            {f"up{_T}": "1 0x10", f"strata_world_size{_T}": "2 stale"},
+        ],
+    ),
     "StrataNoProgress": (
         1,
         [{"strata_bound" + _with(by="stalled"): "0 1"}],

@@ -21,7 +21,7 @@ def probe(step: int, recall: float, **more: float) -> dict:
     return {"kind": "probe", "step": step, **found} | ({"accuracy": more} if more else {})
 
 
-def test_what_is_drawn_is_the_last_of_each_step(tmp_path: Path):
+def test_the_last_record_of_each_step_is_drawn(tmp_path: Path):
     old = run(tmp_path / "old", {"kind": "step", "step": 1}, probe(0, 0.9), probe(0, 0.25))
     new = run(tmp_path / "new", probe(0, 0.3, linear=0.4, knn=0.1), probe(150, 0.5, linear=0.6))
     found = {"old": read_learning(old), "new": read_learning(new)}

@@ -89,7 +89,7 @@ def test_the_command_line_resolves_to_the_protocol(evaluation: str, name: Protoc
     assert protocol_words(plain(config), evaluation) == f"protocol {name}"
 
 
-def test_what_is_given_stays_and_is_told():
+def test_given_settings_are_kept_and_reported():
     config = parse("finetune", "coclr", "--training.epochs", "3", "--features.stride", "2")
     assert (config.training.epochs, config.training.batch_size) == (3, 64)
     assert protocol_words(plain(config), "finetune") == (
@@ -108,7 +108,7 @@ def test_what_is_given_stays_and_is_told():
     ],
     ids=["cached", "compare"],
 )
-def test_a_cached_probe_does_not_bear_the_name_of_coclr(words: tuple[str, ...]):
+def test_a_cached_probe_is_not_called_coclr(words: tuple[str, ...]):
     with pytest.raises(ConfigError, match="--protocol coclr trains its probe on augmented clips"):
         main([words[0], "--checkpoint", "run", "--protocol", "coclr", *words[1:]])
 

@@ -83,7 +83,7 @@ def test_the_direction_of_clips_and_videos():
     assert direction_accuracy(np.zeros(1), forth, back) == {"clips": 0.5, "videos": 0.5}
 
 
-def test_held_out_clips_that_grow_brighter_are_told_from_darker_ones(
+def test_held_out_clips_that_grow_brighter_are_distinguished_from_darker_ones(
     backbone, rng: np.random.Generator
 ):
     ramp = np.linspace(0, 120, 16)[:, None, None, None]

@@ -153,7 +153,7 @@ def test_duplicates_in_a_folder(tmp_path: Path) -> None:
     assert len(only.notes) == 2
 
 
-def test_duplicates_in_official_lists_are_told_and_kept(tmp_path: Path) -> None:
+def test_duplicates_in_official_lists_are_noted_and_kept(tmp_path: Path) -> None:
     videos, splits = make_ucf(tmp_path)
     put(videos / "Archery" / "v_Archery_g09_c01.avi", b"\x01" * 10)
     train = mark_duplicates(find_ucf101([videos], splits, "1")[0], reject=False)

@@ -85,7 +85,7 @@ def test_a_class_link_that_leads_nowhere_is_an_error(tmp_path: Path, target: str
         find_folder([tmp_path])
 
 
-def test_loops_of_links_end_and_are_told(tmp_path: Path) -> None:
+def test_loops_of_links_end_with_a_note(tmp_path: Path) -> None:
     put(tmp_path / "run" / "a.mp4", b"a")
     put(tmp_path / "walk" / "b.mp4", b"b")
     (tmp_path / "run" / "up").symlink_to("..")
@@ -159,7 +159,7 @@ def test_hidden_and_system_files_are_never_data(tmp_path: Path) -> None:
     assert only.notes[0].startswith("8 hidden or system files and folders are ignored: ")
 
 
-def test_pipes_and_files_without_a_videos_name_are_told(tmp_path: Path) -> None:
+def test_pipes_and_files_without_a_videos_name_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "run" / "a.mp4", b"a")
     put(tmp_path / "run" / "all.zip", b"a")
     put(tmp_path / "run" / "noextension", b"a")

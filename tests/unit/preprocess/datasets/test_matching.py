@@ -108,7 +108,7 @@ def test_a_list_without_classes_is_named(tmp_path: Path) -> None:
         found(tmp_path, f"videos/{LISTED[0]}", train=b"v.avi 1\n")
 
 
-def test_the_best_name_is_taken_and_told(tmp_path: Path) -> None:
+def test_the_best_name_is_taken_with_a_note(tmp_path: Path) -> None:
     mp4 = LISTED[1].replace(".avi", ".mp4")
     got, notes = found(tmp_path, f"a/{mp4}", f"b/{LISTED[1]}", f"b/{LISTED[2]}")
     assert got == {LISTED[1]: LISTED[1], LISTED[2]: LISTED[2]}

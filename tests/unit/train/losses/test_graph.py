@@ -73,7 +73,7 @@ def test_loss_equals_the_loops_and_the_release_divides_by_b():
     assert expected / released == pytest.approx(6, rel=1e-10)
 
 
-def test_with_e_the_identity_it_is_infonce_one_way():
+def test_with_the_identity_as_e_the_loss_is_one_way_infonce():
     g = functional.normalize(clips(), dim=-1)
     logits = g[:, 0] @ g[:, 1].T / 0.07
     expected = functional.cross_entropy(logits, torch.arange(6))

@@ -19,7 +19,7 @@ def test_graph_of_separate_videos_is_the_identity():
     assert found["graph_instance_partners"].item() == 0
 
 
-def test_graph_of_alike_videos():
+def test_graph_of_similar_videos():
     z = torch.ones(4, 2, 8)
     found = health.graph_health(distribution_graphs(z, torch.tensor([0, 0, 1, 1])))
     assert found["graph_off_diagonal_mass"].item() == pytest.approx(0.5)

@@ -95,7 +95,7 @@ def test_a_probe_and_the_end_are_no_stall_and_no_step(now: Now):
     assert not clock.progress.stalled
 
 
-def test_the_verdict_ages_and_parts_are_seen_together(now: Now, tmp_path: Path):
+def test_the_age_of_a_bottleneck_and_its_parts_are_readings(now: Now, tmp_path: Path):
     config = TrainConfig(
         run=tmp_path,
         data=DataConfig(shards=tmp_path, batch_size=4, size=32),
