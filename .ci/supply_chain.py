@@ -1,4 +1,4 @@
-"""What Strata is built on: known vulnerabilities, licences, and the lowest versions it allows.
+"""Dependencies: known vulnerabilities, licences, and the lowest allowed versions.
 
 python .ci/supply_chain.py audit      fails on a vulnerability that a newer version fixes
 python .ci/supply_chain.py licences   lists them, fails on one that is not allowed
@@ -54,7 +54,7 @@ LOWEST_TESTS = (
 
 
 def findings(report: Mapping[str, Any]) -> tuple[list[str], list[str], int]:
-    """What pip-audit's JSON says.
+    """The vulnerabilities in pip-audit's JSON.
 
     Returns:
         Vulnerabilities that a newer version fixes, those without a fix or ignored, and the number

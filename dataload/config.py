@@ -34,12 +34,14 @@ class DataConfig:
     decode: DeviceChoice = "auto"
     """Where frames are decoded; auto is the GPU if this rank trains on one that can decode."""
     augment: DeviceChoice = "auto"
-    """Where views are augmented; auto is the GPU if this rank trains on one."""
+    """Where views are augmented; auto measures both where this rank trains on a GPU and takes the
+    faster one, see dataload/augment_choice.py."""
     cache: CacheChoice = "none"
     """Where decoded frames are cached, see dataload/frame_cache.py: host is memory that the ranks
     of a node share, device is each rank's GPU. Batches are bit-identical to those of decode cpu."""
     threads: int = 0
-    """DALI threads of a rank; 0 divides the machine's cores equally among its ranks."""
+    """Threads of a rank that decode and augment; 0 divides the machine's cores equally among its
+    ranks."""
     prefetch: int = 2
     """Batches to prefetch."""
     pool_samples: int = 16_384

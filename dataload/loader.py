@@ -119,6 +119,11 @@ class TrainLoader(Loader[Batch]):
         plan.batch(epochs[0], 0, world.rank, world.size)  # rejects an indivisible batch size
         self._cache: FrameCache | None = None
 
+    @property
+    def ahead(self) -> int:
+        """Batches that may be ready or begun when nobody asks for one."""
+        return self._config.prefetch + 2
+
     def start(self) -> Self:
         """Start to make batches; a cache shared by the ranks of a node needs all of them.
 

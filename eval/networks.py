@@ -65,7 +65,7 @@ def checkpoint_of(path: Path) -> Path:
 
 
 class Networks:
-    """Loads or builds the encoders of an evaluation, each with what identifies its weights.
+    """Loads or builds the encoders of an evaluation, each with the identity of its weights.
 
     Args:
         found: The evaluated checkpoint's folder.
@@ -80,7 +80,7 @@ class Networks:
         all_equal("checkpoint", self.identity)
 
     def open(self, which: Network) -> tuple[Backbone, str]:
-        """An encoder on the device, and what identifies its weights. All ranks call it.
+        """Load an encoder on the device, with the identity of its weights. All ranks call it.
 
         Raises:
             CheckpointError: Another checkpoint is missing, or its architecture is another.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: printed figures, report.json and its page."""
+"""Output of an evaluation: printed figures, report.json and its page."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

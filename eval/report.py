@@ -1,4 +1,4 @@
-"""The page of a result: one HTML file from report.html.j2 that needs nothing but itself.
+"""The page of a result: one self-contained HTML file, by report.html.j2.
 
 All pictures are part of the file. The film strips are read through the result's open sets, the
 curves of the pretraining from the log.jsonl beside the checkpoint.
@@ -156,7 +156,7 @@ def run_curves(records: Sequence[Mapping[str, Any]], part: str, unit: str) -> li
 
 
 def probe_curves(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """What the online probe of a pretraining measured; a repeated step counts once."""
+    """Figures of the online probe of a pretraining; a repeated step counts once."""
     by_step = {r["step"]: r for r in records if r["kind"] == "probe"}
     steps = sorted(by_step)
     # Logs of earlier versions have no accuracy.
@@ -227,7 +227,7 @@ def _first_details(result: EvaluationResult) -> Iterator[tuple[str, str, PairRes
 
 
 def _facts(result: EvaluationResult, log: str) -> dict[str, str]:
-    """What was run, by name."""
+    """The settings and versions of the evaluation, by name."""
     facts = {
         "Strata": strata.__version__,
         "commit": commit(),

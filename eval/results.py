@@ -222,7 +222,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class PairResult:
-    """All that was measured on one training set and one test set."""
+    """All measurements on one training set and one test set."""
 
     sets: SetPair
     measured: Mapping[Kind, Measurement]
@@ -259,7 +259,7 @@ class PairResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """All that an evaluation found, and all that decided it."""
+    """The result of an evaluation with everything that determined it."""
 
     name: str
     """Like `linear-cached`; different for each report of a run."""

@@ -30,7 +30,7 @@ __all__ = ["Session", "open_session"]
 
 
 class Session:
-    """What an evaluation in progress works with: world, checkpoint, networks and settings.
+    """An evaluation in progress: world, checkpoint, networks and settings.
 
     Args:
         config: The evaluation's settings.
@@ -87,7 +87,7 @@ class Session:
         )
 
     def settings(self) -> dict[str, Any]:
-        """The evaluation's settings with what was left to the checkpoint."""
+        """The evaluation's settings, completed from the checkpoint."""
         return plain(dataclasses.replace(self.config, features=self.features))
 
     def clips_text(self) -> str:
@@ -100,7 +100,7 @@ class Session:
         )
 
     def folder(self, name: str, parts: object) -> Path:
-        """A folder under the checkpoint's run for one evaluation, by what identifies it."""
+        """A folder under the checkpoint's run for one evaluation, named by a hash of its parts."""
         text = json.dumps([self.networks.identity, plain(parts)], sort_keys=True)
         return self.results / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -150,7 +150,7 @@ def open_session(config: Evaluation) -> Iterator[Session]:
 
 
 def _report_of(config: Evaluation, results: Path) -> Path:
-    """What two evaluations at a time must not share: the report's path, or one by the settings."""
+    """A path that no two simultaneous evaluations may share: the report, or one by settings."""
     if config.out is not None:
         return config.out
     described = json.dumps([type(config).__name__, plain(config)], sort_keys=True)

@@ -13,7 +13,7 @@ __all__ = ["Evaluation", "OneNetwork"]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What all evaluations share."""
+    """Settings that all evaluations share."""
 
     SHOWN: ClassVar = (
         *("checkpoint", "train", "test", "shards", "data", "splits", "protocol", "variant"),

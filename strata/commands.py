@@ -29,7 +29,7 @@ _LAUNCHED = ("pretrain", "evaluate")
 
 
 def shown_program(program: str) -> str:
-    """What errors and help call a program: `strata shard ucf101` for `tools/shard.py ucf101`."""
+    """Name of a program in messages: `strata shard ucf101` for `tools/shard.py ucf101`."""
     if STARTED_AS in os.environ:
         path, space, rest = program.partition(" ")
         for command, file in FILES.items():

@@ -1,4 +1,4 @@
-"""Decode videos of unknown origin completely and report what is wrong with them.
+"""Decode videos of unknown origin completely and report their faults.
 
 A container's header is often wrong. So no video is rejected because of its header alone: a video
 counts as truncated if the file itself shows that bytes are missing, and as damaged if packets do

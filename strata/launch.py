@@ -1,4 +1,4 @@
-"""What the launcher's environment says; the only place that reads or sets its variables.
+"""The launcher's environment: the only file that reads or sets its variables.
 
 Launchers are `deepspeed`, `torchrun` and Slurm's `srun`. This file imports nothing of ours, so that
 errors and logs can ask for the rank.
@@ -78,7 +78,7 @@ def set_ranks(rank: int, size: int, local_rank: int) -> list[str]:
 
 
 def unset(names: list[str]) -> None:
-    """Take back what `set_ranks` has set."""
+    """Remove the variables that `set_ranks` has set."""
     for name in names:
         os.environ.pop(name, None)
 

@@ -10,7 +10,7 @@ _KIB = 1024
 
 
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
-    """Bytes that can be allocated without swapping or being killed, and what sets the limit.
+    """Bytes that can be allocated without swapping or being killed, and the source of the limit.
 
     This is the minimum of the kernel's own estimate and of what each control group (version 1 or 2)
     of this process still allows; file pages that the kernel can reclaim count as free.

@@ -51,7 +51,7 @@ def find_recipe(word: str, kind: str = "") -> Path:
 
 
 def summary_of(recipe: Path) -> str:
-    """What a recipe is, from the comment at the beginning of its file, in one line."""
+    """A one-line summary of a recipe, from the comment at the beginning of its file."""
     lines = recipe.read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:

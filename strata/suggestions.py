@@ -1,4 +1,4 @@
-"""The known name that a mistyped one probably means."""
+"""Suggest the known name that a mistyped one probably means."""
 
 import difflib
 from collections.abc import Iterable

@@ -321,7 +321,7 @@ class Store:
 
 
 class _Pulses(Callback):
-    """Tells that a transfer makes progress."""
+    """Reports that a transfer makes progress."""
 
     def __init__(self, pulse: Callable[[], None]) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def _keep(config: AblateConfig) -> None:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder.
+    """Lock the folder.
 
     Raises:
         ConfigError: Another grid runs in it.

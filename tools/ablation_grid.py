@@ -1,4 +1,4 @@
-"""What a grid is: rows, evaluations, seeds and splits, and the commands that they mean."""
+"""Settings of a grid: rows, evaluations, seeds and splits, and their commands."""
 
 import json
 import re
@@ -197,7 +197,7 @@ class AblateConfig:
         _refuse(self.set, _OURS, "set")
 
     def cells(self) -> list[Cell]:
-        """All runs, seed by seed: a first table is there after the first seed."""
+        """All runs, seed by seed, so that the first seed gives a complete table."""
         rows = self.out / "rows"
         # What is untrained needs another row's checkpoint for its configuration.
         ordered = sorted(self.rows, key=lambda name: bool(self.rows[name].untrained))
@@ -220,12 +220,12 @@ class AblateConfig:
         return cells
 
     def training_set(self, cell: Cell) -> str:
-        """What a run is pretrained on."""
+        """Shards that a run is pretrained on."""
         shards = str(self.shards)
         return shards if cell.split is None else f"{shards.rstrip('/')}/train{cell.split:02d}"
 
     def test_set(self, cell: Cell) -> Path | None:
-        """What a run is tested on, where its evaluation does not say."""
+        """Test set of a run whose evaluation names none."""
         if cell.split is None:
             return self.test
         return Path(self.shards) / f"test{cell.split:02d}"
@@ -272,7 +272,7 @@ def evaluating(config: AblateConfig, cell: Cell, name: str) -> list[str]:
 
 
 def resolved(config: AblateConfig) -> dict[str, Any]:
-    """What each row and evaluation is, with all defaults.
+    """The settings of each row and evaluation, with all defaults.
 
     Raises:
         ConfigError: A setting is unknown or out of its range.

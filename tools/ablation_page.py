@@ -24,7 +24,7 @@ _HEALTH = (
 
 
 def _incomplete(summary: Mapping[str, Any]) -> list[str]:
-    """What is missing from the sets, to stand first: the same of every row's evaluation."""
+    """Which sets lack listed videos; shown first."""
     found = {
         f"{name}: {evaluation['incomplete']}"
         for run in summary["runs"]
@@ -47,7 +47,7 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _spread(grid: Mapping[str, Any]) -> tuple[str, str]:
-    """What stands behind the ±: its key in the record, and its words."""
+    """The spread that ± shows: its key in the record, and its name."""
     if grid["splits"]:
         splits = ", ".join(map(str, grid["splits"]))
         return "error", f"standard error over splits {splits} and seeds"
@@ -119,7 +119,7 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def _settings_text(grid: Mapping[str, Any], row: str) -> str:
-    """What a row is, in words."""
+    """Describe the settings of a row."""
     own = grid["rows"][row]
     if own["pixels"]:
         return f"{PIXEL_MAPS[own['pixels']]}, of the clips that {own['untrained']} is tested on"

@@ -49,7 +49,7 @@ class Cell:
         return self.folder / f"{evaluation}.json"
 
     def log(self, step: str) -> Path:
-        """What a step's processes print."""
+        """Log of a step's processes."""
         return self.folder / f"{step}.log"
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write what is generated for Prometheus and Grafana, and docs/metrics.md and docs/runbook.md.
+"""Generate the files for Prometheus and Grafana, docs/metrics.md and docs/runbook.md.
 
 python tools/dashboards.py
 

@@ -153,7 +153,7 @@ def _compare(config: DemoConfig, runs: Sequence[Path], train: Path, test: Path, 
 
 
 def _remark(config: DemoConfig) -> str:
-    """What a reader must know before judging the figures."""
+    """The remark on the figures for readers of the report."""
     if config.videos is not None:
         return "The videos are the user's own."
     return (

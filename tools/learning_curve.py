@@ -1,4 +1,4 @@
-"""Draw what the probe of one or several pretrainings found, over their steps.
+"""Draw the probe's figures of one or several pretrainings over their steps.
 
 python tools/learning_curve.py --runs '{paper: runs/a, difference: runs/b}' --out curve.svg
 """
@@ -25,7 +25,7 @@ _PANELS = {"R@1": "Retrieval R@1, %", "linear": "Linear Top-1, %"}
 
 @dataclass(frozen=True, kw_only=True)
 class CurveCommand:
-    """What to draw."""
+    """Settings of the drawing."""
 
     runs: dict[str, Path]
     """Folders of pretrainings with `probe.every_epochs`, by the name that the picture shows."""
@@ -56,7 +56,7 @@ class _Recall(msgspec.Struct, frozen=True):
 
 
 class _Probe(msgspec.Struct, frozen=True):
-    """What is read of a record of the online probe; shares in [0, 1]."""
+    """The fields of an online probe's record that are drawn; shares in [0, 1]."""
 
     step: int
     recall: _Recall
@@ -65,7 +65,7 @@ class _Probe(msgspec.Struct, frozen=True):
 
 
 def read_learning(run: Path) -> Learning:
-    """What the probe wrote to a run's log; what a resume repeated counts once.
+    """Read the probe's records of a run's log; repeated ones count once.
 
     Raises:
         ConfigError: The run has no log, or its log no valid record of a probe.

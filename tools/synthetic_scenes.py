@@ -294,7 +294,7 @@ def _dart(rng: Rng, cycle: Floats, sign: float) -> _Path:
 
 @dataclass(frozen=True)
 class SceneClass:
-    """What all videos of a class have in common.
+    """Properties that all videos of a class share.
 
     Args:
         name: The class's name, which is also its folder's.

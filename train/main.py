@@ -4,6 +4,7 @@ deepspeed train/main.py --config configs/pretrain/ucf101_r3d18.yaml \
     --data.shards shards/ucf101/train01 --run runs/a
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -12,10 +13,13 @@ import torch
 from strata import commands
 from strata.code_digest import code_digest
 from strata.config import dotted, dump_config, parse_config, plain
+from strata.dataload.augment_choice import AugmentChoice, choose_augment
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import (
+    World,
     agree,
+    broadcast_object,
     current_world,
     join_world,
     leave_world,
@@ -28,6 +32,7 @@ from strata.train.engine_config import choose_device
 from strata.train.monitor.run_monitor import serve_run
 from strata.train.pretraining import open_pretraining
 from strata.train.representation.online_retrieval import OnlineProbe
+from strata.train.run.checkpoint import read_state
 from strata.train.run.history import find_checkpoint
 from strata.train.run.run_plan import describe_run
 
@@ -52,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
     alone = only_writer(config.run, "training", world, advice="wait for it, or use another --run")
     with alone as lock, serve_run(config, world) as metrics:
+        config, choice = settle_augment(config, reader, world=world, device=device)
         trainer = open_pretraining(
             config,
             world=world,
@@ -60,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             metrics=metrics,
             probe=probe,
             lock=lock,
+            augment_choice=choice,
         )
         trainer.resume(config.resume)
         if world.is_first:
@@ -80,6 +87,30 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     return EXIT_PREEMPTED
+
+
+def settle_augment(
+    config: TrainConfig, reader: ShardReader, *, world: World, device: torch.device
+) -> tuple[TrainConfig, AugmentChoice | None]:
+    """Replace `data.augment: auto` on a GPU by the device that the run augments on.
+
+    A run that is resumed uses the device that its checkpoint names, so that its batches have the
+    same bits as before. All ranks call it.
+
+    Returns:
+        The configuration, and the measurement if there was one.
+    """
+    if config.data.augment != "auto" or device.type != "cuda":
+        return config, None
+    found = find_checkpoint(config.run) if config.resume == "auto" else None
+    before = {} if found is None else dotted(read_state(found).config)
+    augment, choice = broadcast_object(before.get("data.augment", "auto")), None
+    if augment not in ("cpu", "gpu"):
+        plan = open_plan(reader, config.data, config.seed)
+        choice = choose_augment(reader, config.data, plan, world=world, device=device)
+        augment = "auto" if choice is None else choice.augment
+    data = dataclasses.replace(config.data, augment=augment)
+    return dataclasses.replace(config, data=data), choice
 
 
 def _write_config(config: TrainConfig) -> None:

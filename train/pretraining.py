@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from strata.config import plain
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.config import DataConfig
 from strata.dataload.loader import Batch, TrainLoader
 from strata.dataload.plan import Plan
@@ -18,6 +19,7 @@ from strata.files import FolderLock
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
+from strata.train.fast_encoder import arrange_encoder
 from strata.train.loop import LoopConfig, Trainer
 from strata.train.method.model import VideoModel
 from strata.train.method.objective import LossTerms, Method
@@ -47,6 +49,7 @@ class Pretraining(Task[VideoModel]):
         reader: The opened data set.
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
+        augment_choice: Where views are augmented, if that was measured; for the start-up page.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class Pretraining(Task[VideoModel]):
         reader: ShardReader,
         metrics: Metrics,
         probe: OnlineProbe | None = None,
+        augment_choice: AugmentChoice | None = None,
     ) -> None:
+        self._augment_choice = augment_choice
         self._config, self._plan, self._reader = config, plan, reader
         self._world, self._device = world, device
         self._metrics, self._probe = metrics, probe
@@ -74,11 +79,13 @@ class Pretraining(Task[VideoModel]):
             device=device,
             run=config.run,
         )
-        if config.engine.zero == 0 and config.engine.channels_last:
-            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO has its own copy.
-            self.model.backbone.channels_last()
-        if config.engine.compile:
-            self.model.backbone.compile()
+        arrange_encoder(
+            self.model,
+            config.engine,
+            device,
+            num_frames=config.data.batch_size // world.size * 2 * config.data.clips.long_frames,
+            size=config.data.size,
+        )
         self.method = Method(self.model, config.method, world)
         self.clock = Clock(device)
         self.monitor = RunMonitor(
@@ -182,6 +189,7 @@ class Pretraining(Task[VideoModel]):
                 self._config.data.batch_size, clips.clip_frames, clips.long_frames
             ),
             metrics=self._metrics,
+            augment_choice=self._augment_choice,
         )
 
     def count(self, batch: Batch, queue_depth: int) -> None:
@@ -264,6 +272,7 @@ def open_pretraining(
     metrics: Metrics,
     probe: OnlineProbe | None = None,
     lock: FolderLock | None = None,
+    augment_choice: AugmentChoice | None = None,
 ) -> Trainer[Pretraining]:
     """Make a pretraining run at its first step.
 
@@ -275,13 +284,21 @@ def open_pretraining(
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
         lock: The lock of the run's folder, on rank 0.
+        augment_choice: As `Pretraining` takes it.
 
     Raises:
         ConfigError: The data set is smaller than a batch, or the device lacks a feature.
     """
     plan = open_plan(reader, config.data, config.seed)
     task = Pretraining(
-        config, plan, world=world, device=device, reader=reader, metrics=metrics, probe=probe
+        config,
+        plan,
+        world=world,
+        device=device,
+        reader=reader,
+        metrics=metrics,
+        probe=probe,
+        augment_choice=augment_choice,
     )
     return Trainer(
         task,

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
             backbone.requires_grad_(False)
 
     def groups(self, config: ClassifierConfig) -> list[ParameterGroup]:
-        """What learns."""
+        """Parameter groups that are trained."""
         head = [*self.norm.parameters(), *self.linear.parameters()]
         groups = [ParameterGroup("head", head)]
         if not self.frozen:
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         return groups
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Training mode for what learns; a frozen encoder keeps its statistics."""
+        """Set training mode, except for a frozen encoder, which keeps its statistics."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()

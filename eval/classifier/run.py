@@ -41,7 +41,7 @@ _MOMENTUM = 0.9
 
 
 class ClassifierTask(Task[Classifier]):
-    """A step of a classifier's training, and what is reported of its steps.
+    """The training steps of a classifier and their reports.
 
     Args:
         model: The classifier.
@@ -98,7 +98,7 @@ class ClassifierTask(Task[Classifier]):
         self._tally: list[Tensor] = []
 
     def check(self, found: Path, saved: RunState, now: RunState) -> None:
-        """What identifies the evaluation, and the order, must be the same."""
+        """Check that evaluation and order are those of the checkpoint."""
         if saved.config != now.config or saved.plan_digest != now.plan_digest:
             raise CheckpointError(
                 f"{self._folder} belongs to another evaluation; choose another --run"
@@ -196,7 +196,7 @@ class ClassifierTask(Task[Classifier]):
 
 
 class ClassifierRun:
-    """A classifier that is trained on one set and tested on another; it resumes by itself.
+    """Trains a classifier on one set and tests it on another; resumes automatically.
 
     Args:
         backbone: The encoder to begin with.

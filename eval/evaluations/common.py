@@ -1,4 +1,4 @@
-"""What the evaluations share: names, texts and the report on a single protocol."""
+"""Names, texts and the report on a single protocol, for all evaluations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ __all__ = ["level_text", "report_name", "report_one"]
 
 
 def level_text(session: Session) -> str:
-    """What is compared, in words: a level of the network, or pixels."""
+    """Describe the compared features: a level of the network, or pixels."""
     weights = getattr(session.config, "weights", "pretrained")
     if weights in PIXEL_MAPS:
         return PIXEL_MAPS[weights]

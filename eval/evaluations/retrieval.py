@@ -103,7 +103,7 @@ def chance_shares(gallery: Features, queries: Features) -> dict[str, float]:
 def retrieval_details(
     gallery: Features, queries: Features, level: Any, config: RetrievalConfig
 ) -> Retrieved:
-    """What the report shows of a retrieval: queries with their nearest videos."""
+    """Details of a retrieval for the report: queries with their nearest videos."""
     nearest, similarity = retrieve(
         queries.videos(level), gallery.videos(level), config.centre, max(RECALL_AT)
     )

@@ -1,1 +1,1 @@
-"""The evaluations, one file each, and the command that runs them."""
+"""Settings and computations of the protocols."""

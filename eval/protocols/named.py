@@ -1,4 +1,4 @@
-"""The named protocols: what `--protocol` sets. docs/evaluation.md says where each setting is from.
+"""The settings of `--protocol`; docs/evaluation.md has the source of each.
 
 A setting that the command line or a file gives is kept; the report then says how it differs.
 """
@@ -27,7 +27,7 @@ _NOT_COMPARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class NamedProtocol:
-    """What a protocol decides, by the evaluation's part."""
+    """Settings of a protocol for each part of an evaluation."""
 
     features: FeatureConfig
     """Clips of a video."""
@@ -100,7 +100,7 @@ PROTOCOLS: dict[ProtocolName, NamedProtocol] = {
 
 
 def protocol_defaults(settings: type[Any], evaluation: str, name: ProtocolName) -> dict[str, Any]:
-    """What a protocol sets of an evaluation's settings, by dotted name.
+    """Defaults of an evaluation under a protocol, by dotted name.
 
     Args:
         settings: The evaluation's settings; only parts that it has are returned.

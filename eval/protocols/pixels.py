@@ -1,4 +1,4 @@
-"""Features without a network: small maps of a clip's pixels. What an encoder has to beat."""
+"""Features without a network: small maps of a clip's pixels, as a baseline for encoders."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ PIXEL_MAPS: dict[PixelMapsChoice, str] = {
 
 
 class PixelMaps(Backbone):
-    """Stands where an encoder stands: all three levels are the map, its places as channels.
+    """Replaces an encoder: all three levels are the map, with its places as channels.
 
     Args:
         kind: thumbnails: the mean frame, in three colours. motion: the mean over time and colours

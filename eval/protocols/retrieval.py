@@ -24,7 +24,7 @@ CENTRINGS: tuple[Centring, ...] = get_args(Centring)
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """What is subtracted from features, and what a report shows."""
+    """Settings of a retrieval: centring, and the contents of the report."""
 
     centre: Centring = "none"
     """Subtract no mean, the gallery's from both, or each set's own, as CoCLR does; the last uses

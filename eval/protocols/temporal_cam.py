@@ -48,7 +48,7 @@ _SHEET_FRAMES, _SHEET_PIXELS = 8, 96
 
 @dataclass(frozen=True, kw_only=True)
 class CamConfig:
-    """The head, and what is shown of it."""
+    """Settings of the head and of the shown videos."""
 
     weight_decay: float = 1e-3
     """L2 penalty on the head, whose features are scaled to a mean square of 1 for each channel."""
@@ -73,7 +73,7 @@ class CamConfig:
 def fit_direction_head(
     originals: np.ndarray, backwards: np.ndarray, weight_decay: float
 ) -> np.ndarray:
-    """The weights of logistic regression without intercept: the one minimum of a convex loss.
+    """Fit logistic regression without intercept; the loss is convex with a single minimum.
 
     Args:
         originals: Shape `[N, C]`: features of clips.

@@ -76,7 +76,7 @@ Type._missing_ = classmethod(_unknown_type)  # pyright: ignore[reportAttributeAc
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a decoded picture is turned before it is shown: one of the eight ways to lay it down.
+    """One of the eight orientations in which a decoded picture is shown.
 
     Args:
         mirrored: Whether left and right are exchanged first.
@@ -90,7 +90,7 @@ class Orientation:
 
     @classmethod
     def of(cls, frame: VideoFrame) -> "Orientation":
-        """What the frame's display matrix asks for, to the nearest quarter turn.
+        """The orientation of the frame's display matrix, to the nearest quarter turn.
 
         The matrix is that of ISO/IEC 14496-12, 8.3.2: a point (x, y) goes to
         (a x + c y, b x + d y), with y downwards.

@@ -70,7 +70,7 @@ _LOOKED_AT_PACKETS = 1000
 
 
 def no_pulse() -> None:
-    """For callers that watch nobody."""
+    """A pulse for callers that do not watch the progress."""
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def open_video(where: Path | bytes, source: str) -> Iterator[tuple[InputContaine
 
 @contextmanager
 def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]:
-    """Open a file that holds moving pictures, and nothing beside it.
+    """Open a file of moving pictures, but no file that it refers to.
 
     Args:
         where: The file, or its content.
@@ -150,7 +150,7 @@ class _Content(io.BytesIO):
 
 
 def _why_not(where: Path | bytes, error: Exception) -> str:
-    """Why a file does not open, from its first bytes where FFmpeg's reason says little."""
+    """Explain why a file does not open, by its first bytes if FFmpeg's reason is unspecific."""
     if isinstance(where, bytes):
         head = where[:64]
     else:
@@ -207,7 +207,7 @@ def _streams_with_packets(where: Path | bytes, source: str, wanted: set[int]) ->
 
 
 def reason_of(error: Exception) -> str:
-    """What FFmpeg or the system says, without the file's name."""
+    """The message of FFmpeg or the system, without the file's name."""
     return getattr(error, "strerror", None) or str(error)
 
 

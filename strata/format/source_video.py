@@ -36,7 +36,7 @@ _TO_RGB = "scale=flags=accurate_rnd+bitexact"
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFacts:
-    """What decoding a video in full has found."""
+    """Facts from decoding a video completely."""
 
     num_frames: int
     width: int
@@ -54,7 +54,7 @@ def video_ext(exts: Iterable[str]) -> str | None:
 
 
 def measure_video(content: bytes, source: str) -> ForeignFacts:
-    """Decode a video in full and say what it holds.
+    """Decode a video completely and return its facts.
 
     Args:
         content: The file.
@@ -140,7 +140,7 @@ def _take(
     *,
     by_time: bool,
 ) -> tuple[np.ndarray | None, int]:
-    """The frames at some times, or of some numbers, both ascending; None if one does not come."""
+    """Decode the frames at some times, or of some numbers; None if one is missing."""
     pictures = np.empty((len(wanted), form.height, form.width, 3), np.uint8)
     found, count = 0, 0
     scaler = _Scaler(form, source)

@@ -1,1 +1,1 @@
-"""What a process reports about itself: metrics, GPU and host readings, TensorBoard."""
+"""Reports of a process about itself: metrics, GPU and host readings, TensorBoard."""

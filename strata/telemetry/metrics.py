@@ -5,7 +5,7 @@ nothing. strata/telemetry/catalogue.toml lists all metrics.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class ExporterConfig:
             self.credentials()
 
     def credentials(self) -> str | None:
-        """What the password file holds.
+        """User and password from the password file.
 
         Raises:
             ConfigError: It is not `user:password`.
@@ -172,11 +172,6 @@ class Metrics:
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         self._child(name, labels).set(value)
-
-    def set_one(self, name: str, chosen: str, among: Iterable[str], label: str) -> None:
-        """Set the series of `chosen` to 1 and the others to 0."""
-        for value in among:
-            self.set(name, float(value == chosen), **{label: value})
 
     def add(self, name: str, amount: float, **labels: str) -> None:
         """Increase a counter."""

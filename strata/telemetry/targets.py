@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 def run_name(config: ExporterConfig, folder: Path) -> str:
-    """The label `run` of what is written to a folder.
+    """The label `run` of a process that writes to a folder.
 
     Args:
         config: May set the name; its `root` is left out of the path.

@@ -32,8 +32,8 @@ _SCENES: dict[str, dict[str, Any]] = {
     # steps and not seconds, because the loader runs in parallel to steps, whose time varies.
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
-    # It competes with the step for the core, so it must take longer.
-    "decode": {"owner": WindowDecoder, "name": "decode", "steps": 12, "repeat": True},
+    # For each of a rank's two samples. It competes with the step for the core: it takes longer.
+    "decode": {"owner": WindowDecoder, "name": "decode", "steps": 6, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Pretraining, "name": "step", "steps": 6, "rank": 1},
     "network": {"owner": Engine, "name": "watch_averaging", "steps": 6},

@@ -1,44 +1,46 @@
 """How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
-the complete loader. Then complete loaders in turns, on the same clips, with the same recipe and as
-many workers as cores: Strata, webdataset in a torch DataLoader over H.264 and over our JPEGs, and
-DALI's own reader and random operators. Every loader makes the same views: two clips of 16 and the
-sequence of 32 frames, uint8. Before anything is timed, a batch of each is compared with Strata's.
+the complete loader, also with more threads. Then complete loaders in turns, on the same clips,
+with the same recipe and as many workers as cores: Strata, webdataset in a torch DataLoader over
+H.264 and over our JPEGs, and DALI's own reader and random operators. Every loader makes the same
+views: two clips of 16 and the sequence of 32 frames, uint8. Before anything is timed, a batch of
+each is compared with Strata's.
 
 A ratio is taken within a round, in which all loaders run one after the other; the table gives its
 median and range over the rounds.
 """
 
 import dataclasses
-import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import pipeline_def
-from torch import Tensor
 
-from strata.counter_random import Stream, uniforms
-from strata.dataload.clips import training_window
 from strata.dataload.config import DataConfig
-from strata.dataload.decode_windows import CodedWindows, read_windows
-from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
-from strata.dataload.recipes import open_plan
-from strata.distributed import World
-from strata.format.schema import NormalForm, checksum, segment_ext
+from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
 from strata.preprocess.run import ShardSettings, shard_set
+from strata.tools.benchmarks.contenders import (
+    Contender,
+    StrataContender,
+    check_equal_work,
+    measure_round,
+)
 from strata.tools.benchmarks.dali_loader import DaliPeer
+from strata.tools.benchmarks.loader_parts import (
+    measure_parts,
+    measure_threads,
+    parts_table,
+    threads_table,
+)
 from strata.tools.benchmarks.measure import (
     best_device,
     find_videos,
@@ -50,7 +52,6 @@ from strata.tools.benchmarks.measure import (
     require_positive,
     source_set_of,
     table,
-    wait_for,
     write_record,
 )
 from strata.tools.benchmarks.webdataset_loaders import DECODERS, TorchPeer
@@ -58,9 +59,6 @@ from strata.tools.synthetic_videos import VideoSettings, make_videos
 
 __all__ = ["main"]
 
-_SEED = 0
-_FOREVER = 1_000_000
-_SETTLE_S, _IDLE_SHARE = 0.3, 0.05
 _MP4_SEGMENT_FRAMES = 511
 """A video is one mp4, as other projects store it."""
 _PEERS = {
@@ -107,324 +105,6 @@ class DataOptions:
         """
         require_positive(self, "limit", "batch", "size", "rounds")
         require_known("peer", self.peers, list(_PEERS))
-
-
-class Contender(Protocol):
-    """Something that makes batches."""
-
-    @property
-    def name(self) -> str:
-        """As in the table."""
-        ...
-
-    @property
-    def granularity(self) -> int:
-        """Batches that arrive together."""
-        ...
-
-    @property
-    def ahead(self) -> int:
-        """Batches that may be ready or under way when nobody asks."""
-        ...
-
-    @property
-    def pids(self) -> Sequence[int]:
-        """Processes of its own."""
-        ...
-
-    def next(self) -> tuple[Tensor, ...]:
-        """Two short clips and the long sequence."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
-
-class StrataContender:
-    """The training loader.
-
-    Args:
-        name: As in the table.
-        reader: The shards.
-        config: What batches look like.
-        device: Where they go.
-    """
-
-    granularity = 1
-    pids: tuple[int, ...] = ()
-
-    def __init__(
-        self, name: str, reader: ShardReader, config: DataConfig, device: torch.device
-    ) -> None:
-        self.name = name
-        self.ahead = config.prefetch + 1
-        self._loader = TrainLoader(
-            reader,
-            config,
-            open_plan(reader, config, _SEED),
-            world=World(),
-            device=device,
-            epochs=(0, _FOREVER),
-        ).start()
-        self._batches = iter(self._loader)
-
-    def next(self) -> tuple[Tensor, ...]:
-        """Two short clips and the long sequence, each uint8 `[b, T, S, S, 3]`."""
-        batch = next(self._batches)
-        if batch.long is None:
-            raise AssertionError("the benchmark asks for the long sequence")
-        return batch.short[:, 0], batch.short[:, 1], batch.long
-
-    def close(self) -> None:
-        """Stop the loader's thread."""
-        self._loader.close()
-
-
-def _cpu_seconds(pids: Sequence[int]) -> float:
-    """CPU time of this process, all its threads, and the processes `pids`."""
-    ticks = 0
-    for pid in pids:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(after_name[11]) + int(after_name[12])
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _settle(contender: Contender) -> None:
-    """Wait until a contender has made all it makes ahead; otherwise it would slow the next one."""
-    before, now = -1.0, _cpu_seconds(contender.pids)
-    while now - before > _IDLE_SHARE * _SETTLE_S:
-        time.sleep(_SETTLE_S)
-        before, now = now, _cpu_seconds(contender.pids)
-
-
-def _frames_in(batch: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
-    """The shape of each view with channels last, whatever the layout."""
-    shapes = []
-    for view in batch:
-        last = view if view.shape[-1] == 3 else view.movedim(2, -1)
-        shapes.append(tuple(last.shape))
-    return shapes
-
-
-def check_equal_work(batches: dict[str, tuple[Tensor, ...]]) -> None:
-    """Compare a batch of every contender with the first's: shapes, type, and pictures in them.
-
-    Raises:
-        AssertionError: A contender makes something else, so its rate would mean nothing.
-    """
-    (first, expected), *_ = batches.items()
-    for name, batch in batches.items():
-        if _frames_in(batch) != _frames_in(expected):
-            raise AssertionError(
-                f"{name} makes {_frames_in(batch)}, {first} {_frames_in(expected)}"
-            )
-        for view in batch:
-            spread = float(view.float().std())
-            if view.dtype != torch.uint8 or spread < 5:
-                raise AssertionError(f"{name}: {view.dtype}, standard deviation {spread:.1f}")
-
-
-def _round(contender: Contender, seconds: float, device: torch.device) -> dict[str, Any]:
-    """One turn: skip what was made ahead, then count batches for at least `seconds`."""
-    for _ in range(contender.ahead):
-        contender.next()
-    wait_for(device)
-    cpu = _cpu_seconds(contender.pids)
-    start, samples, count = time.perf_counter(), 0, 0
-    while time.perf_counter() - start < seconds or count % contender.granularity:
-        samples += len(contender.next()[0])
-        count += 1
-    wait_for(device)
-    taken = time.perf_counter() - start
-    cpu = _cpu_seconds(contender.pids) - cpu
-    _settle(contender)
-    return {
-        "samples_per_s": samples / taken,
-        "cpu_ms_per_sample": cpu / samples * 1e3,
-        "samples": samples,
-    }
-
-
-@dataclass(frozen=True)
-class _Cost:
-    """Seconds for a sample, by the clock and of CPU time."""
-
-    clock_s: float
-    cpu_s: float
-
-    def __sub__(self, part: "_Cost") -> "_Cost":
-        return _Cost(self.clock_s - part.clock_s, self.cpu_s - part.cpu_s)
-
-
-class _Parts:
-    """Strata's loader taken apart.
-
-    Args:
-        reader: The shards.
-        config: What batches look like.
-        device: Where they go.
-        seconds: Of each measurement.
-    """
-
-    def __init__(
-        self, reader: ShardReader, config: DataConfig, device: torch.device, seconds: float
-    ) -> None:
-        self._reader, self._config, self._device = reader, config, device
-        self._seconds = seconds
-        self._threads = config.threads
-        self._plan = open_plan(reader, config, _SEED)
-
-    def _cost(self, run: Callable[[int], Any]) -> _Cost:
-        """What a function costs that makes batch `k`."""
-        run(0)
-        start, cpu, count = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - start < self._seconds:
-            count += 1
-            run(count)
-        samples = count * self._config.batch_size
-        return _Cost((time.perf_counter() - start) / samples, (time.process_time() - cpu) / samples)
-
-    def _windows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of a batch and the frames of their windows."""
-        epoch, step = divmod(number, self._plan.steps_per_epoch)
-        samples = self._plan.batch(epoch, step, 0, 1)
-        draws = uniforms(_SEED, Stream.WINDOW, epoch, samples, 0, 2)
-        return samples, training_window(self._reader.num_frames[samples], self._config.clips, draws)
-
-    def _coded(self, number: int) -> CodedWindows:
-        """The coded windows of a batch, cut out as the loader does."""
-        return read_windows(self._reader, *self._windows(number))
-
-    def read(self) -> _Cost:
-        """Reading and cutting in one thread."""
-        return self._cost(self._coded)
-
-    def checksums(self) -> _Cost:
-        """What of reading is the comparison with checksums: of table, head and used frames."""
-        batches = []
-        for number in range(min(4, self._plan.steps_per_epoch)):
-            samples, windows = self._windows(number)
-            parts: list[bytes | memoryview] = []
-            for sample, window in zip(samples.tolist(), windows, strict=True):
-                table = self._reader.table(sample)
-                segments = [
-                    memoryview(self._reader.member(sample, segment_ext(k)))
-                    for k in range(table.num_segments)
-                ]
-                parts += [table.to_bytes()[:-4], bytes(segments[0][: int(table.offsets[0])])]
-                for frame in window.tolist():
-                    start = int(table.offsets[frame])
-                    segment = segments[frame // table.frames_per_segment]
-                    parts.append(segment[start : start + int(table.lengths[frame])])
-            batches.append(parts)
-
-        def run(number: int) -> None:
-            for part in batches[number % len(batches)]:
-                checksum(part)
-
-        return self._cost(run)
-
-    def decode(self, device: Literal["cpu", "gpu"]) -> _Cost:
-        """Decoding and nothing else."""
-        on = "mixed" if device == "gpu" else "cpu"
-        is_video = self._reader.manifest.form.payload == "mp4"
-
-        @pipeline_def
-        def graph() -> Any:
-            coded = fn.external_source(name="coded")
-            if is_video:
-                return fn.decoders.video(coded, device=on, frames=fn.external_source(name="seen"))
-            return fn.decoders.image(coded, device=on, output_type=types.DALIImageType.RGB)
-
-        pipe: Any = graph(
-            batch_size=self._config.batch_size,
-            num_threads=self._threads,
-            device_id=self._device.index if device == "gpu" else None,
-            prefetch_queue_depth=1,
-        )
-        pipe.build()
-        coded = [self._coded(k) for k in range(min(4, self._plan.steps_per_epoch))]
-
-        def run(number: int) -> None:
-            windows = coded[number % len(coded)]
-            pipe.feed_input("coded", list(windows.coded))
-            if is_video:
-                pipe.feed_input("seen", [np.unique(p).astype(np.int32) for p in windows.places])
-            pipe.run()
-
-        return self._cost(run)
-
-    def whole(self, config: DataConfig, skip: int = 0) -> _Cost:
-        """The loader, after what it makes ahead and `skip` batches more."""
-        contender = StrataContender("strata", self._reader, config, self._device)
-        try:
-            for _ in range(contender.ahead + skip):
-                contender.next()
-            return self._cost(lambda _: contender.next())
-        finally:
-            contender.close()
-
-    def cached(self, config: DataConfig) -> _Cost:
-        """The loader from a cache that is full."""
-        full = dataclasses.replace(config, cache="host")
-        return self.whole(full, skip=self._plan.steps_per_epoch)
-
-
-def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "gpu"]]]:
-    return [("cpu", "cpu"), ("cpu", "gpu"), ("gpu", "gpu")] if on_gpu else [("cpu", "cpu")]
-
-
-def measure_parts(
-    reader: ShardReader, config: DataConfig, device: torch.device, seconds: float
-) -> list[dict[str, Any]]:
-    """Read, decode, augment, whole and from a cache for each way of decoding and augmenting.
-
-    Checksums are a part of reading, measured alone.
-
-    The loader makes one batch after the other, so a sample's time is the sum of its parts' times:
-    augmenting is what is left of the whole after reading and decoding, feeding and copying too.
-    """
-    parts = _Parts(reader, config, device, seconds)
-    frames = config.clips.window_frames
-    read = parts.read()
-    rows = []
-    for decode, augment in _devices(device.type == "cuda"):
-        chosen = dataclasses.replace(config, decode=decode, augment=augment)
-        decoded, whole = parts.decode(decode), parts.whole(chosen)
-        costs = {"read": read, "decode": decoded, "augment": whole - decoded - read}
-        costs["whole"] = whole
-        form = reader.manifest.form
-        if form.payload == "jpeg":
-            costs["checksums"] = parts.checksums()
-        if decode == "cpu" and form.payload == "jpeg":
-            costs["cached"] = parts.cached(chosen)
-        for part, cost in costs.items():
-            rate = 1 / cost.clock_s if cost.clock_s > 0 else None
-            rows.append(
-                {
-                    "payload": form.codec if form.payload == "mp4" else form.payload,
-                    "decode": decode,
-                    "augment": augment,
-                    "part": part,
-                    "samples_per_s": rate,
-                    "frames_per_s": None if rate is None else rate * frames,
-                    "cpu_ms_per_sample": cost.cpu_s * 1e3,
-                }
-            )
-    return rows
-
-
-def _parts_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("payload", "decode", "augment", "part", "samples/s", "frames/s", "CPU ms a sample")
-    lines = []
-    for row in rows:
-        names = [row[n] for n in ("payload", "decode", "augment", "part")]
-        rates = ["hidden", "hidden"]
-        if row["samples_per_s"]:
-            rates = [f"{row['samples_per_s']:.1f}", f"{row['frames_per_s']:,.0f}"]
-        lines.append([*names, *rates, f"{row['cpu_ms_per_sample']:.2f}"])
-    return table(head, lines)
 
 
 def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -568,15 +248,18 @@ def main(argv: Sequence[str]) -> None:
         for name in ("jpeg", "mp4" if device.type == "cuda" else "mjpeg"):
             each = dataclasses.replace(config, shards=made[name])
             parts += measure_parts(ShardReader(made[name]), each, device, options.seconds)
-        print(_parts_table(parts))
+        print(parts_table(parts))
+        threads = measure_threads(ShardReader(made["jpeg"]), config, device, options.seconds)
+        print(threads_table(threads))
         contenders = _contenders(options.peers, made, config, device)
         for contender in contenders:
             stack.callback(contender.close)
         check_equal_work({c.name: c.next() for c in contenders})
         print("a batch of each: the same shapes, uint8, with pictures in it")
-        runs = {c.name: partial(_round, c, options.seconds, device) for c in contenders}
+        runs = {c.name: partial(measure_round, c, options.seconds, device) for c in contenders}
         rounds = in_turns(runs, options.rounds)
         summary = summarize(rounds)
         print(_summary_table(summary, config.clips.window_frames))
-        record = {"machine": facts, "parts": parts, "rounds": rounds, "summary": summary}
+        measured = {"parts": parts, "threads": threads, "rounds": rounds, "summary": summary}
+        record = {"machine": facts, **measured}
         write_record(options.out, record)

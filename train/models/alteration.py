@@ -10,24 +10,10 @@ from torch import Tensor
 
 from strata.errors import ConfigError
 
-__all__ = ["MAX_SHUFFLED_STEPS", "alter_time", "draw_permutations", "time_orders"]
+__all__ = ["MAX_SHUFFLED_STEPS", "draw_permutations", "time_orders"]
 
 MAX_SHUFFLED_STEPS = 18
 """18! fits the 53 bits of a float64 draw; 19! does not."""
-
-
-def alter_time(features: Tensor, orders_NT: Tensor) -> Tensor:
-    """Reorder each clip along time: step t of the result is step `orders_NT[n, t]` of the clip.
-
-    Args:
-        features: `[N, C, T, ...]`.
-        orders_NT: `[N, T]`, int64.
-
-    Returns:
-        The shape of `features`.
-    """
-    index = orders_NT.view(orders_NT.shape[0], 1, -1, *(1 for _ in features.shape[3:]))
-    return torch.take_along_dim(features, index, dim=2)
 
 
 def draw_permutations(uniforms_N2: Tensor, num_steps: int) -> Tensor:

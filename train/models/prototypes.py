@@ -53,8 +53,3 @@ class Prototypes(nn.Module):
         """
         weight = self.weight.detach() if frozen else self.weight
         return _scores(embeddings_ND, weight)
-
-    @torch.no_grad()
-    def unit_rows(self) -> Tensor:
-        """The normalised prototypes, `[K, D]`, without gradient."""
-        return unit_length(self.weight)

@@ -10,6 +10,7 @@ import torch
 
 import strata
 from strata.config import plain
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
@@ -61,6 +62,7 @@ def describe_run(
     reader: ShardReader,
     plan: Plan,
     step: int = 0,
+    augment_choice: AugmentChoice | None = None,
 ) -> RunPlan:
     """Make the summary of a run.
 
@@ -71,16 +73,17 @@ def describe_run(
         reader: The data set, opened.
         plan: The order of samples.
         step: Steps already done, if the run is resumed.
+        augment_choice: Where views are augmented, if that was measured.
 
     Raises:
         ConfigError: The device does not support the precision.
     """
-    data, clips, schedule = config.data, config.data.clips, config.schedule
+    schedule = config.schedule
     derived = derive_deepspeed(
-        config.engine, batch_size=data.batch_size, world_size=world.size, device=device
+        config.engine, batch_size=config.data.batch_size, world_size=world.size, device=device
     )
     dtype = derived.get("torch_autocast", {}).get("dtype")
-    videos = data.batch_size // world.size
+    videos = config.data.batch_size // world.size
     all_steps = schedule.epochs * plan.steps_per_epoch
     last = min(all_steps, config.stop_after_steps or all_steps)
     stages = stage_epochs(schedule)
@@ -95,16 +98,8 @@ def describe_run(
     lines = [
         (f"strata {strata.__version__}", str(config.run)),
         ("world", _world(config, world, device, dtype)),
-        (
-            "data",
-            f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
-        ),
-        *_left_out(config, reader, plan),
-        (
-            "batch",
-            f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
-            f"{clips.long_frames} frames, {data.size}x{data.size} pixels",
-        ),
+        *_data(config, world, reader, plan),
+        *([("augmentation", augment_choice.text())] if augment_choice else []),
         (
             "steps",
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
@@ -129,6 +124,7 @@ def describe_run(
         "autocast": dtype,
         "step": step,
         "last_step": last,
+        "augment_rates": augment_choice.rates if augment_choice else None,
         "parameters": costs[largest].parameters,
         **_facts(config, world, device, reader, plan),
         "stages": {
@@ -172,6 +168,7 @@ def announce_run(
     step: int,
     chance: Mapping[str, float],
     metrics: Metrics,
+    augment_choice: AugmentChoice | None = None,
 ) -> None:
     """Log the summary of a run, and record its start with the losses at chance level.
 
@@ -184,10 +181,19 @@ def announce_run(
         step: Steps already done, if the run is resumed.
         chance: Each loss term at chance level.
         metrics: Receives the record.
+        augment_choice: Where views are augmented, if that was measured.
     """
     record = None
     if world.is_first:
-        page = describe_run(config, world=world, device=device, reader=reader, plan=plan, step=step)
+        page = describe_run(
+            config,
+            world=world,
+            device=device,
+            reader=reader,
+            plan=plan,
+            step=step,
+            augment_choice=augment_choice,
+        )
         logger.info("run plan:\n%s", page.text())
         record = page.record
     for term, value in chance.items():
@@ -214,6 +220,23 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     precision = "float32" if dtype is None else f"{dtype} by autocast, losses float32"
     return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
+
+
+def _data(
+    config: TrainConfig, world: World, reader: ShardReader, plan: Plan
+) -> list[tuple[str, str]]:
+    """The data set, the videos that are left out, and what a batch has."""
+    data, clips = config.data, config.data.clips
+    digest, videos = reader.manifest.digest[:12], data.batch_size // world.size
+    batch = (
+        f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
+        f"{clips.long_frames} frames, {data.size}x{data.size} pixels"
+    )
+    return [
+        ("data", f"{reader.location}: {plan.num_samples} videos, manifest {digest}"),
+        *_left_out(config, reader, plan),
+        ("batch", batch),
+    ]
 
 
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:

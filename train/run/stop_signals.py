@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from types import FrameType, TracebackType
+from types import FrameType
 
 from strata import launch
 
@@ -35,12 +35,7 @@ class StopSignals:
             self._before[each] = signal.signal(each, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.received is None:
             for each, handler in self._before.items():
                 signal.signal(each, handler)  # pyright: ignore[reportArgumentType]

@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
 
 from strata import launch
 from strata.errors import EXIT_LOST_PEER
@@ -56,11 +55,6 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()

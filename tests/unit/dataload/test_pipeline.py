@@ -136,11 +136,11 @@ def test_a_view_sees_nothing_beyond_its_crop():
     parameters = dataclasses.replace(IDENTITY, box=np.array([box], np.float32))
     for pipeline in (CpuPipeline, GpuPipeline):
         for cut in (CUT, ViewSlice(0, FRAMES // 2, 2)):
-            views = [
+            one, two = (
                 run_graph([f], [parameters], (cut,), pipeline, coded="frames", photometric=False)
                 for f in (clip, inside)
-            ]
-            np.testing.assert_array_equal(*views)
+            )
+            np.testing.assert_array_equal(one, two)
 
 
 def test_gray_is_one_channel_three_times():

@@ -14,7 +14,8 @@ from strata.errors import ConfigError
 from strata.format.schema import FRAMES_EXT, NormalForm, segment_ext
 from strata.preprocess.encode_mp4 import encode_mp4
 from strata.tools.bench import main
-from strata.tools.benchmarks.data import check_equal_work, summarize
+from strata.tools.benchmarks.contenders import check_equal_work
+from strata.tools.benchmarks.data import summarize
 from strata.tools.benchmarks.webdataset_loaders import DECODERS, PaperTransform, decode_mp4
 from tests.support.shard_folders import HEIGHT, WIDTH, moving_picture
 
@@ -29,6 +30,8 @@ def test_all_loaders_are_measured_in_turns(tmp_path: Path):
     assert {p["payload"] for p in found["parts"]} == {"jpeg", "mjpeg"}
     parts = {p["part"] for p in found["parts"]}
     assert parts == {"read", "checksums", "decode", "augment", "whole", "cached"}
+    assert found["threads"][0]["threads"] == 1
+    assert all(row["samples_per_s"] > 0 for row in found["threads"])
     assert len(found["rounds"]) == 2
     assert all(turn["samples"] >= 2 for r in found["rounds"] for turn in r.values())
 

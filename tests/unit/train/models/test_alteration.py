@@ -7,7 +7,7 @@ import torch
 
 from strata.counter_random import Stream, uniforms
 from strata.errors import ConfigError
-from strata.train.models.alteration import alter_time, draw_permutations, time_orders
+from strata.train.models.alteration import draw_permutations, time_orders
 
 
 def draws(num_clips: int, seed: int = 0) -> torch.Tensor:
@@ -62,18 +62,6 @@ def test_a_clip_s_order_is_its_own_draw():
 def test_lengths_without_such_a_permutation_are_refused(num_steps: int):
     with pytest.raises(ConfigError, match=f"cannot shuffle {num_steps} time steps: 3 to 18"):
         draw_permutations(draws(2), num_steps)
-
-
-def test_alter_time_of_maps():
-    maps = torch.randn(3, 2, 4, 5, 6)
-    orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
-    altered = alter_time(maps, orders)
-    assert torch.equal(altered[0], maps[0])
-    assert torch.equal(altered[1], maps[1].flip(1))
-    for t, source in enumerate([2, 0, 3, 1]):
-        assert torch.equal(altered[2, :, t], maps[2, :, source])
-    # Without space, the same.
-    assert torch.equal(alter_time(maps[..., 0, 0], orders), altered[..., 0, 0])
 
 
 def test_time_orders():

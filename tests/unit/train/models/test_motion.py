@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from strata.errors import ConfigError
-from strata.train.models.alteration import alter_time, time_orders
+from strata.train.models.alteration import time_orders
 from strata.train.models.motion import MotionExcitation
 from tests.support import reference_losses
 
@@ -57,7 +57,12 @@ def test_orders_equal_altered_copies_of_the_maps_with_gradients():
     # The release's way: copies along the batch, everything computed on all of them.
     module, x = branch(), maps().requires_grad_()
     orders = orders_of(3, 4)
-    copies = torch.cat([alter_time(x, order) for order in orders])
+    copies = torch.cat(
+        [
+            torch.stack([clip[:, steps] for clip, steps in zip(x, order, strict=True)])
+            for order in orders
+        ]
+    )
     expected = literal(module, copies).unflatten(0, (3, 3))
     y = module(x, orders)
     torch.testing.assert_close(y, expected)

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from strata.config import parse_config
+from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
@@ -34,6 +35,7 @@ def page(shards: Path, *more: str, ranks: int = 2, step: int = 5) -> RunPlan:
         reader=reader,
         plan=open_plan(reader, config.data, config.seed),
         step=step,
+        augment_choice=AugmentChoice("cpu", {"gpu": 900.0, "cpu": 1000.0}),
     )
 
 
@@ -45,6 +47,9 @@ def test_the_plan_describes_the_run(shards: Path):
     assert lines["batch"].startswith("4 videos, 2 a rank; clips of 16 and 32 frames, 32x32 pixels")
     assert lines["steps"].startswith("6 an epoch, 300 epochs: 5 of 400 done; order ")
     assert "24 videos" in lines["data"]
+    assert lines["augmentation"] == (
+        "on the CPU, as measured: 900 on the GPU, 1,000 on the CPU samples/s"
+    )
     assert lines["hours"].startswith("unknown until the speed is measured; --plan_rate")
     assert "epochs 0 to 49" in lines["stage 1"]
     assert lines["stage 1"].endswith(": 1 instance + 0.5 prototype")
