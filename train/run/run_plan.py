@@ -78,12 +78,12 @@ def describe_run(
     Raises:
         ConfigError: The device does not support the precision.
     """
-    data, clips, schedule = config.data, config.data.clips, config.schedule
+    schedule = config.schedule
     derived = derive_deepspeed(
-        config.engine, batch_size=data.batch_size, world_size=world.size, device=device
+        config.engine, batch_size=config.data.batch_size, world_size=world.size, device=device
     )
     dtype = derived.get("torch_autocast", {}).get("dtype")
-    videos = data.batch_size // world.size
+    videos = config.data.batch_size // world.size
     all_steps = schedule.epochs * plan.steps_per_epoch
     last = min(all_steps, config.stop_after_steps or all_steps)
     stages = stage_epochs(schedule)
@@ -98,17 +98,8 @@ def describe_run(
     lines = [
         (f"strata {strata.__version__}", str(config.run)),
         ("world", _world(config, world, device, dtype)),
-        (
-            "data",
-            f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
-        ),
-        *_left_out(config, reader, plan),
+        *_data(config, world, reader, plan),
         *([("augmentation", augment_choice.text())] if augment_choice else []),
-        (
-            "batch",
-            f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
-            f"{clips.long_frames} frames, {data.size}x{data.size} pixels",
-        ),
         (
             "steps",
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
@@ -229,6 +220,23 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     precision = "float32" if dtype is None else f"{dtype} by autocast, losses float32"
     return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
+
+
+def _data(
+    config: TrainConfig, world: World, reader: ShardReader, plan: Plan
+) -> list[tuple[str, str]]:
+    """The data set, the videos that are left out, and what a batch has."""
+    data, clips = config.data, config.data.clips
+    digest, videos = reader.manifest.digest[:12], data.batch_size // world.size
+    batch = (
+        f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
+        f"{clips.long_frames} frames, {data.size}x{data.size} pixels"
+    )
+    return [
+        ("data", f"{reader.location}: {plan.num_samples} videos, manifest {digest}"),
+        *_left_out(config, reader, plan),
+        ("batch", batch),
+    ]
 
 
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
