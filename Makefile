@@ -12,13 +12,14 @@ RUN = $(BIN)/python
 # Files of tests run side by side; 0 runs them in one process, with its output (-s) and its debugger.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup demo test lint types format supply hooks clean
+.PHONY: help setup demo test lint types site format supply hooks clean
 
 help:
 	@echo "make demo   set up, then videos to an evaluated model, on a CPU or a GPU (VIDEOS=DIR for your own)"
 	@echo "make test   set up, then the tests"
 	@echo "make setup  create $(VENV) and install Strata with all it needs: 2 GB, or 7 GB with a GPU"
 	@echo "make hooks  run the checks before each commit and push"
+	@echo "make site   the documentation as pages in build/site"
 	@echo "make lint | types | format | clean"
 	@echo "make supply known vulnerabilities, licences, tests on the lowest versions allowed"
 
@@ -61,6 +62,10 @@ types: $(SETUP_DEV)
 	@for f in strata/*; do ln -s "$(CURDIR)/$$f" $(VENV)/typecheck/strata/; done
 	@for d in preprocess dataload train eval tools; do ln -s "$(CURDIR)/$$d" $(VENV)/typecheck/strata/; done
 	@$(RUN) -m pyright --warnings
+
+# Dead links and pages that cannot be made fail.
+site: $(SETUP_DEV)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 supply: $(SETUP_DEV)
 	@$(RUN) .ci/supply_chain.py

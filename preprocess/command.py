@@ -11,9 +11,10 @@ from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
+from strata.preprocess.datasets.findings import findings
 from strata.preprocess.datasets.folder import SourceSet, find_folder, mark_duplicates
 from strata.preprocess.datasets.kinetics import find_kinetics
-from strata.preprocess.datasets.listing import path_of, read_lines
+from strata.preprocess.datasets.listing import list_files, path_of, read_lines
 from strata.preprocess.datasets.official import find_hmdb51, find_ucf101
 from strata.preprocess.estimate import estimate_table
 from strata.preprocess.index_existing import index_folder
@@ -93,6 +94,7 @@ def run_command(command: ShardCommand) -> list[Manifest]:
                 "out --strict"
             )
     if command.dry_run:
+        print(*findings(sets, list_files(command.videos)), sep="\n")
         print(estimate_table(sets, command.settings))
         return []
     manifests = []

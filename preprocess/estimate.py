@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from strata.errors import VideoFault
 from strata.preprocess.datasets.folder import SourceSet
 from strata.preprocess.datasets.listing import some_of
-from strata.preprocess.run import plan_shards
+from strata.preprocess.plan import plan_shards
 from strata.preprocess.sample import Done, Member, make_sample, task_of
 from strata.preprocess.settings import ShardSettings
 

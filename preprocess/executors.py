@@ -1,4 +1,4 @@
-"""Where tasks run: processes of this machine, or a Ray cluster, behind one small interface.
+"""Executors of tasks, with one interface: processes of this machine, or a Ray cluster.
 
 A task is a function of a module and one argument, both pickled. A process that dies costs its task
 alone. Python's own pools cannot say which task a dead process had and need /dev/shm, so the local
@@ -230,10 +230,13 @@ class RayExecutor:
                 f"no Ray cluster at {address} ({error}); start one with `ray start --head`, or "
                 "correct --ray_address"
             ) from error
-        self.slots = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        self.slots = self._two_for_each_cpu()
         # Ray runs a task again if its node or process is lost; a second loss is the driver's.
         self._remote: Any = ray.remote(num_cpus=1, max_retries=1)(outcome_of)
         self._pending: dict[Any, int] = {}
+
+    def _two_for_each_cpu(self) -> int:
+        return 2 * max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
 
     def submit(self, key: int, call: Callable[[Any], Any], argument: Any) -> None:
         """Queue a task."""
@@ -245,6 +248,7 @@ class RayExecutor:
         Raises:
             ConfigError: A node cannot run the task.
         """
+        self.slots = self._two_for_each_cpu()  # Nodes come and go.
         self._ray.wait(list(self._pending), timeout=timeout_s)
         ready, _ = self._ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
         return [(self._pending.pop(reference), self._outcome(reference)) for reference in ready]

@@ -42,6 +42,7 @@ from strata.preprocess.sample import (
     make_sample,
 )
 from strata.preprocess.settings import ReadBack
+from strata.transfer import as_url
 from strata.untrusted import decode_json
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "join_parts",
     "make_part",
     "make_video_alone",
+    "part_name",
     "record_name",
     "shard_name",
 ]
@@ -71,6 +73,11 @@ def shard_name(index: int) -> str:
 def record_name(index: int) -> str:
     """The file of a finished shard's record, in the set's folder."""
     return f"{PROGRESS_FOLDER}/{shard_name(index)}.json"
+
+
+def part_name(index: int, first: int, last: int) -> str:
+    """The file of a part, in the set's folder; its record has `.json` behind it."""
+    return f"{PROGRESS_FOLDER}/shard-{index:06d}.{first:06d}-{last:06d}.part"
 
 
 @cache
@@ -104,9 +111,8 @@ class PartTask:
 
     @property
     def name(self) -> str:
-        """Name of the part file; its record has `.json` behind it."""
-        last = self.first + len(self.videos)
-        return f"{PROGRESS_FOLDER}/shard-{self.shard:06d}.{self.first:06d}-{last:06d}.part"
+        """Name of the part file."""
+        return part_name(self.shard, self.first, self.first + len(self.videos))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,8 @@ def _add_video(task: PartTask, video: Task, file: IO[bytes], made: _Made) -> Non
             pulse()
             stamp = stamp_of(video.path)
             places = append_members(file, video.key, members())  # pyright: ignore[reportArgumentType]
-            if stamp_of(video.path) != stamp:
+            # A store gives an object as it was at one time.
+            if as_url(video.path) is None and stamp_of(video.path) != stamp:
                 raise VideoFault(FaultKind.UNREADABLE, video.name, "it changed while it was read")
             row = SourceRow(
                 source=video.name,

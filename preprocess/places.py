@@ -1,4 +1,4 @@
-"""Where a set's shards and parts are kept; a file appears only when it is complete."""
+"""Storage of a set's shards and parts; a file appears only when it is complete."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from strata.errors import ShardError
 from strata.files import open_atomic
@@ -19,65 +19,8 @@ from strata.transfer import Store, as_url
 __all__ = ["Place", "open_place"]
 
 
-class Place(Protocol):
-    """Interface of the folder of a set. Names are relative to it."""
-
-    location: str
-    """The folder or URL, for `open_place` in another process and for messages."""
-
-    def names(self, folder: str, *, folders: bool = False) -> dict[str, int]:
-        """Names and sizes of the files directly in a folder; empty if there is none.
-
-        Args:
-            folder: Relative to this place; empty for the place itself.
-            folders: Whether folders count too.
-        """
-        ...
-
-    def read(self, name: str) -> bytes | None:
-        """Content of a small file; None if it is missing."""
-        ...
-
-    def reading(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """Open a file.
-
-        Raises:
-            FileNotFoundError: It is missing.
-        """
-        ...
-
-    def writing(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """Open a file, also for reading, that appears when the block ends without an error."""
-        ...
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file that appears when it is complete."""
-        with self.writing(name) as file:
-            file.write(content)
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files and folders, also those that are gone already."""
-        ...
-
-    def locked(self, name: str) -> AbstractContextManager[None]:
-        """Hold a lock, so that one process of a machine does this work.
-
-        Raises:
-            ShardError: Another process has it.
-        """
-        ...
-
-    def manifest(self) -> Manifest:
-        """Read the manifest.
-
-        Raises:
-            ShardError: It is missing or damaged.
-        """
-        ...
-
-
-class LocalPlace(Place):
-    """A folder on a local or network file system.
+class Place:
+    """A folder on a local or network file system. Names are relative to it.
 
     Args:
         folder: The folder.
@@ -86,9 +29,15 @@ class LocalPlace(Place):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.location = str(folder)
+        """The folder or URL, for `open_place` in another process and for messages."""
 
     def names(self, folder: str, *, folders: bool = False) -> dict[str, int]:
-        """List a folder."""
+        """Names and sizes of the files directly in a folder; empty if there is none.
+
+        Args:
+            folder: Relative to this place; empty for the place itself.
+            folders: Whether folders count too.
+        """
         try:
             with os.scandir(self._folder / folder) as scan:
                 return {e.name: e.stat().st_size for e in scan if folders or e.is_file()}
@@ -98,26 +47,36 @@ class LocalPlace(Place):
             raise ShardError(f"{self._folder} is a file; choose another --out") from error
 
     def read(self, name: str) -> bytes | None:
-        """Read a small file."""
+        """Content of a small file; None if it is missing."""
         try:
-            return (self._folder / name).read_bytes()
+            with self.reading(name) as file:
+                return file.read()
         except FileNotFoundError:
             return None
 
     def reading(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """Open a file."""
+        """Open a file.
+
+        Raises:
+            FileNotFoundError: It is missing.
+        """
         return (self._folder / name).open("rb")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file that appears when it is complete."""
+        """Open a file, also for reading, that appears when the block ends without an error."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_atomic(path) as file:
             yield file
 
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that appears when it is complete."""
+        with self.writing(name) as file:
+            file.write(content)
+
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files and folders."""
+        """Remove files and folders, also those that are gone already."""
         for path in (self._folder / name for name in names):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -126,7 +85,11 @@ class LocalPlace(Place):
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold a lock."""
+        """Hold a lock, so that one process of a machine does this work.
+
+        Raises:
+            ShardError: Another process has it.
+        """
         with (self._folder / name).open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +100,11 @@ class LocalPlace(Place):
             yield
 
     def manifest(self) -> Manifest:
-        """Read the manifest."""
+        """Read the manifest.
+
+        Raises:
+            ShardError: It is missing or damaged.
+        """
         return read_manifest(self._folder)
 
 
@@ -158,11 +125,6 @@ class RemotePlace(Place):
         """List a folder."""
         found = self._store.listed(folder)
         return {f.name: f.num_bytes for f in found if folders or not f.is_folder}
-
-    def read(self, name: str) -> bytes | None:
-        """Read a small file."""
-        with tempfile.TemporaryFile() as file:
-            return file.read() if self._store.fetch(name, file) else None
 
     @contextmanager
     def reading(self, name: str) -> Iterator[IO[bytes]]:
@@ -204,4 +166,4 @@ def open_place(location: str | Path) -> Place:
         ConfigError: fsspec does not know the URL's protocol, or needs a package for it.
     """
     url = as_url(location)
-    return LocalPlace(Path(location)) if url is None else RemotePlace(url)
+    return Place(Path(location)) if url is None else RemotePlace(url)

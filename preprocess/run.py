@@ -7,38 +7,30 @@ number of workers or the order of work, and a resumed run makes only the missing
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-import msgspec
-
-from strata.counter_random import Stream, permutation
 from strata.errors import ShardError
 from strata.format.manifest import (
     build_manifest,
-    canonical_json,
     manifest_json,
     rows_json,
 )
 from strata.format.schema import (
-    INDEX_SUFFIX,
     MANIFEST_NAME,
     SAMPLES_NAME,
-    SHARD_SUFFIX,
     Manifest,
-    NormalForm,
     ShardEntry,
     SourceRow,
 )
 from strata.logs import get_logger
 from strata.preprocess.datasets.folder import Source, SourceSet
-from strata.preprocess.datasets.listing import is_ignored
 from strata.preprocess.executors import (
     Died,
     Executor,
@@ -57,94 +49,38 @@ from strata.preprocess.part import (
     join_parts,
     make_part,
     make_video_alone,
+    part_name,
     record_name,
     shard_name,
 )
 from strata.preprocess.places import Place, open_place
+from strata.preprocess.plan import (
+    PLAN_NAME,
+    Plan,
+    claim_folder,
+    is_finished,
+    make_plan,
+    plan_shards,
+    ranges_of_slice,
+    read_json,
+    read_part,
+    read_record,
+    sizes_of,
+)
 from strata.preprocess.progress import LogKind, Progress, open_progress
 from strata.preprocess.sample import task_of
 from strata.preprocess.settings import ShardSettings
 from strata.telemetry.metrics import Metrics
-from strata.untrusted import checked_name, decode_json
+from strata.untrusted import decode_json
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 
 logger = get_logger(__name__)
 
-RecordT = TypeVar("RecordT")
-
-_PLAN_NAME = f"{PROGRESS_FOLDER}/plan.json"
+_READERS = 32
+"""Records that are read at a time, from a store that takes a while to answer."""
 _MOST_DEATHS = 3
 """Times that the process of a task may die; for a video that ends its own process, see `part`."""
-
-
-def plan_shards(source_set: SourceSet, settings: ShardSettings) -> list[list[Source]]:
-    """The sources of each shard, in order; a pure function of its arguments."""
-    present = source_set.present
-    order = permutation(settings.seed, Stream.SHARD_PLACES, 0, len(present)).tolist()
-    size = settings.samples_per_shard
-    return [[present[k] for k in order[i : i + size]] for i in range(0, len(order), size)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What a run will make; stored in the progress folder until the manifest is written."""
-
-    dataset: str
-    split: str
-    form: NormalForm
-    classes: tuple[str, ...]
-    settings: dict[str, Any]
-    """Those of the manifest, with a digest of everything that determines the bytes."""
-    names: str
-    """The same digest without the sizes of the videos, which may change until the end."""
-    shards: tuple[tuple[Annotated[int, msgspec.Meta(ge=1, le=1 << 32)], str], ...]
-    """For each shard the number of its videos, and a digest of their sizes."""
-    absent: tuple[tuple[str, int], ...]
-
-
-def _plan(source_set: SourceSet, settings: ShardSettings) -> tuple[_Plan, list[list[Source]]]:
-    stored: dict[str, Any] = {
-        "seed": settings.seed,
-        "samples_per_shard": settings.samples_per_shard,
-        "read_back": settings.read_back,
-        "encoder": encoder_versions(),
-    }
-    if settings.damaged != "reject":
-        stored["damaged"] = settings.damaged
-
-    def digest(with_sizes: bool) -> str:
-        sources = [
-            [s.name, s.label, s.num_bytes * with_sizes, s.path is not None, s.fault and s.fault[0]]
-            for s in source_set.sources
-        ]
-        everything = {
-            **stored,
-            "dataset": source_set.dataset,
-            "split": source_set.split,
-            "classes": source_set.classes,
-            "form": dataclasses.asdict(settings.form),
-            "sources": sources,
-        }
-        return hashlib.sha256(canonical_json(everything)).hexdigest()
-
-    shards = plan_shards(source_set, settings)
-    plan = _Plan(
-        dataset=source_set.dataset,
-        split=source_set.split,
-        form=settings.form,
-        classes=tuple(source_set.classes),
-        settings={**stored, "plan": digest(True)},
-        names=digest(False),
-        shards=tuple((len(shard), _sizes_of(s.stamp for s in shard)) for shard in shards),
-        absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
-    )
-    return plan, shards
-
-
-def _sizes_of(stamps: Iterable[str]) -> str:
-    sizes = [stamp.partition(":")[0] for stamp in stamps]
-    return hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
 
 
 def shard_set(
@@ -203,12 +139,12 @@ def shard_slice(
         ShardError: The folder holds something else, is in use, or the disk is full.
         WorkerError: A bug of the program; finished parts are kept.
     """
-    plan, shards = _plan(source_set, settings)
+    plan, shards = make_plan(source_set, settings)
     place = open_place(folder)
-    if _is_finished(place, plan):
+    if is_finished(place, plan):
         return False
     try:
-        _claim_folder(place, plan)
+        claim_folder(place, plan)
         slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
         with place.locked(f"{PROGRESS_FOLDER}/lock-{slice_name}"):
             builds = _Builds(place, plan, shards, source_set.classes, settings)
@@ -265,7 +201,7 @@ class _Builds:
     def __init__(
         self,
         place: Place,
-        plan: _Plan,
+        plan: Plan,
         shards: Sequence[Sequence[Source]],
         classes: Sequence[str],
         settings: ShardSettings,
@@ -274,7 +210,7 @@ class _Builds:
         self._sources, self._classes = shards, classes
         self._shards: dict[int, _Shard] = {}
         self._urgent: deque[_Job] = deque()
-        self._ranges = _ranges_of_slice(plan, settings)
+        self._ranges = ranges_of_slice(plan, settings)
         self._missing: list[tuple[int, int, int]] = []
         self._find_finished()
 
@@ -287,23 +223,26 @@ class _Builds:
 
     def _find_finished(self) -> None:
         """Keep the parts and shards of an earlier run whose videos have not changed."""
-        found = self._place.names(PROGRESS_FOLDER)
-        tars = self._place.names("")
-        finished = set()
-        for index in {index for index, _, _ in self._ranges}:
+        found, tars = self._place.names(PROGRESS_FOLDER), self._place.names("")
+
+        def is_joined(index: int) -> bool:
+            record = read_record(self._place, found, tars, index, self._plan)
             stamps = tuple(s.stamp for s in self._sources[index])
-            record = _read_record(self._place, found, tars, index, self._plan)
-            if record is not None and record.stamps == stamps:
-                finished.add(index)
-            self._shards[index] = _Shard(index, len(stamps), {})
+            return record is not None and record.stamps == stamps
+
+        indices = sorted({index for index, _, _ in self._ranges})
+        with ThreadPoolExecutor(_READERS) as pool:
+            joined = dict(zip(indices, pool.map(is_joined, indices), strict=True))
         for index, first, last in self._ranges:
-            if index in finished:
+            if joined[index]:
                 continue
-            task = self._task(index, first, last)
-            stamps = tuple(video.stamp for video in task.videos)
-            part = _read_part(self._place, found, task.name, self._plan)
-            if part is not None and part.stamps == stamps:
-                self._put(task, part)
+            self._shards.setdefault(index, _Shard(index, len(self._sources[index]), {}))
+            name = part_name(index, first, last)
+            part = read_part(self._place, found, name, self._plan)
+            if part is not None and part.stamps == tuple(
+                s.stamp for s in self._sources[index][first:last]
+            ):
+                self._put(index, first, name, part)
             else:
                 self._missing.append((index, first, last))
 
@@ -354,7 +293,7 @@ class _Builds:
         if isinstance(outcome, Died):
             self._retry(job, outcome)
         elif isinstance(task, PartTask):
-            self._put(task, outcome)
+            self._put(task.shard, task.first, task.name, outcome)
             for row in outcome.rows:
                 if row.status == "rejected":
                     progress.rejected(row.source, row.reason or "", row.detail or "")
@@ -385,35 +324,26 @@ class _Builds:
             )
         self._urgent.append(job)
 
-    def _put(self, task: PartTask, part: PartRecord) -> None:
-        shard = self._shards[task.shard]
-        shard.parts[task.first] = task.name, part
-        shard.num_missing -= len(task.videos)
+    def _put(self, index: int, first: int, name: str, part: PartRecord) -> None:
+        shard = self._shards[index]
+        shard.parts[first] = name, part
+        shard.num_missing -= len(part.rows)
         if shard.num_missing == 0:
-            join = JoinTask(
-                location=self._place.location,
-                shard=shard.index,
-                plan=self._plan.names,
-                sizes=self._plan.shards[shard.index][1],
-                parts=tuple(part for _, part in sorted(shard.parts.items())),
-            )
-            del self._shards[task.shard]
-            self._urgent.append(_Job(join_parts, join))
+            parts = tuple(part for _, part in sorted(shard.parts.items()))
+            self._urgent.append(_Job(join_parts, _join_task(self._place, index, self._plan, parts)))
+            del self._shards[index]
 
 
-def _ranges_of_slice(plan: _Plan, settings: ShardSettings) -> list[tuple[int, int, int]]:
-    """Shard, first place and last place (exclusive) of each part of a slice."""
-    size = settings.samples_per_part
-    parts = [
-        (index, first, min(first + size, length))
-        for index, (length, _) in enumerate(plan.shards)
-        for first in range(0, length, size)
-    ]
-    first, last = (
-        k * len(parts) // settings.slice_count
-        for k in (settings.slice_index, settings.slice_index + 1)
+def _join_task(
+    place: Place, index: int, plan: Plan, parts: tuple[tuple[str, PartRecord], ...]
+) -> JoinTask:
+    return JoinTask(
+        location=place.location,
+        shard=index,
+        plan=plan.names,
+        sizes=plan.shards[index][1],
+        parts=parts,
     )
-    return parts[first:last]
 
 
 def merge_set(folder: Path) -> Manifest:
@@ -429,19 +359,23 @@ def merge_set(folder: Path) -> Manifest:
         ShardError: A part is missing, or comes from a run with other videos or settings.
     """
     place = open_place(folder)
-    content = place.read(_PLAN_NAME)
+    content = place.read(PLAN_NAME)
     if content is None:
         return place.manifest()
-    plan = decode_json(content, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError)
+    plan = decode_json(content, Plan, f"{place.location}/{PLAN_NAME}", ShardError)
     found, tars = place.names(PROGRESS_FOLDER), place.names("")
     try:
-        records = []
-        for index in range(len(plan.shards)):
-            record = _read_record(place, found, tars, index, plan)
+        with ThreadPoolExecutor(_READERS) as pool:
+            records = list(
+                pool.map(
+                    lambda index: read_record(place, found, tars, index, plan),
+                    range(len(plan.shards)),
+                )
+            )
+        for index, record in enumerate(records):
             if record is None and _join(place, found, index, plan):
                 # As it was stored: the manifest keeps the order of its fields.
-                record = _decoded(place, record_name(index), ShardRecord)
-            records.append(record)
+                records[index] = read_json(place, record_name(index), ShardRecord)
         lacking = [shard_name(index) for index, record in enumerate(records) if record is None]
         if lacking:
             raise ShardError(
@@ -460,7 +394,7 @@ def merge_set(folder: Path) -> Manifest:
     return manifest
 
 
-def _manifest(plan: _Plan, records: Iterable[ShardRecord]) -> Manifest:
+def _manifest(plan: Plan, records: Iterable[ShardRecord]) -> Manifest:
     shards: list[ShardEntry] = []
     rows = [SourceRow(source=name, status="absent", label=label) for name, label in plan.absent]
     for record in records:
@@ -481,7 +415,7 @@ def _manifest(plan: _Plan, records: Iterable[ShardRecord]) -> Manifest:
     )
 
 
-def _join(place: Place, found: dict[str, int], index: int, plan: _Plan) -> bool:
+def _join(place: Place, found: dict[str, int], index: int, plan: Plan) -> bool:
     """Join a shard of which several slices have parts; returns whether they cover it."""
     length, sizes = plan.shards[index]
     pattern = re.compile(rf"(shard-{index:06d}\.(\d+)-(\d+)\.part)\.json")
@@ -492,23 +426,15 @@ def _join(place: Place, found: dict[str, int], index: int, plan: _Plan) -> bool:
     parts, at = [], 0
     while at < length and at in lasts:
         at, name = lasts[at]
-        part = _read_part(place, found, name, plan)
+        part = read_part(place, found, name, plan)
         if part is None:
             return False
         parts.append((name, part))
     stamps = [stamp for _, part in parts for stamp in part.stamps]
     # A video that is gone by now has no size.
-    if at != length or ("" not in stamps and _sizes_of(stamps) != sizes):
+    if at != length or ("" not in stamps and sizes_of(stamps) != sizes):
         return False
-    join_parts(
-        JoinTask(
-            location=place.location,
-            shard=index,
-            plan=plan.names,
-            sizes=sizes,
-            parts=tuple(parts),
-        )
-    )
+    join_parts(_join_task(place, index, plan, tuple(parts)))
     return True
 
 
@@ -521,106 +447,3 @@ def _cannot_write(folder: Path, error: OSError) -> ShardError:
         f"cannot write to {where}: {error.strerror or error}; correct that and run the same "
         "command again, it continues where it stopped"
     )
-
-
-def _is_finished(place: Place, plan: _Plan) -> bool:
-    found = place.names("")
-    if MANIFEST_NAME not in found:
-        return False
-    manifest = place.manifest()
-    if manifest.settings.get("plan") != plan.settings["plan"]:
-        raise ShardError(
-            f"{place.location} already holds shards of other videos or with other settings; "
-            "remove it or choose another --out"
-        )
-    for entry in manifest.shards:
-        if found.get(entry.name) != entry.num_bytes:
-            raise ShardError(
-                f"{place.location}/{entry.name} is missing or damaged; remove {place.location} "
-                "and run again"
-            )
-    place.remove([PROGRESS_FOLDER])
-    return True
-
-
-def _claim_folder(place: Place, plan: _Plan) -> None:
-    """Reserve the folder for this plan.
-
-    Raises:
-        ShardError: It holds other files, or the work of another plan.
-    """
-    content = canonical_json(dataclasses.asdict(plan))
-    old = place.read(_PLAN_NAME)
-    if old is None:
-        foreign = any(not is_ignored(name) for name in place.names("", folders=True))
-        # Another slice may have started between the two checks.
-        old = place.read(_PLAN_NAME)
-        if foreign and old is None:
-            raise ShardError(
-                f"{place.location} holds files that sharding did not write; choose another --out"
-            )
-        if old is None:
-            place.write(_PLAN_NAME, content)
-            return
-    if old == content:
-        return
-    if decode_json(old, _Plan, f"{place.location}/{_PLAN_NAME}", ShardError).names != plan.names:
-        raise ShardError(
-            f"{place.location} holds an unfinished run over other videos or with other settings; "
-            "remove it or choose another --out"
-        )
-    # Some videos changed: what was made of them is made again.
-    place.write(_PLAN_NAME, content)
-
-
-def _read_record(
-    place: Place, found: dict[str, int], tars: dict[str, int], index: int, plan: _Plan
-) -> ShardRecord | None:
-    """The record of a finished shard, if its files exist and its videos have the same sizes.
-
-    Raises:
-        ShardError: It was made by a run with other videos or settings, or is damaged.
-    """
-    name = record_name(index)
-    if Path(name).name not in found:
-        return None
-    record = _decoded(place, name, ShardRecord)
-    if record is None:
-        return None
-    _check_plan(record.plan, plan, name)
-    entry = record.entry
-    if entry is not None:
-        tar = checked_name(entry.name, "shard", name, ShardError)
-        if tars.get(tar) != entry.num_bytes:
-            return None
-        if tar.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX not in tars:
-            return None
-    return record if record.sizes == plan.shards[index][1] else None
-
-
-def _read_part(place: Place, found: dict[str, int], name: str, plan: _Plan) -> PartRecord | None:
-    """The record of a finished part, if its file exists.
-
-    Raises:
-        ShardError: It was made by a run with other videos or settings, or is damaged.
-    """
-    file = Path(name).name
-    part = _decoded(place, f"{name}.json", PartRecord) if f"{file}.json" in found else None
-    if part is None or found.get(file) != part.num_bytes:
-        return None
-    _check_plan(part.plan, plan, f"{name}.json")
-    return part
-
-
-def _decoded(place: Place, name: str, kind: type[RecordT]) -> RecordT | None:
-    content = place.read(name)
-    where = f"{place.location}/{name}"
-    return None if content is None else decode_json(content, kind, where, ShardError)
-
-
-def _check_plan(names: str, plan: _Plan, where: str) -> None:
-    if names != plan.names:
-        raise ShardError(
-            f"{where} comes from a slice that saw other videos or had other settings; all slices "
-            "need the same command and the same videos: remove what that slice wrote, run it again"
-        )

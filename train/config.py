@@ -73,7 +73,11 @@ class TrainConfig:
         *("run", "data.shards", "data.batch_size", "model.name", "schedule.epochs", "seed"),
         *("engine.learning_rate", "engine.precision", "resume", "plan_only"),
     )
-    RENAMED: ClassVar = {"probe.gallery": "probe.train", "probe.query": "probe.test"}
+    RENAMED: ClassVar = {
+        "probe.gallery": "probe.train",
+        "probe.query": "probe.test",
+        "model.fold_stem": "engine.fold_stem",
+    }
     RECIPES: ClassVar = "pretrain"
 
     run: Path

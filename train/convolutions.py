@@ -1,12 +1,17 @@
-"""16-bit conv3d on a CPU whose weight gradient is computed in float32.
+"""conv3d on a CPU with a weight gradient that is correct and fast.
 
-oneDNN's weight gradient in bfloat16 is wrong (torch 2.14.1, AVX-512 BF16): it leaves memory
-unwritten and writes out of bounds, so that values are NaN or the process aborts; a kernel of 3 over
-two time steps is enough. Its forward pass and input gradient were correct in all experiments, and
-float32 is correct for everything that the encoders compute (docs/log.md). Without oneDNN everything
-is correct, but 15 to 50 times as slow.
+oneDNN's weight gradient of conv3d in bfloat16 is wrong (torch 2.14.1, AVX-512 BF16): it leaves
+memory unwritten and writes out of bounds, so that values are NaN or the process aborts. And where
+weights are many and positions few, as in a last stage, it takes most of a step in float32 too. So
+it is computed by other means that were correct in all experiments (docs/log.md):
+
+* few positions: as one matrix product with the pixels below each tap;
+* else in bfloat16, with stride 1 along rows and columns: as a 2D convolution, taps of time as
+  channels;
+* else in float32.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,32 +21,38 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Float32WeightGradient", "sound_convolutions"]
+__all__ = ["SoundConvolutions", "sound_convolutions"]
 
 
-def sound_convolutions(
-    device: torch.device, dtype: torch.dtype | None
-) -> AbstractContextManager[object]:
+_MANY_WEIGHTS = 1 << 20
+"""Weights from which a matrix product is considered in float32 too: those that do not fit a core's
+cache."""
+_FEW_POSITIONS = {torch.float32: 4, torch.bfloat16: 16}
+"""Output positions per input channel up to which the matrix product is the faster."""
+_FRAMES_CHANNELS = 32
+"""Input channels from which the 2D convolution is faster than float32."""
+
+
+def sound_convolutions(device: torch.device) -> AbstractContextManager[object]:
     """Context manager for a forward pass that makes its backward pass correct; reusable.
 
     Args:
         device: The device of the computation.
-        dtype: The dtype of autocast; None without autocast.
     """
-    if device.type == "cpu" and dtype is not None:
-        return Float32WeightGradient()
-    return nullcontext()
+    return SoundConvolutions() if device.type == "cpu" else nullcontext()
 
 
-class Float32WeightGradient(TorchFunctionMode):
-    """Function mode in which conv3d under CPU autocast gets its weight gradient in float32."""
+class SoundConvolutions(TorchFunctionMode):
+    """Function mode in which conv3d on a CPU gets another weight gradient."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Call `func`, or the replacement of conv3d."""
-        if func is functional.conv3d and torch.is_autocast_enabled("cpu"):
-            return _conv3d(*args, **(kwargs or {}))
+        if func is functional.conv3d:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if torch.is_autocast_enabled("cpu") or weight.numel() >= _MANY_WEIGHTS:
+                return _conv3d(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -66,7 +77,9 @@ def _triple(value: Any) -> tuple[int, ...]:
 class _Conv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = input.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
         ctx.settings = settings
         x = input.to(dtype)
         ctx.save_for_backward(x, weight)
@@ -77,13 +90,61 @@ class _Conv3d(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,), (x, weight) = grads, ctx.saved_tensors
         of_input = of_weight = None
-        backward = torch.ops.aten.convolution_backward
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
             low = weight.to(x.dtype)
-            of_input = backward(grad, x, low, None, *ctx.settings, mask)[0].to(ctx.input_dtype)
+            found = _backward(grad, x, low, None, *ctx.settings, mask)[0]
+            of_input = found.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            mask = [False, True, False]
-            wide = (grad.float(), x.float(), weight.to(x.dtype).float())
-            of_weight = backward(*wide, None, *ctx.settings, mask)[1].to(weight.dtype)
+            of_weight = _weight_gradient(grad, x, weight, ctx.settings).to(weight.dtype)
         return of_input, of_weight, None
+
+
+_backward = torch.ops.aten.convolution_backward
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    stride, padding, dilation, groups = *settings[:3], settings[-1]
+    if groups == 1 and dilation == (1, 1, 1):
+        taps = _Taps(tuple(weight.shape[2:]), stride, padding)
+        channels, few = x.shape[1], _FEW_POSITIONS.get(x.dtype, 0)
+        if grad[:, 0].numel() <= few * channels:
+            return taps.by_product(grad, x)
+        if x.dtype == torch.bfloat16 and stride[1:] == (1, 1) and channels >= _FRAMES_CHANNELS:
+            return taps.by_frames(grad, x)
+    wide = (grad.float(), x.float(), weight.to(x.dtype).float())
+    return _backward(*wide, None, *settings, [False, True, False])[1]
+
+
+class _Taps:
+    """Weight gradients by other means, of a kernel with these sizes, stride and padding."""
+
+    def __init__(self, kernel: tuple[int, ...], stride: Any, padding: Any) -> None:
+        self._kernel, self._stride, self._padding = kernel, stride, padding
+
+    def by_product(self, grad: Tensor, x: Tensor) -> Tensor:
+        """As one matrix product with the inputs below each tap."""
+        pads = [size for size in self._padding[::-1] for _ in (0, 1)]
+        padded = functional.pad(x.permute(0, 2, 3, 4, 1), (0, 0, *pads)).contiguous()
+        steps = padded.stride()
+        places = (*grad.shape[:1], *grad.shape[2:])
+        strides = (steps[0], *(a * b for a, b in zip(steps[1:4], self._stride, strict=True)))
+        view = padded.as_strided((*places, *self._kernel, x.shape[1]), (*strides, *steps[1:]))
+        below = view.reshape(math.prod(places), -1)
+        above = grad.permute(1, 0, 2, 3, 4).flatten(1)
+        return (above @ below).unflatten(1, (*self._kernel, -1)).permute(0, 4, 1, 2, 3)
+
+    def by_frames(self, grad: Tensor, x: Tensor) -> Tensor:
+        """As a 2D convolution of frames, whose channels are those of all taps of time."""
+        taps, step, pad = self._kernel[0], self._stride[0], self._padding[0]
+        frames = functional.pad(x.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, pad, pad))
+        last = (grad.shape[2] - 1) * step + 1
+        joined = torch.cat([frames[:, tap : tap + last : step] for tap in range(taps)], dim=4)
+        images = joined.flatten(0, 1).permute(0, 3, 1, 2)
+        # Its values are not used.
+        weight = images.new_empty(grad.shape[1], images.shape[1], *self._kernel[1:])
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        settings = ((1, 1), self._padding[1:], (1, 1), False, (0, 0), 1)
+        above = grad.transpose(1, 2).flatten(0, 1)
+        found = _backward(above, images, weight, None, *settings, [False, True, False])[1]
+        return found.unflatten(1, (taps, -1)).transpose(1, 2)

@@ -60,13 +60,12 @@ class Engine:
         )
         if world.is_first:
             (run / "deepspeed.json").write_text(json.dumps(derived, indent=2), encoding="utf-8")
-        name = derived.get("torch_autocast", {}).get("dtype")
-        dtype = None if name is None else getattr(torch, name)
+        dtype = config.autocast_on(device)
         if dtype is not None:
             check_conv3d(device, dtype)
             if device.type == "cpu":
-                logger.info("%s on a CPU: gradients of conv3d's weights in float32", name)
-        self._convolutions = sound_convolutions(device, dtype)
+                logger.info("%s on a CPU: conv3d has another weight gradient", dtype)
+        self._convolutions = sound_convolutions(device)
         if config.accumulation > 1:
             warn_once(
                 logger,

@@ -13,7 +13,7 @@ from strata.errors import ConfigError
 
 __all__ = ["EngineConfig", "ParameterGroup", "choose_device", "derive_deepspeed"]
 
-_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,13 @@ class EngineConfig:
     """Whether the batch of such a step is written to the run's folder, to `bad-batches`."""
     sync_batch_norm: bool = False
     """Whether batch norm uses the statistics of all ranks, see docs/method.md."""
-    compile: bool = False
-    """Whether the backbone is compiled by torch.compile."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the encoder is compiled, which takes minutes once a machine; auto: R3D-18 on GPUs."""
+    fold_stem: Literal["auto", "off", "pixels", "frames", "frames8"] = "auto"
+    """How R3D-18's first convolution is computed, with the same result; auto: frames on GPUs, and
+    in bf16 on CPUs with AMX for wide encoders."""
+    average_in: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients travel between ranks without ZeRO; bf16 halves their bytes."""
     channels_last: bool = True
     """Whether weights of convolutions have channels last, as the clips do; not under ZeRO."""
     cudnn_benchmark: bool = True
@@ -76,6 +81,10 @@ class EngineConfig:
         if self.precision != "auto":
             return self.precision
         return "bf16" if device.type == "cuda" else "fp32"
+
+    def autocast_on(self, device: torch.device) -> torch.dtype | None:
+        """The 16-bit type of autocast on a device; None in float32."""
+        return _AUTOCAST.get(self.precision_on(device))
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,6 @@ def derive_deepspeed(
     Raises:
         ConfigError: The device does not support a setting.
     """
-    precision = config.precision_on(device)
     optimizer: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": [0.9, 0.999],
@@ -152,11 +160,14 @@ def derive_deepspeed(
         else {"type": "SGD", "params": _sgd(config, momentum)},
         "zero_optimization": {"stage": config.zero},
         "gradient_clipping": config.grad_clip,
+        "communication_data_type": config.average_in,
         "steps_per_print": 1_000_000_000,
     }
-    if precision != "fp32":
+    dtype = config.autocast_on(device)
+    if dtype is not None:
         # DeepSpeed's bf16 casts parameters but not batch norm's buffers, and fails.
-        derived["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
+        name = str(dtype).removeprefix("torch.")
+        derived["torch_autocast"] = {"enabled": True, "dtype": name}
     return derived
 
 

@@ -252,9 +252,7 @@ def _describe(
         "file": PROGRAM if command.format == "torch_export" else _WEIGHTS,
         "names": command.names,
         "backbone": dataclasses.asdict(
-            dataclasses.replace(
-                trained, in_channels=in_channels, input=_input(trained), fold_stem=False
-            )  # type: ignore[arg-type]
+            dataclasses.replace(trained, in_channels=in_channels, input=_input(trained))  # type: ignore[arg-type]
         ),
         "input": {
             "layout": "NCTHW",
@@ -291,9 +289,7 @@ def _program(
     encoder: Backbone, trained: BackboneConfig, *, frames: int, size: int
 ) -> torch.export.ExportedProgram:
     """Export the encoder as a program with RGB input for any number of clips."""
-    rgb = dataclasses.replace(
-        trained, in_channels=_NUM_COLOURS, input=_input(trained), fold_stem=False
-    )
+    rgb = dataclasses.replace(trained, in_channels=_NUM_COLOURS, input=_input(trained))
     plain = build_backbone(rgb).eval()
     load_torchvision(plain, export_backbone(encoder))
     clips = torch.zeros(2, _NUM_COLOURS, frames, size, size)

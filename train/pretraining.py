@@ -19,6 +19,7 @@ from strata.files import FolderLock
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
+from strata.train.fast_encoder import arrange_encoder
 from strata.train.loop import LoopConfig, Trainer
 from strata.train.method.model import VideoModel
 from strata.train.method.objective import LossTerms, Method
@@ -78,11 +79,13 @@ class Pretraining(Task[VideoModel]):
             device=device,
             run=config.run,
         )
-        if config.engine.zero == 0 and config.engine.channels_last:
-            # After DeepSpeed's start, which broadcasts contiguous weights; ZeRO has its own copy.
-            self.model.backbone.channels_last()
-        if config.engine.compile:
-            self.model.backbone.compile()
+        arrange_encoder(
+            self.model,
+            config.engine,
+            device,
+            num_frames=config.data.batch_size // world.size * 2 * config.data.clips.long_frames,
+            size=config.data.size,
+        )
         self.method = Method(self.model, config.method, world)
         self.clock = Clock(device)
         self.monitor = RunMonitor(

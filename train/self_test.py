@@ -19,11 +19,12 @@ __all__ = ["check_conv3d"]
 
 logger = get_logger(__name__)
 
-# Input and output channels, kernel, stride, frames, rows: a stem, a first and a last stage, and
-# the factored kernels of S3D.
+# Input and output channels, kernel, stride, frames, rows: a stem, a first, a middle and a last
+# stage, and the factored kernels of S3D.
 _SHAPES = (
     (4, 8, (7, 7, 7), 2, 8, 32),
     (8, 16, (3, 3, 3), 2, 4, 8),
+    (32, 32, (3, 3, 3), 1, 4, 14),
     (16, 64, (3, 3, 3), 1, 2, 7),
     (8, 16, (1, 3, 3), 1, 4, 8),
     (16, 16, (3, 1, 1), 1, 4, 8),
@@ -80,7 +81,7 @@ def _conv3d(
     w = weight.to(device).contiguous(**layout).requires_grad_()
     padding = tuple(k // 2 for k in weight.shape[2:])
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-    with sound_convolutions(device, dtype), autocast:
+    with sound_convolutions(device), autocast:
         y = functional.conv3d(x, w, stride=stride, padding=padding)
     of_clip, of_weight = torch.autograd.grad(y.float().square().mean(), (x, w))
     return y.detach().float(), of_clip, of_weight

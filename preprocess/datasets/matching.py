@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from strata.errors import ConfigError, FaultKind
+from strata.preprocess.datasets.findings import archives_of
 from strata.preprocess.datasets.folder import Source, SourceSet, source_at
 from strata.preprocess.datasets.listing import (
     VIDEO_SUFFIXES,
@@ -138,7 +139,7 @@ class Finder:
         match, fault = self._found.get(name, (None, None))
         return replace(source_at(name, match and match.file, label), fault=fault)
 
-    def told(self, source_set: SourceSet) -> SourceSet:
+    def with_notes(self, source_set: SourceSet) -> SourceSet:
         """The set, with notes on the files that differ from the list."""
         counts: Counter[str] = Counter()
         example: dict[str, str] = {}
@@ -208,5 +209,5 @@ def check_any_present(sets: Sequence[SourceSet], listing: Listing, looked_for: s
     raise ConfigError(
         f"none of the {len(listed):,} listed videos is in {listing.places}: looked for "
         f"{some_of(listed, 2)} {looked_for}; found {found}; --videos is the folder that holds "
-        "the class folders"
+        f"the class folders{'; ' if archives_of(listing) else ''}{archives_of(listing)}"
     )

@@ -41,16 +41,19 @@ from strata.tools.benchmarks.measure import (
     table,
     wait_for,
 )
-from strata.tools.benchmarks.precision import measure_precisions
+from strata.tools.benchmarks.step import (
+    VARIANTS,
+    Variant,
+    bytes_moved,
+    measure_precisions,
+    random_step,
+)
 from strata.train.config import TrainConfig
-from strata.train.method.model import VideoModel
-from strata.train.method.objective import Method
-from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.monitor.cost_model import step_cost
 
-__all__ = ["VARIANTS", "main"]
+__all__ = ["main"]
 
 _CLIPS = ClipSpec()
 _PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
@@ -58,39 +61,11 @@ _PROFILED_STEPS = 3
 _PROFILED_ROWS = 15
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """How the step is computed; the default is how `train/main.py` does it on this machine."""
-
-    model: str = "r3d18"
-    precision: str = "auto"
-    channels_last: bool = True
-    in_channels: int = 4
-    fold_stem: bool = False
-    compiled: bool = False
-    batch_share: float = 1.0
-    """Share of the batch that was asked for."""
-
-
-VARIANTS: dict[str, Variant] = {
-    "plain": Variant(),
-    "three channels": Variant(in_channels=3),
-    "channels first": Variant(channels_last=False),
-    "fp32": Variant(precision="fp32"),
-    "half the batch": Variant(batch_share=0.5),
-    "folded stem": Variant(fold_stem=True),
-    "compiled": Variant(compiled=True),
-    "compiled, folded stem": Variant(compiled=True, fold_stem=True),
-    "s3d": Variant(model="s3d"),
-    "s3d, compiled": Variant(model="s3d", compiled=True),
-}
-"""What the part `step` measures, by the names that `--variants` accepts."""
-
-
 def _default_variants() -> tuple[str, ...]:
     """All variants on a GPU, those that suit a CPU on a CPU."""
-    on_gpu = torch.cuda.is_available()
-    return tuple(VARIANTS) if on_gpu else ("plain", "channels first", "folded stem", "s3d")
+    if torch.cuda.is_available():
+        return tuple(name for name in VARIANTS if not name.startswith("bf16"))
+    return ("plain", "channels first", "bf16", "bf16, folded frames", "s3d")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +110,7 @@ class DeviceOptions:
 
 
 class _Bench:
-    """What all parts share: the device, the samples, how long to measure, where to write."""
+    """Shared by all parts: device, samples, duration of a measurement, output file."""
 
     def __init__(self, args: DeviceOptions) -> None:
         self.args = args
@@ -144,6 +119,7 @@ class _Bench:
         self.form = self.reader.manifest.form
         self.records: list[dict[str, Any]] = []
         self.peaks: dict[str, float] = {}
+        self._copy_rate = 0.0
         rng = np.random.default_rng(0)
         self.strips = []
         for number in range(args.batch):
@@ -175,18 +151,23 @@ class _Bench:
             self.peaks[precision] = bench_train.measured_peak(self.device, dtype, self.args.seconds)
         return self.peaks[precision]
 
+    def copy_rate(self) -> float:
+        """Bytes a second that a copy reads and writes, measured once."""
+        if not self._copy_rate:
+            source = torch.empty(2**30 if self.on_gpu else 2**26, device=self.device)
+            target = torch.empty_like(source)
+            self._copy_rate = 2 * source.nbytes * self.rate(lambda: target.copy_(source), 1)
+        return self._copy_rate
+
     def ceilings(self) -> None:
         """The machine's own matrix product and copy, to which the other parts are compared."""
         precision = "bf16" if self.on_gpu else "fp32"
-        source = torch.empty(2**30 if self.on_gpu else 2**26, device=self.device)
-        target = torch.empty_like(source)
-        copies = self.rate(lambda: target.copy_(source), 1)
         self.record(
             "ceilings",
             **machine(self.device),
             precision=precision,
             matmul_tflops=self.peak(precision) / 1e12,
-            copy_gb_per_s=2 * source.nbytes * copies / 1e9,
+            copy_gb_per_s=self.copy_rate() / 1e9,
         )
 
     def decode(self) -> None:
@@ -280,9 +261,6 @@ class _Bench:
 
     def _step(self, name: str, variant: Variant, stage: int) -> None:
         batch = max(int(self.args.batch * variant.batch_share), 2)
-        precision = variant.precision
-        if precision == "auto":
-            precision = "bf16" if self.on_gpu else "fp32"
         config = TrainConfig(
             run=Path("unset"),
             data=DataConfig(shards=self.reader.location, batch_size=batch, size=self.args.size),
@@ -290,36 +268,19 @@ class _Bench:
                 name=variant.model,  # type: ignore[arg-type]
                 width=self.args.width,
                 in_channels=variant.in_channels,  # type: ignore[arg-type]
-                fold_stem=variant.fold_stem,
             ),
             method=MethodConfig(queue_length=max(1024, batch)),
+            engine=variant.engine,
         )
+        dtype = variant.engine.autocast_on(self.device)
+        precision = "fp32" if dtype is None else "bf16"
         if self.on_gpu:
             torch.backends.cudnn.benchmark = True
             torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(0)
-        model = VideoModel(config.model, config.method, _CLIPS.clip_frames).to(self.device).train()
-        if variant.channels_last:
-            model.backbone.channels_last()
-        if variant.compiled:
-            model.backbone.compile()
-        method = Method(model, config.method, World())
-        phase = phase_at(ScheduleConfig(), 1 if stage == 1 else 60)
-        optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-5, fused=self.on_gpu)
-        shape = (self.args.size, self.args.size, 3)
-        short = self._random(batch, 2, _CLIPS.clip_frames, *shape)
-        long = self._random(batch, _CLIPS.window_frames, *shape) if stage == 2 else None
-        orders = [o.to(self.device) for o in model.orders(np.arange(batch), 0, 0, 16)]
-
-        def run() -> None:
-            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                out = model(short, long, *orders, phase)
-            method.losses(out, phase, with_health=False).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        rate = self.rate(run, batch)
+        step = random_step(config, stage, self.device)
+        rate = self.rate(step.run, batch)
         flops = step_cost(config, videos=batch, stage=stage).flops * rate / batch
+        moved = bytes_moved(config, stage=stage, dtype=dtype) * rate / batch
         self.record(
             "step",
             variant=name,
@@ -329,10 +290,11 @@ class _Bench:
             samples_per_s=rate,
             tflops=flops / 1e12,
             mfu=flops / self.peak(precision),
+            of_copy=moved / self.copy_rate(),
             memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
         )
         if self.args.profile:
-            self._profile(run, name, stage)
+            self._profile(step.run, name, stage)
 
     def _profile(self, run: Callable[[], None], name: str, stage: int) -> None:
         """Print the operators that take most time, which are the first to improve."""
@@ -395,12 +357,9 @@ class _Bench:
                 shares=shares,
             )
 
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-
 
 def _name(record: dict[str, Any]) -> str:
-    """What distinguishes a record from others of its part."""
+    """The fields that distinguish a record from others of its part."""
     match record["part"]:
         case "decode":
             engines = record["hardware_share"]
@@ -431,7 +390,7 @@ def device_table(records: Sequence[dict[str, Any]]) -> str:
         if record["part"] == "ceilings":
             copy = f"copy {record['copy_gb_per_s']:,.0f} GB/s"
             name = f"{record['device']}, {record['precision']} matrix product; {copy}"
-            rows.append(["ceilings", name, "", "", f"{record['matmul_tflops']:.2f}", "", ""])
+            rows.append(["ceilings", name, "", "", f"{record['matmul_tflops']:.2f}", "", "", ""])
             continue
         frames, tflops = record.get("frames_per_s"), record.get("tflops")
         share, memory = record.get("mfu"), record.get("memory_gib")
@@ -443,10 +402,13 @@ def device_table(records: Sequence[dict[str, Any]]) -> str:
                 f"{frames:,.0f}" if frames is not None else "",
                 f"{tflops:.2f}" if tflops is not None else "",
                 f"{share:.1%}" if share is not None else "",
+                f"{record['of_copy']:.0%}" if "of_copy" in record else "",
                 f"{memory:.1f}" if memory is not None else "",
             ]
         )
-    text = table(["part", "", "samples/s", "frames/s", "TFLOP/s", "of peak", "GiB"], rows)
+    text = table(
+        ["part", "", "samples/s", "frames/s", "TFLOP/s", "of peak", "of copy", "GiB"], rows
+    )
     for record in records:
         if record["part"] == "precision":
             text += (

@@ -5,6 +5,7 @@ rank, V = 2 short views, A alterations, T time steps of a level, L those of the 
 channels, D embedding size, K prototypes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +21,7 @@ from strata.train.method.settings import LEVELS, Level, MethodConfig
 from strata.train.models.alteration import draw_permutations, time_orders
 from strata.train.models.backbones import BackboneConfig, Levels, build_backbone
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
-from strata.train.models.inputs import frame_differences, normalise
+from strata.train.models.inputs import frame_differences, mean_and_scale, scaled
 from strata.train.models.motion import MotionExcitation
 from strata.train.models.prototypes import Prototypes
 
@@ -71,6 +72,8 @@ class VideoModel(nn.Module):
         self.time_strides = backbone.time_strides
         self.both_inputs = backbone.input == "both"
         self.backbone = build_backbone(backbone)
+        self.compiled: Callable[[Tensor, Tensor, Tensor, int], Levels] | None = None
+        """`encoder` as `fast_encoder` compiled it."""
         widths, size = self.backbone.widths, config.embedding_size
         self.instance_head = StepHead(widths.high, size, average_steps=True)
         self.global_head = GlobalHead(widths.high, size)
@@ -241,15 +244,15 @@ class VideoModel(nn.Module):
         return result
 
     def _encode(self, clips: Tensor, second_of: int = 0) -> Levels:
-        return self.backbone(self._seen(clips, second_of))
+        return (self.compiled or self.encoder)(clips, *mean_and_scale(clips.device), second_of)
 
-    def _seen(self, clips: Tensor, second_of: int) -> Tensor:
-        """Input `[N, T, S, S, 3]` of the encoder; every second of `second_of` as differences."""
-        weight = self.backbone.input_conv().weight
-        seen = normalise(clips, self.in_channels, weight.dtype)
+    def encoder(self, clips: Tensor, mean: Tensor, scale: Tensor, second_of: int) -> Levels:
+        """Maps of `[N, T, S, S, 3]`, uint8; every second of `second_of` seen as differences."""
+        dtype = self.backbone.input_conv().weight.dtype
+        seen = scaled(clips, mean, scale, self.in_channels, dtype)
         if second_of:
             seen[1::second_of] = frame_differences(seen[1::second_of])
-        return seen
+        return self.backbone(seen)
 
     def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
         """Averages over space, `[A', N, T, C]`; the high level has no motion excitation."""

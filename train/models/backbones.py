@@ -16,7 +16,7 @@ from torchvision.ops import Conv3dNormActivation
 
 from strata.errors import ConfigError
 from strata.train.models.inputs import INPUTS, InputChoice, frame_differences
-from strata.train.models.stem import FoldedStem
+from strata.train.models.stem import Fold, FramePool, StemConvolution
 
 __all__ = [
     "R3D18",
@@ -78,9 +78,6 @@ class BackboneConfig:
     """Weight of a batch in the running statistics of batch norm, in (0, 1]. torchvision's S3D has
     0.001, at which short runs end with statistics of the initial weights."""
 
-    fold_stem: bool = False
-    """Whether R3D-18's first convolution is computed with 2x2 pixels folded into channels: the same
-    result. Alone it was 2.4 times as fast on an H200; in a complete step it was not measured."""
     stem_pool: bool = True
     """Whether R3D-18's stem ends with a max-pool, as in TEXT's shapes; torchvision's has none, and
     its levels have four times the positions."""
@@ -104,8 +101,6 @@ class BackboneConfig:
             raise ConfigError(
                 f"backbone: width is {self.width}; use a multiple of 8 from 8 to {_MAX_WIDTH}"
             )
-        if self.fold_stem and self.name != "r3d18":
-            raise ConfigError(f"backbone: fold_stem is for r3d18, not {self.name}; turn it off")
         for name, published, other in (
             ("stem_pool", True, False),
             ("stem_frames", 7, 3),
@@ -169,6 +164,12 @@ class Backbone(nn.Module):
                 weight = module.weight.data
                 module.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
 
+    def fold_stem(self, fold: Fold) -> None:
+        """Compute the first convolution in another way, see `stem.Fold`; only R3D-18's can."""
+        conv = self.input_conv()
+        if isinstance(conv, StemConvolution):
+            conv.fold = fold
+
     def input_conv(self) -> nn.Conv3d:
         """The first convolution, whose input is the clips."""
         raise NotImplementedError
@@ -198,7 +199,6 @@ class R3D18(Backbone):
         width: Channels of the stem and of stage 1.
         in_channels: 3 or 4, see `BackboneConfig`.
         bn_momentum: See `BackboneConfig`.
-        fold_stem: See `BackboneConfig`.
         stem_pool: See `BackboneConfig`.
         stem_frames: See `BackboneConfig`.
         last_temporal_stride: See `BackboneConfig`.
@@ -210,16 +210,14 @@ class R3D18(Backbone):
         *,
         in_channels: int = 3,
         bn_momentum: float = 0.1,
-        fold_stem: bool = False,
         stem_pool: bool = True,
         stem_frames: Literal[3, 7] = 7,
         last_temporal_stride: Literal[1, 2] = 2,
     ) -> None:
         super().__init__()
         self.widths = LevelWidths(2 * width, 4 * width, 8 * width)
-        convolution = FoldedStem if fold_stem else nn.Conv3d
         self.stem = nn.Sequential(
-            convolution(
+            StemConvolution(
                 3,
                 width,
                 kernel_size=(stem_frames, 7, 7),
@@ -231,8 +229,7 @@ class R3D18(Backbone):
             nn.ReLU(inplace=True),
         )
         if stem_pool:
-            pool = nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
-            self.stem.append(pool)
+            self.stem.append(FramePool())
         self.layer1 = _stage(width, width, stride=1)
         self.layer2 = _stage(width, 2 * width, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, stride=2)
@@ -284,10 +281,10 @@ class S3D(Backbone):
         self.widths = LevelWidths(*scaled(480, 832, 1024))
         self.features = nn.Sequential(
             TemporalSeparableConv(3, stem, 7, 2, 3, norm),
-            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            FramePool(),
             Conv3dNormActivation(stem, stem, kernel_size=1, stride=1, norm_layer=norm),
             TemporalSeparableConv(stem, second, 3, 1, 1, norm),
-            nn.MaxPool3d(kernel_size=(1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            FramePool(),
             mixed(192, 64, 96, 128, 16, 32, 32),
             mixed(256, 128, 128, 192, 32, 96, 64),
             nn.MaxPool3d(kernel_size=3, stride=2, padding=1),
@@ -327,7 +324,6 @@ def build_backbone(config: BackboneConfig) -> Backbone:
                 config.width,
                 in_channels=in_channels,
                 bn_momentum=momentum,
-                fold_stem=config.fold_stem,
                 stem_pool=config.stem_pool,
                 stem_frames=config.stem_frames,
                 last_temporal_stride=config.last_temporal_stride,

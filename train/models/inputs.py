@@ -14,7 +14,9 @@ __all__ = [
     "INPUTS",
     "InputChoice",
     "frame_differences",
+    "mean_and_scale",
     "normalise",
+    "scaled",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,8 +30,8 @@ DIFFERENCE_SCALE = 3.0
 
 
 @cache
-def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Constants, cached on the device: a copy in every step would wait each time."""
+def mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Constants of `scaled`, kept on the device: a copy in every step would wait each time."""
     mean = torch.tensor(IMAGENET_MEAN, device=device) * 255
     return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
 
@@ -46,7 +48,13 @@ def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float3
         `[N, in_channels, T, H, W]`, normalised by ImageNet's mean and deviation; channels stay last
         in memory, so nothing is transposed.
     """
-    mean, scale = _mean_and_scale(clips.device)
+    return scaled(clips, *mean_and_scale(clips.device), in_channels, dtype)
+
+
+def scaled(
+    clips: Tensor, mean: Tensor, scale: Tensor, in_channels: int, dtype: torch.dtype
+) -> Tensor:
+    """`normalise` with given constants; a compiled function cannot keep them itself."""
     values = ((clips - mean) * scale).to(dtype)
     if in_channels > 3:
         values = functional.pad(values, (0, in_channels - 3))

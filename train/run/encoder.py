@@ -68,6 +68,9 @@ def backbone_config(config: dict[str, Any]) -> BackboneConfig:
     described = config.get("model")
     known = {f.name for f in dataclasses.fields(BackboneConfig)}
     try:
+        if isinstance(described, dict):
+            # How the stem is computed was once a setting here; it is no property of the weights.
+            described = {k: v for k, v in described.items() if k != "fold_stem"}
         if isinstance(described, dict) and not described.keys() <= known:
             raise ConfigError(f"unknown settings {sorted(map(str, described.keys() - known))[:3]}")
         return msgspec.convert(described, BackboneConfig)

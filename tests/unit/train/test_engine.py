@@ -250,6 +250,23 @@ def test_accumulation_moves_once_a_batch_and_the_norm_is_clipped():
     assert float(torch.cat(moments).norm()) == pytest.approx(1e-3, rel=0.3)
 
 
+def averaged(world: World) -> list[torch.Tensor]:
+    """First moments after a step, with gradients averaged in each type."""
+    found = []
+    for kind in ("fp32", "bf16"):
+        _, engine = make(world, average_in=kind)
+        advance(engine, 1, world)
+        moments = content(engine.state.snapshot()).items()
+        found.append(torch.cat([v.flatten() for k, v in moments if k.startswith("exp_avg.")]))
+    return found
+
+
+def test_gradients_averaged_in_bf16_are_rounded_and_the_same_on_all_ranks():
+    (exact, rounded), (_, other) = run_ranks(averaged, 2)
+    assert torch.equal(rounded, other)
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 4e-3
+
+
 def across_stages(world: World, start: int, end: int) -> dict[str, torch.Tensor]:
     _, engine = make(world, zero=start)
     for step in range(2):

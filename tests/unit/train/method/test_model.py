@@ -492,7 +492,7 @@ def _under_autocast(
     model = build(config).to(_DEVICE)
     orders = [o.to(_DEVICE) for o in model.orders(np.arange(len(window)), 0, 0, 16)]
     window = window.to(_DEVICE)
-    sound = sound_convolutions(torch.device(_DEVICE), torch.bfloat16 if autocast else None)
+    sound = sound_convolutions(torch.device(_DEVICE))
     with sound, torch.autocast(_DEVICE, torch.bfloat16, enabled=autocast):
         out = model(window.unflatten(1, (2, 16)), window, *orders, SECOND)
     result = Method(model, config, World()).losses(out, SECOND, with_health=True)

@@ -12,7 +12,6 @@ from strata.train.method.schedules import Phase
 from strata.train.method.settings import MethodConfig
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.motion import MotionExcitation
-from strata.train.models.stem import FoldedStem
 from strata.train.models.synced_norm import HostSyncedNorm, synchronise_norms
 from tests.support.synthetic_clips import smooth_videos
 
@@ -21,7 +20,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm3d)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("settings", [{"fold_stem": True}, {"name": "s3d"}], ids=["r3d18", "s3d"])
+@pytest.mark.parametrize("settings", [{}, {"name": "s3d"}], ids=["r3d18", "s3d"])
 def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict, device: str):
     """In evaluation: in training torch's synchronised norm takes CUDA tensors alone."""
     kind = nn.SyncBatchNorm if device == "cuda" else HostSyncedNorm
@@ -46,8 +45,6 @@ def test_conversion_keeps_everything_but_the_kind_of_norm(settings: dict, device
     assert {id(p) for g in converted.groups() for p in g.parameters} == parameters
     momenta = {m.momentum for m in converted.backbone.modules() if isinstance(m, kind)}
     assert momenta == {backbone.bn_momentum}
-    if backbone.fold_stem:
-        assert isinstance(converted.backbone.input_conv(), FoldedStem)
     for branch in converted.motion.values():
         assert isinstance(branch, MotionExcitation)
         assert isinstance(branch.squeeze_norm, kind)
