@@ -108,7 +108,7 @@ class DeviceOptions:
 
 
 class _Bench:
-    """What all parts share: the device, the samples, how long to measure, where to write."""
+    """Shared by all parts: device, samples, duration of a measurement, output file."""
 
     def __init__(self, args: DeviceOptions) -> None:
         self.args = args
@@ -344,7 +344,7 @@ class _Bench:
 
 
 def _name(record: dict[str, Any]) -> str:
-    """What distinguishes a record from others of its part."""
+    """The fields that distinguish a record from others of its part."""
     match record["part"]:
         case "decode":
             engines = record["hardware_share"]

@@ -150,7 +150,7 @@ def write(snapshot: Snapshot, state: RunState, run: Path, config: CheckpointConf
         shutil.rmtree(writing, ignore_errors=True)
         raise NotSavedError(
             f"checkpoint {root / name} could not be written: {error}; free space or repair the "
-            "disk, then resume with --resume auto"
+            "disk, then start the same command again, train/main.py with --resume auto"
         ) from error
     return root / name
 

@@ -78,12 +78,12 @@ def describe_run(
     Raises:
         ConfigError: The device does not support the precision.
     """
-    data, clips, schedule = config.data, config.data.clips, config.schedule
+    schedule = config.schedule
     derived = derive_deepspeed(
-        config.engine, batch_size=data.batch_size, world_size=world.size, device=device
+        config.engine, batch_size=config.data.batch_size, world_size=world.size, device=device
     )
     dtype = derived.get("torch_autocast", {}).get("dtype")
-    videos = data.batch_size // world.size
+    videos = config.data.batch_size // world.size
     all_steps = schedule.epochs * plan.steps_per_epoch
     last = min(all_steps, config.stop_after_steps or all_steps)
     stages = stage_epochs(schedule)
@@ -98,17 +98,8 @@ def describe_run(
     lines = [
         (f"strata {strata.__version__}", str(config.run)),
         ("world", _world(config, world, device, dtype)),
-        (
-            "data",
-            f"{reader.location}: {plan.num_samples} videos, manifest {reader.manifest.digest[:12]}",
-        ),
-        *_left_out(config, reader, plan),
+        *_data(config, world, reader, plan),
         *([("augmentation", augment_choice.text())] if augment_choice else []),
-        (
-            "batch",
-            f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
-            f"{clips.long_frames} frames, {data.size}x{data.size} pixels",
-        ),
         (
             "steps",
             f"{plan.steps_per_epoch} an epoch, {schedule.epochs} epochs: {step} of {last} done; "
@@ -152,7 +143,7 @@ def describe_run(
 def _facts(
     config: TrainConfig, world: World, device: torch.device, reader: ShardReader, plan: Plan
 ) -> dict[str, Any]:
-    """What is trained where on what, for the record."""
+    """The run's facts for the record: model, data, device."""
     return {
         "strata": strata.__version__,
         "torch": torch.__version__,
@@ -211,7 +202,7 @@ def announce_run(
 
 
 def _hours(config: TrainConfig, steps: int) -> str:
-    """How long the remaining steps take at the given or the last measured speed."""
+    """Time of the remaining steps at the given or the last measured speed."""
     rate, source = config.plan_rate, "as given"
     log = config.run / "log.jsonl"
     if not rate and log.is_file():
@@ -231,8 +222,25 @@ def _world(config: TrainConfig, world: World, device: torch.device, dtype: str |
     return f"{ranks} on {name}, {precision}, ZeRO {config.engine.zero}"
 
 
+def _data(
+    config: TrainConfig, world: World, reader: ShardReader, plan: Plan
+) -> list[tuple[str, str]]:
+    """The data set, the videos that are left out, and what a batch has."""
+    data, clips = config.data, config.data.clips
+    digest, videos = reader.manifest.digest[:12], data.batch_size // world.size
+    batch = (
+        f"{data.batch_size} videos, {videos} a rank; clips of {clips.clip_frames} and "
+        f"{clips.long_frames} frames, {data.size}x{data.size} pixels"
+    )
+    return [
+        ("data", f"{reader.location}: {plan.num_samples} videos, manifest {digest}"),
+        *_left_out(config, reader, plan),
+        ("batch", batch),
+    ]
+
+
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
-    """How many videos are too short for the window and are skipped, and the first names."""
+    """Number of videos that are too short for the window, and the first names."""
     if not plan.left_out:
         return []
     lengths = reader.num_frames[np.array(plan.left_out)]
@@ -265,7 +273,7 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
 
 
 def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
-    """What to expect of the graph term, if the run uses it."""
+    """The expected state of the graph term, if the run uses it."""
     method, videos = config.method, config.data.batch_size
     if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
         return []
