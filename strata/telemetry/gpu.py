@@ -233,15 +233,16 @@ class _Xids:
 
     Args:
         handle: The GPU.
+        before: The counter of an earlier handle of the GPU, whose count it continues.
 
     Raises:
         NVMLError: The GPU does not report them.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, before: "_Xids | None") -> None:
         self._events: Any = pynvml.nvmlEventSetCreate()
         pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._events)
-        self._count, self._last = 0, 0
+        self._count, self._last = (before._count, before._last) if before else (0, 0)
 
     def read(self) -> _Values:
         while True:
@@ -279,12 +280,11 @@ class GpuCollector(Collector):
             pynvml.nvmlInit()
             handle = self._find()
             self._gpm = self._open_gpm(handle)
-            if self._xids is None:
-                try:
-                    self._xids = _Xids(handle)
-                except pynvml.NVMLError:
-                    # A MIG device or an old driver: the count is absent.
-                    pass
+            try:
+                self._xids = _Xids(handle, self._xids)
+            except pynvml.NVMLError:
+                # A MIG device or an old driver: the count is absent.
+                self._xids = None
             self._handle = handle
         return self._handle
 

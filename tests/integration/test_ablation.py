@@ -119,6 +119,9 @@ def test_killed_and_started_again_it_ends_with_the_same_table(
     assert f"| one | 2 | {mean:.1f} ± {deviation:.1f} |" in page
     assert "test videos query the training set" in page
     assert "| chance |  | 25.0 |" in page
+    page = (Path(grid["out"]) / "ablation.html").read_text()
+    assert f'<td class="number">{mean:.1f} ± {deviation:.1f}</td>' in page
+    assert "test videos query the training set" in page
     assert said.count("$ python train/main.py") == 4
     # Complete: nothing is run again.
     assert main(written(grid, launcher="false")) == 0

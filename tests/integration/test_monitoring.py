@@ -74,7 +74,7 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "monitor": TINY["monitor"] | {"verdict_s": 0},
         "checkpoint": {"every_steps": 6},
         # Late enough that Prometheus sees the first stage too.
-        "schedule": TINY["schedule"] | {"second_stage_epoch": 20, "lr_drop_epochs": [30]},
+        "schedule": TINY["schedule"] | {"second_stage_epoch": 10, "lr_drop_epochs": [30]},
     }
     tiny.write_text(yaml.safe_dump(TINY | changed))
     exporter, run = free_port(), folder / "run"

@@ -139,7 +139,7 @@ def describe_run(
 def _facts(
     config: TrainConfig, world: World, device: torch.device, reader: ShardReader, plan: Plan
 ) -> dict[str, Any]:
-    """What is trained where on what, for the record."""
+    """The run's facts for the record: model, data, device."""
     return {
         "strata": strata.__version__,
         "torch": torch.__version__,
@@ -198,7 +198,7 @@ def announce_run(
 
 
 def _hours(config: TrainConfig, steps: int) -> str:
-    """How long the remaining steps take at the given or the last measured speed."""
+    """Time of the remaining steps at the given or the last measured speed."""
     rate, source = config.plan_rate, "as given"
     log = config.run / "log.jsonl"
     if not rate and log.is_file():
@@ -236,7 +236,7 @@ def _data(
 
 
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
-    """How many videos are too short for the window and are skipped, and the first names."""
+    """Number of videos that are too short for the window, and the first names."""
     if not plan.left_out:
         return []
     lengths = reader.num_frames[np.array(plan.left_out)]
@@ -277,7 +277,7 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
 
 
 def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
-    """What to expect of the graph term, if the run uses it."""
+    """The expected state of the graph term, if the run uses it."""
     method, videos = config.method, config.data.batch_size
     if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
         return []

@@ -90,6 +90,12 @@ def test_xid_errors_are_counted_and_the_last_is_named(monkeypatch: pytest.Monkey
     for _ in range(2):
         found = read(collector)
         assert (found["xid_errors_total"], found["last_xid"]) == (2, 79)
+    # A driver that was started again: the events are registered again, and the count stays.
+    nvml.errors["nvmlEventSetWait_v2"] = pynvml.NVML_ERROR_UNINITIALIZED
+    assert "xid_errors_total" not in read(collector)
+    del nvml.errors["nvmlEventSetWait_v2"]
+    nvml.xids = [48]
+    assert read(collector)["xid_errors_total"] == 3
     nvml.errors["nvmlDeviceRegisterEvents"] = pynvml.NVML_ERROR_NOT_SUPPORTED
     assert "xid_errors_total" not in read(GpuCollector("abc"))
 
