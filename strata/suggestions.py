@@ -27,7 +27,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     for name in known:
         pairs = [(lower, name), (lower.rpartition(".")[2], name.rpartition(".")[2])]
         if "." in word:
-            # The other part counts too: `model.widht` is not `data.width`.
+            # The part before the dot counts too.
             ratios = [difflib.SequenceMatcher(None, *pairs[0]).ratio()]
         else:
             ratios = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]

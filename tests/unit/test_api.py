@@ -1,5 +1,6 @@
 """The public functions and the examples, in a plain process without a launcher."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -12,10 +13,14 @@ import torch
 
 import strata
 from strata import api
+from strata.config import parse_config
 from strata.dataload.clips import ClipSpec
 from strata.dataload.loader import TrainLoader
 from strata.distributed import World
 from strata.errors import CheckpointError, ConfigError, ShardError
+from strata.eval.evaluations.compare import CompareEvaluation
+from strata.preprocess.options import parse_command
+from strata.train.config import TrainConfig
 from strata.train.export import ExportCommand, write_export
 from strata.train.models.backbones import BackboneConfig
 from strata.train.models.inputs import normalise
@@ -129,6 +134,31 @@ def test_errors_are_those_of_the_commands(tmp_path: Path, shards: Path):
         strata.load_encoder(tmp_path)
     with pytest.raises(CheckpointError, match=r"does not exist; give the folder of a run"):
         strata.load_encoder("nowhere")
+
+
+def test_the_snippets_of_the_readme_run_as_they_stand(
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The one for torchvision is run by tests/unit/train/test_export.py."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, target in (("runs/a", run), ("shards/mine", shards)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    public, torchvision, plain = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "torchvision" in torchvision
+    scope: dict[str, Any] = {}
+    exec(public, scope)
+    assert scope["clips"].shape == (16, 2, 3, 16, 112, 112)
+    exec(plain.replace("num_workers=4", "num_workers=0"), scope)
+    assert scope["clips"].shape == (24, 16, 3, 48, 64)
+    (commands,) = re.findall(r"```\n(pip install.*?)```", text, flags=re.DOTALL)
+    said = [line.split("    #")[0].split()[1:] for line in commands.splitlines()]
+    assert [words[0] for words in said] == ["install", "shard", "pretrain", "evaluate", "export"]
+    assert parse_command(said[1][1:]).test_fraction == 0.3
+    for words, root in ((said[2], TrainConfig), (said[3][1:], CompareEvaluation)):
+        parse_config(root, words[1:], prog="x", description="")
+    parse_config(ExportCommand, said[4][1:], prog="x", description="")
 
 
 def test_examples_run(run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -68,7 +68,8 @@ def test_the_cards_code_gives_the_features(name: Any, planes: Any, seen: Any, tm
 
 def test_the_readmes_code_is_the_cards(tmp_path: Path):
     """The test above runs this code."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("in torchvision, for")[2]
+    readme = readme.partition("\nShards in plain")[0]
     shown = {"file": "model.safetensors", "names": "torchvision", "backbone": {"name": "r3d18"}}
     assert code_in(readme) == example_code(shown, "exported")
 
