@@ -52,7 +52,7 @@ class _BatchMemory:
 
 
 class _Worker:
-    """What a thread needs for a sample: a decoder and buffers.
+    """The decoder and the buffers of a thread.
 
     Args:
         spec: What is made of a sample.

@@ -80,7 +80,7 @@ class ViewSlice:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """What a pipeline makes of each batch."""
+    """Settings of a pipeline: the views of each batch."""
 
     batch_size: int
     """Samples of a batch."""
@@ -193,7 +193,7 @@ def _feed_coded(pipe: Any, coded: Any, places: Sequence[np.ndarray]) -> None:
 
 
 def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
-    """Why this GPU cannot decode a video; None if it can.
+    """The reason why this GPU cannot decode a video; None if it can.
 
     Args:
         video: Shape `[B]`, uint8: a file of the kind to decode.
@@ -439,5 +439,5 @@ def _rows(view: ViewParameters, rows: slice) -> ViewParameters:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What DALI says of the cause, in one line, without its stack."""
+    """DALI's message on the cause, in one line, without its stack."""
     return str(error).partition("Stacktrace")[0].strip()

@@ -19,7 +19,7 @@ __all__ = ["BatchRecipe", "ClassificationRecipe", "PretrainingRecipe", "open_pla
 
 
 class BatchRecipe(ABC):
-    """What the training loader makes of each video: a window of frames, and views of it."""
+    """Recipes of batches: the window of frames of each video, and the views of it."""
 
     num_short: ClassVar[int]
     """Views that become `Batch.short`; one more becomes `Batch.long`."""

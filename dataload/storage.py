@@ -93,7 +93,7 @@ class ShardFolder(Protocol):
 
     @property
     def limit_bytes(self) -> int | None:
-        """How much of the set can be at hand at a time; None for all of it."""
+        """Bytes of the set that can be available at a time; None for all of it."""
         ...
 
     def check(self, entries: Sequence[ShardEntry], digest: str) -> None:

@@ -1,4 +1,4 @@
-"""Where tasks run: processes of this machine, or a Ray cluster, behind one small interface.
+"""Executors of tasks, with one interface: processes of this machine, or a Ray cluster.
 
 A task is a function of a module and one argument, both pickled. A process that dies costs its task
 alone. Python's own pools cannot say which task a dead process had and need /dev/shm, so the local

@@ -64,18 +64,18 @@ def read_label(path: Path, sample: TarSample) -> Label | None:
         where, content = _content(path, members["json"], "json")
         try:
             # Not `decode_json`: others write NaN, which JSON does not have, in unused fields.
-            told = json.loads(content.removeprefix(_UTF8_MARK))
+            decoded = json.loads(content.removeprefix(_UTF8_MARK))
         except (ValueError, RecursionError) as error:
             raise ShardError(
                 f"{where} is not valid: {error}; write the tar again without it, or correct it"
             ) from error
-        if isinstance(told, dict):
-            value = told.get("label")
-            value = told.get("cls") if value is None else value
-            class_name = told.get("class_name")
+        if isinstance(decoded, dict):
+            value = decoded.get("label")
+            value = decoded.get("cls") if value is None else value
+            class_name = decoded.get("class_name")
             facts = _label(class_name if value is None else value, where)
         elif plain is None:
-            facts = _label(told, where)
+            facts = _label(decoded, where)
     if plain is not None and facts is not None and plain.text != facts.text:
         # A number in one and its name in the other.
         if (plain.number is None) == (facts.number is None):

@@ -185,7 +185,7 @@ class IndexOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCommand:
-    """What `tools/shard.py` was asked to do with a data set."""
+    """The options of `tools/shard.py` for a data set."""
 
     dataset: Dataset
     videos: tuple[Path, ...]

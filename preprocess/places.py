@@ -1,4 +1,4 @@
-"""Where a set's shards and parts are kept; a file appears only when it is complete."""
+"""Storage of a set's shards and parts; a file appears only when it is complete."""
 
 import errno
 import fcntl

@@ -101,7 +101,7 @@ def _quantisation_steps(picture: Image.Image) -> dict[int, list[int]]:
 
 
 def _bound_of_means(steps: list[int], side: int) -> float:
-    """How far quantisation can move the mean of `side` x `side` neighbours in an 8 x 8 block."""
+    """Bound on the change of the mean of `side` x `side` pixels of a block by quantisation."""
     frequency, place = np.mgrid[:8, :8]
     basis = np.cos((2 * place + 1) * frequency * np.pi / 16) / 2
     basis[0] /= np.sqrt(2)

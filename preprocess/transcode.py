@@ -73,7 +73,7 @@ def encode_strip(planes: np.ndarray, form: NormalForm) -> bytes:
 
 
 def matrix_to_bt601(colorspace: int) -> np.ndarray | None:
-    """What turns full-range Y, Cb, Cr of a colour matrix into those of BT.601, JPEG's.
+    """The matrix that converts full-range Y, Cb, Cr of a colour matrix to BT.601 (JPEG).
 
     swscale can do it too, but loses one to three levels of brightness on the way.
 

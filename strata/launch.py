@@ -126,7 +126,7 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
         LaunchError: A variable is not a number.
     """
     parts: list[tuple[int, int]] = []
-    told: list[str] = []
+    found: list[str] = []
 
     def add(names: tuple[str, ...], numbers: Callable[[list[int]], tuple[int, int]]) -> bool:
         if not all(name in environment for name in names):
@@ -136,7 +136,7 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
             parts.append(numbers([int(environment[name]) for name in names]))
         except ValueError as error:
             raise LaunchError(f"{origin}: not numbers") from error
-        told.append(origin)
+        found.append(origin)
         return True
 
     # Numbers of an array may begin anywhere and have steps: --array=10-30:10 is three tasks.
@@ -149,7 +149,7 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
     index, count = 0, 1
     for number, size in parts:
         index, count = index * size + number, count * size
-    return index, count, " ".join(told)
+    return index, count, " ".join(found)
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -73,7 +73,7 @@ class StoredFile:
     Args:
         name: Relative to the folder that was listed.
         num_bytes: Size; 0 of a folder.
-        stamp: Size, and the content's hash or the time of change, as the store tells it.
+        stamp: Size, and the content's hash or the time of change, as the store reports it.
         is_folder: Whether it is a folder.
     """
 

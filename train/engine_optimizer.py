@@ -16,7 +16,7 @@ MOMENTUM = "momentum_buffer"
 
 
 class EngineOptimizer(ABC):
-    """What an update and the optimizer's state need to know about ZeRO.
+    """The optimizer's state and its update under ZeRO.
 
     Args:
         engine: DeepSpeed's engine.

@@ -34,7 +34,7 @@ class LoopConfig:
     run: Path
     """The run's folder."""
     total_steps: int
-    """Steps of the run, at most those until it is told to stop."""
+    """Steps of the run, at most those until it is asked to stop."""
     steps_per_epoch: int
     checkpoint: CheckpointConfig
     settings: Literal["engine", "training"]

@@ -1,4 +1,4 @@
-"""What the training loop needs to know of what it trains."""
+"""The interface between the training loop and a task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class Task(ABC, Generic[ModelT]):
-    """What a loop trains: one step, and the report on an interval of steps.
+    """A task of the training loop: one step, and the report on an interval of steps.
 
     Pretraining is one (train/pretraining.py), a classifier another (eval/classifier/run.py).
     """

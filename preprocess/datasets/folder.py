@@ -376,7 +376,7 @@ def _same_bytes(sources: Iterable[Source]) -> list[list[Source]]:
     for source in present:
         if source.path is not None and by_size[source.num_bytes] > 1:
             try:
-                # A store tells the hash of the content.
+                # A store reports the hash of the content.
                 remote = as_url(source.path) is not None
                 groups[source.stamp if remote else sha256_of(source.path)].append(source)
             except OSError:

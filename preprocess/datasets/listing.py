@@ -170,7 +170,7 @@ def require_folder(folder: Path, option: str) -> None:
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """What is directly in a folder of lists, by name, without hidden and system files.
+    """The entries of a folder of lists, by name, without hidden and system files.
 
     Raises:
         ConfigError: It cannot be read.
@@ -254,7 +254,7 @@ def list_files(roots: Sequence[Path], option: str = "--videos") -> Listing:
 
 
 def _list_url(root: Path, url: str, listing: Listing, option: str) -> None:
-    """List all files below a URL, with what the store tells of them."""
+    """List all files below a URL, with the store's facts on them."""
     found: list[FoundFile] = []
     for file in Store(url).listed("", deep=True):
         path = root / file.name

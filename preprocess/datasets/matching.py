@@ -139,7 +139,7 @@ class Finder:
         match, fault = self._found.get(name, (None, None))
         return replace(source_at(name, match and match.file, label), fault=fault)
 
-    def told(self, source_set: SourceSet) -> SourceSet:
+    def with_notes(self, source_set: SourceSet) -> SourceSet:
         """The set, with notes on the files that differ from the list."""
         counts: Counter[str] = Counter()
         example: dict[str, str] = {}

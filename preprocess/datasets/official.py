@@ -176,7 +176,7 @@ def _sets(
         for split, entries in lists.items()
     ]
     check_any_present(sets, listing, _LOOKED_FOR)
-    return [finder.told(s) for s in sets]
+    return [finder.with_notes(s) for s in sets]
 
 
 def _check_disjoint(sets: Sequence[SourceSet]) -> None:

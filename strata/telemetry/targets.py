@@ -118,7 +118,7 @@ class Target:
 
 
 class TargetFile:
-    """Tells Prometheus, through its file_sd_configs, where this process is to be scraped.
+    """The file from which Prometheus (file_sd_configs) learns the address of this process.
 
     The file stays if the process dies, so that `up` falls to 0 and an alert fires. It is removed
     when the process ends normally.

@@ -1,4 +1,4 @@
-"""On a GPU: what the real NVML tells of it, while it works."""
+"""Readings of a working GPU by the real NVML."""
 
 import time
 

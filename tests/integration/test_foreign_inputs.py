@@ -73,9 +73,9 @@ def test_notes_and_samples_without_a_label_are_printed(
     lossy = (tmp_path / "b.mkv").read_bytes()
     write_tar(folder / "0.tar", {"a.cls": b"0", "a.mkv": lossy, "b.mp4": clip})
     index(folder)
-    told = capsys.readouterr().out
-    assert "written with a note: 1\n    0.tar/a: frames missing by the timestamps: 1, first" in told
-    assert "note: 1 samples have no label: 0.tar/b" in told
+    text = capsys.readouterr().out
+    assert "written with a note: 1\n    0.tar/a: frames missing by the timestamps: 1, first" in text
+    assert "note: 1 samples have no label: 0.tar/b" in text
 
 
 def test_hidden_tars_and_members_are_not_read(
@@ -89,10 +89,10 @@ def test_hidden_tars_and_members_are_not_read(
     (folder / ".DS_Store").write_bytes(b"")
     (folder / "empty.tar").write_bytes(bytes(10240))
     index(folder)
-    told = capsys.readouterr().out
-    assert "2 members are hidden, of an operating system, or without an extension" in told
-    assert "0.tar/._v.mp4" in told
-    assert "1 tars hold no sample: empty.tar" in told
+    text = capsys.readouterr().out
+    assert "2 members are hidden, of an operating system, or without an extension" in text
+    assert "0.tar/._v.mp4" in text
+    assert "1 tars hold no sample: empty.tar" in text
     assert read_manifest(folder).num_samples == 2
     assert check_folder(folder, decode=-1) == []
 

@@ -8,7 +8,7 @@ from tests.support.commands import ROOT
 
 
 def test_bash_completes_the_settings(tmp_path: Path):
-    """What docs/operations.md tells to do, in a real bash."""
+    """The commands of docs/operations.md in a real bash."""
     completed = subprocess.run(
         [sys.executable, "train/main.py", "--print_completion=shtab-bash"],
         cwd=ROOT,

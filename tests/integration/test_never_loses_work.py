@@ -183,7 +183,7 @@ def test_killed_at_20_moments_and_the_end_is_the_same(
         before = step_of(run)
         (rank,) = server.start(*often)
         if kills % 2:
-            # Right after a step was told of: its checkpoint is being written.
+            # Right after a step was reported: its checkpoint is being written.
             deadline = time.monotonic() + 60
             while step_of(run) <= before and not rank.over.is_set():
                 assert time.monotonic() < deadline

@@ -84,7 +84,7 @@ def test_a_probed_run_has_the_same_bits(
     server.finish(*probed, "--run", tmp_path / "probed", ranks=ranks)
     assert_same(tmp_path / "probed", tmp_path / "plain")
     assert losses(tmp_path / "probed") == losses(tmp_path / "plain")
-    # Before training, every second epoch, at the end; stopped and gone on, in between and at one.
+    # Before training, every second epoch, at the end; stopped and resumed, in between and at one.
     found = records(tmp_path / "probed", "probe")
     assert [(r["epoch"], r["step"]) for r in found] == [(0, 0), (2, 12), (3, 18)]
     assert "2 clips of 16 frames at stride 1" in found[0]["protocol"]

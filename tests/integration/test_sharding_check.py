@@ -67,10 +67,10 @@ def test_faults_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (copy / "thesis.txt").write_text("precious")
     with pytest.raises(ShardError, match="3 faults"):
         verify([str(copy)])
-    told = capsys.readouterr().out
-    assert f"{copy}: shard-000000.idx: missing" in told
-    assert f"{copy}: shard-000001.tar: missing" in told
-    assert f"{copy}: thesis.txt: the manifest does not know it" in told
+    output = capsys.readouterr().out
+    assert f"{copy}: shard-000000.idx: missing" in output
+    assert f"{copy}: shard-000001.tar: missing" in output
+    assert f"{copy}: thesis.txt: the manifest does not know it" in output
 
 
 def rewrite_table(
@@ -162,10 +162,10 @@ def test_foreign_shards_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = {p: p.read_bytes() for p in folder.glob("*.tar")}
     main(["index", str(folder), "--min-frames", "20"])
     assert {p: p.read_bytes() for p in folder.glob("*.tar")} == before
-    told = capsys.readouterr().out
-    assert "6 samples in 2 tars, 6 with a label of 4 classes" in told
-    assert "sizes: 96x64 (6)" in told
-    assert "cost: a training sample takes " in told
+    output = capsys.readouterr().out
+    assert "6 samples in 2 tars, 6 with a label of 4 classes" in output
+    assert "sizes: 96x64 (6)" in output
+    assert "cost: a training sample takes " in output
     manifest = read_manifest(folder)
     assert manifest.form == NormalForm(payload="foreign", min_frames=20)
     assert manifest.classes == ("c0", "c1", "c2", "3")

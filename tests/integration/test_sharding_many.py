@@ -239,15 +239,15 @@ def test_dry_run_prints_and_writes_nothing(
 ) -> None:
     shard(videos, tmp_path / "out", "--dry-run", "--test-fraction", "0.4")
     assert not (tmp_path / "out").exists()
-    told = capsys.readouterr().out
-    assert "folder train: 8 listed, 8 on disk, 0 absent" in told
-    assert "folder test: 4 listed, 4 on disk" in told
-    assert [line.split() for line in told.splitlines() if line.startswith("run ")] == [
+    text = capsys.readouterr().out
+    assert "folder train: 8 listed, 8 on disk, 0 absent" in text
+    assert "folder test: 4 listed, 4 on disk" in text
+    assert [line.split() for line in text.splitlines() if line.startswith("run ")] == [
         ["run", "4", "/", "4", "2", "/", "2"]
     ]
-    assert "2 rejected" in told
-    assert "estimate:" in told
-    assert re.search(r"\([1-9]\d* us of CPU time and [1-9][\d,]* bytes a frame\), 2 rejected", told)
+    assert "2 rejected" in text
+    assert "estimate:" in text
+    assert re.search(r"\([1-9]\d* us of CPU time and [1-9][\d,]* bytes a frame\), 2 rejected", text)
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg"])

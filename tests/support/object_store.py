@@ -1,4 +1,4 @@
-"""A real S3 server on loopback (moto), which can be told to fail."""
+"""A real S3 server on loopback (moto), which can be made to fail."""
 
 import os
 import threading

@@ -114,10 +114,10 @@ def test_a_typo_is_answered_with_a_name_that_exists(argv: list[str], message: st
 def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    told = refused("--config", str(path))
-    assert f"{path}" in told
-    assert message in told
-    assert "unicode string" not in told
+    output = refused("--config", str(path))
+    assert f"{path}" in output
+    assert message in output
+    assert "unicode string" not in output
 
 
 def test_words_of_commands():

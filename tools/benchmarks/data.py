@@ -1,4 +1,4 @@
-"""How fast batches are made, compared with other loaders: `python tools/bench.py data --help`.
+"""Speed of loading compared with other loaders: `python tools/bench.py data --help`.
 
 First Strata's parts alone: reading (cutting coded frames out of shards), decoding, augmenting, and
 the complete loader, also with more threads. Then complete loaders in turns, on the same clips,

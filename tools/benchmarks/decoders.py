@@ -110,7 +110,7 @@ def _single_frames(strips: Sequence[np.ndarray], form: NormalForm) -> list[np.nd
 def _video_forms(
     form: NormalForm, frames: int, *, on_gpu: bool
 ) -> Iterator[tuple[str, NormalForm, tuple[int, ...]]]:
-    """What the video decoder is tested with: name, form (GOP, size), starts of the window."""
+    """Inputs of the video decoder: name, form (GOP, size), starts of the window."""
     base = replace(form, payload="mp4", segment_frames=0, min_frames=1)
     if not on_gpu:
         yield "mjpeg", replace(base, codec="mjpeg", quantizer=3), (0, frames)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, the machine, timing, turns, tables and result files.
+"""Shared by the benchmarks: options, machine, timing, turns, tables and result files.
 
 The bare loop's workers in the `preprocess` benchmark import this file and their start is measured,
 so torch and the parser are imported only where they are used.
@@ -130,7 +130,7 @@ def rate(
     warmup: int = 0,
     wait: Callable[[], object] = lambda: None,
 ) -> float:
-    """How many items are made in a second.
+    """Rate in items per second.
 
     Args:
         run: Makes `items` of them.

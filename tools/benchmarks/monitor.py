@@ -1,4 +1,4 @@
-"""What monitoring costs a training run: `python tools/bench.py monitor --help`.
+"""Cost of monitoring in a training run: `python tools/bench.py monitor --help`.
 
 A real run of one process is scraped many times a second in every second turn of steps, and not at
 all in the others. The time that the steps of a scraped turn take longer, divided by the scrapes of
@@ -61,7 +61,7 @@ while True:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorOptions(TrainConfig):
-    """What recording and scraping cost a training step; takes the settings of train/main.py too."""
+    """Cost of recording and scraping per training step; takes the settings of train/main.py too."""
 
     run: Path = Path("unset")
     """Not used: the run is in a temporary folder."""

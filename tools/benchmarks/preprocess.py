@@ -1,4 +1,4 @@
-"""How fast sharding is, beside a bare loop and ffmpeg's command line, and what each payload costs.
+"""Speed of sharding beside a bare loop and ffmpeg's command line, and cost of each payload.
 
 python tools/bench.py preprocess --videos DIR
 """

@@ -100,7 +100,7 @@ class _Training(Protocol):
 
 
 class _Task:
-    """What both trainings are given: the recipe, the device, the sizes."""
+    """Settings of both trainings: recipe, device, sizes."""
 
     def __init__(self, options: PublishedOptions) -> None:
         self.options = options

@@ -1,4 +1,4 @@
-"""What many ranks cost, computed: `python tools/bench.py ranks`.
+"""Cost of many ranks, computed: `python tools/bench.py ranks`.
 
 Nothing is timed. The bytes follow from shapes. The memory of a term is counted by running its
 forward and backward pass on tensors that have shapes and no values, so it is that of this code.
@@ -32,7 +32,7 @@ _WITH_GRADIENT = 5
 
 @dataclass(frozen=True, kw_only=True)
 class RanksOptions:
-    """What many ranks cost in bytes and memory, computed for stage 2 of the paper recipe."""
+    """Bytes and memory of many ranks, computed for stage 2 of the paper recipe."""
 
     ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of GPUs."""

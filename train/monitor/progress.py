@@ -1,4 +1,4 @@
-"""What a rank does now, for how long, and how long ago its last step was.
+"""The current activity of a rank, its duration, and the time since its last step.
 
 The training thread writes it and scrapes read it, so that work that has not ended yet counts too: a
 rank that waits for a read that never returns would otherwise look as it did before.

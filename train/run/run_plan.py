@@ -106,11 +106,7 @@ def describe_run(
             f"order {plan.digest}, seed {config.seed}",
         ),
         ("hours", _hours(config, last - step)),
-        (
-            "model",
-            f"{config.model.name}, width {config.model.width}, "
-            f"{costs[largest].parameters / 1e6:.2f} million parameters with heads",
-        ),
+        ("model", _model(config, costs[largest])),
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
         *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
@@ -143,7 +139,7 @@ def describe_run(
 def _facts(
     config: TrainConfig, world: World, device: torch.device, reader: ShardReader, plan: Plan
 ) -> dict[str, Any]:
-    """What is trained where on what, for the record."""
+    """The run's facts for the record: model, data, device."""
     return {
         "strata": strata.__version__,
         "torch": torch.__version__,
@@ -202,7 +198,7 @@ def announce_run(
 
 
 def _hours(config: TrainConfig, steps: int) -> str:
-    """How long the remaining steps take at the given or the last measured speed."""
+    """Time of the remaining steps at the given or the last measured speed."""
     rate, source = config.plan_rate, "as given"
     log = config.run / "log.jsonl"
     if not rate and log.is_file():
@@ -240,7 +236,7 @@ def _data(
 
 
 def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tuple[str, str]]:
-    """How many videos are too short for the window and are skipped, and the first names."""
+    """Number of videos that are too short for the window, and the first names."""
     if not plan.left_out:
         return []
     lengths = reader.num_frames[np.array(plan.left_out)]
@@ -259,6 +255,14 @@ def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tupl
     ]
 
 
+def _model(config: TrainConfig, cost: StepCost) -> str:
+    millions = cost.parameters / 1e6
+    return (
+        f"{config.model.name}, width {config.model.width}, {millions:.2f} million parameters with "
+        "heads"
+    )
+
+
 def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: int) -> str:
     weights = vars(config.method.weights)
     terms = " + ".join(
@@ -273,7 +277,7 @@ def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: in
 
 
 def _graph(config: TrainConfig, second_stage: bool) -> list[tuple[str, str]]:
-    """What to expect of the graph term, if the run uses it."""
+    """The expected state of the graph term, if the run uses it."""
     method, videos = config.method, config.data.batch_size
     if not second_stage or not any(n.startswith("graph_") for n in method.active(2)):
         return []

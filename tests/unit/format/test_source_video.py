@@ -39,7 +39,7 @@ def test_frames_by_number(tmp_path: Path, name: str, rng: np.random.Generator):
         # From the key frame before the first, where packets tell where that is.
         from_start = name == "d.avi"
         assert num_decoded <= chosen[-1] + 1 - (0 if from_start else chosen[0] // 12 * 12)
-    # A table that promises other frames than the packets: only decoding tells.
+    # A table that promises other frames than the packets: only decoding shows it.
     found, num_decoded = decode_frames(content, name, 61, np.array([40]), FORM)
     np.testing.assert_array_equal(found, every[[40]])
     assert num_decoded == 41

@@ -68,9 +68,9 @@ def test_all_broken_samples_are_named_by_default(folder: Path, capsys: pytest.Ca
         flip(path, start + size // 2)
     with pytest.raises(ShardError, match="6 faults"):
         verify([str(folder)])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for sample in range(8):
-        assert (f"video-{sample:04d}: " in told) == (sample in (0, 2, 3, 7))
+        assert (f"video-{sample:04d}: " in output) == (sample in (0, 2, 3, 7))
 
 
 def test_every_file_is_read_once(folder: Path):

@@ -148,6 +148,6 @@ def test_the_help_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert "ucf101,hmdb51," in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["folder", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "--test_fraction" in told
-    assert "Share of each class for a test set." in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "--test_fraction" in output
+    assert "Share of each class for a test set." in output

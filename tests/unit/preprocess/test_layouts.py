@@ -56,8 +56,8 @@ def test_the_same_video_in_two_splits_is_noted(tmp_path: Path) -> None:
     put(tmp_path / "val" / "run" / "y.mp4", b"same")
     train, val = find_folder([tmp_path])
     assert len(train.sources) == len(val.sources) == 2
-    told = "1 videos are in several splits, and kept: train/run/x.mp4 = val/run/y.mp4"
-    assert told in train.notes
+    note = "1 videos are in several splits, and kept: train/run/x.mp4 = val/run/y.mp4"
+    assert note in train.notes
 
 
 def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:

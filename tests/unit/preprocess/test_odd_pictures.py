@@ -118,7 +118,7 @@ def test_rate_is_left_alone(tmp_path: Path, times: list[int]) -> None:
 def test_pixels_that_are_not_square(tmp_path: Path) -> None:
     form = NormalForm(width=96, height=64, fit="crop", quality=95, min_frames=1)
     frames = moving_scene(2, 96, 128)
-    wide = tmp_path / "a.ts"  # Where only the coded stream itself tells the shape.
+    wide = tmp_path / "a.ts"  # Only the coded stream itself has the shape.
     settings = {"codec": "libx264", "options": {"crf": "8"}, "sample_aspect": Fraction(2)}
     write_video(wide, frames, **settings)
     assert psnr(transcode(wide, form), expected_frames(frames, 96, 64)) > 30

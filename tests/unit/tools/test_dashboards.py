@@ -254,7 +254,7 @@ def test_provisioning_and_compose_name_what_is_there():
     compose = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
     for service in compose.values():
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"]), "pin the image"
-        # On the host's network, so each must be told to answer on loopback alone.
+        # On the host's network, so each must be set to answer on loopback alone.
         assert service["network_mode"] == "host"
         assert "ports" not in service
         for volume in service["volumes"]:
@@ -626,7 +626,7 @@ def _silent(alert: str, minutes: int, series: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fired(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What promtool found where it was told to expect silence, by alert."""
+    """Alerts that promtool found where none was expected, by name."""
     groups = [_silent(a, m, series) for a, (m, firing, _) in ALERTS.items() for series in firing]
     done = _test_rules(groups, tmp_path_factory.mktemp("firing"))
     found: dict[str, list[str]] = {}

@@ -79,7 +79,7 @@ def test_the_direction_of_clips_and_videos():
     forth = np.array([[[2.0], [-1.0]], [[1.0], [1.0]]])
     back = np.array([[[-1.0], [-1.0]], [[3.0], [-1.0]]])
     assert direction_accuracy(np.ones(1), forth, back) == {"clips": 0.75, "videos": 0.75}
-    # A head that says nothing is right as often as by lot.
+    # A head without information is right as often as chance.
     assert direction_accuracy(np.zeros(1), forth, back) == {"clips": 0.5, "videos": 0.5}
 
 

@@ -40,8 +40,8 @@ def test_ucf_lists(tmp_path: Path, flat: bool) -> None:
     ]
     assert [s.name for s in test.present] == ["Archery/v_Archery_g01_c01.avi"]
     assert test.present[0].num_bytes == 10
-    told = "1 classes have no video on the disk: Archery"
-    assert [told in s.notes for s in (train, test)] == [True, False]
+    note = "1 classes have no video on the disk: Archery"
+    assert [note in s.notes for s in (train, test)] == [True, False]
 
 
 @pytest.mark.parametrize(

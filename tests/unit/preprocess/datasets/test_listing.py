@@ -166,7 +166,7 @@ def test_pipes_and_files_without_a_videos_name_are_noted(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "run" / "pipe")
     (only,) = find_folder([tmp_path])
     assert only.notes == (
-        "1 are pipes or devices: run/pipe",
+        "1 are pipes, devices or no paths: run/pipe",
         "2 files are not videos by their names: run/all.zip, run/noextension",
     )
 

@@ -39,7 +39,7 @@ def found(root: Path, *videos: str, **content: bytes) -> tuple[dict[str, str], s
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "text"),
     [
         (LISTED, ""),
         ([n.partition("/")[2] for n in LISTED], ""),
@@ -70,11 +70,11 @@ def found(root: Path, *videos: str, **content: bytes) -> tuple[dict[str, str], s
         "unknown folder",
     ],
 )
-def test_ucf101_as_people_have_it(tmp_path: Path, files: list[str], told: str) -> None:
+def test_ucf101_as_people_have_it(tmp_path: Path, files: list[str], text: str) -> None:
     got, notes = found(tmp_path, *(f"videos/{f}" for f in files))
     assert got == dict(zip(LISTED, files, strict=True))
-    assert told in notes
-    assert bool(told) == bool(notes)
+    assert text in notes
+    assert bool(text) == bool(notes)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_the_same_video_in_two_folders(tmp_path: Path) -> None:
     train, test = find_ucf101([tmp_path / "a", tmp_path / "b"], splits, "1")
     assert [s.fault for s in train.present] == [None]
     assert train.present[0].path == tmp_path / "a" / LISTED[1]
-    told = "1 videos are there several times with the same bytes, the first is taken: "
-    assert told + LISTED[1] in train.notes
+    text = "1 videos are there several times with the same bytes, the first is taken: "
+    assert text + LISTED[1] in train.notes
     ((fault, detail),) = [s.fault for s in test.present if s.fault]
     assert fault == FaultKind.CONFLICT
     assert detail.startswith("files that may be it differ: ")
@@ -184,8 +184,8 @@ def test_hmdb51_names_with_special_characters(tmp_path: Path) -> None:
     assert {s.name: s.file for s in train.sources} == {f"wave/{n}": f for n, f in listed.items()}
     assert [s.label for s in test.present] == [0]
     assert not [s for s in train.sources if s.fault]
-    told = "1 videos are found with other characters for what is neither letter nor digit: "
-    assert any(n.startswith(told) for n in train.notes)
+    text = "1 videos are found with other characters for what is neither letter nor digit: "
+    assert any(n.startswith(text) for n in train.notes)
 
 
 def test_a_like_name_does_not_take_the_file_of_another(tmp_path: Path) -> None:

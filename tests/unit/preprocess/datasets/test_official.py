@@ -239,8 +239,8 @@ def test_kinetics_replacements_are_preferred(tmp_path: Path, other: str, replace
     (val,) = kinetics(tmp_path, [other, replacement])
     assert not faults(val)
     assert [s.file for s in val.present] == [replacement]
-    told = "1 clips are taken from a replacement folder instead of another: "
-    assert f"{told}{replacement}, not {other}" in val.notes
+    note = "1 clips are taken from a replacement folder instead of another: "
+    assert f"{note}{replacement}, not {other}" in val.notes
 
 
 def test_kinetics_clip_in_two_folders(tmp_path: Path) -> None:

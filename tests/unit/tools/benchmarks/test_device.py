@@ -19,7 +19,7 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
     words += ["--threads", "1", "2", "--variants", "plain", "half the batch", "--stages", "1"]
     words += ["--seconds", "0.1", "--steps", "2", "--out", str(out), "--plot", str(picture)]
     # In a process of its own: DeepSpeed keeps the groups of the first world that it sees.
-    told = " ".join(succeed("tools/bench.py", "device", *words).split())
+    output = " ".join(succeed("tools/bench.py", "device", *words).split())
     records = [json.loads(line) for line in out.read_text().splitlines()]
     by_part = {part: [r for r in records if r["part"] == part] for part in PARTS}
     assert all(by_part.values())
@@ -41,14 +41,14 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
     # Rounded, and still the same direction; not fp32 once more.
     assert 0.5 < rounded["cosine"] < 1 - 1e-7
     assert 0.5 < rounded["rest_cosine"] < 1 - 1e-7
-    assert "precision, bf16, stage 1, batch 4: against fp32's gradient the encoder's has" in told
+    assert "precision, bf16, stage 1, batch 4: against fp32's gradient the encoder's has" in output
     (whole,) = by_part["whole"]
     assert whole["of_step_alone"] == pytest.approx(
         whole["samples_per_s"] / by_part["step"][0]["samples_per_s"]
     )
     assert sum(whole["shares"].values()) == pytest.approx(1, abs=0.02)
-    assert "| step | plain, stage 1, batch 4 |" in told
-    assert "of the step alone; data wait" in told
+    assert "| step | plain, stage 1, batch 4 |" in output
+    assert "of the step alone; data wait" in output
     with Image.open(picture) as image:
         assert image.width > 1000
 

@@ -94,9 +94,9 @@ def test_options_are_checked_and_the_class_explains_the_benchmark(
         measure.parse_options(Options, ["--rounds", "0"], "x")
     with pytest.raises(SystemExit):
         measure.parse_options(Options, ["--help"], "x")
-    told = capsys.readouterr().out
-    assert "The first line." in told
-    assert "Not the help's." not in told
+    output = capsys.readouterr().out
+    assert "The first line." in output
+    assert "Not the help's." not in output
 
 
 def test_every_benchmark_has_a_main_and_shows_its_options(capsys: pytest.CaptureFixture[str]):

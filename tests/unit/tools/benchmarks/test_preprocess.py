@@ -23,16 +23,16 @@ def test_table_and_ratio(
 ) -> None:
     monkeypatch.setattr(preprocess.shutil, "which", lambda _: None)
     main(["preprocess", "--videos", str(videos), "--workers", "1", "--repeat", "1"])
-    told = capsys.readouterr().out
-    rows = [[c.strip() for c in x.split("|")[1:-1]] for x in told.splitlines() if x[0] == "|"]
-    assert told.startswith("machine: cpu, ")
-    assert "ffmpeg: skipped, there is no such command here" in told
+    text = capsys.readouterr().out
+    rows = [[c.strip() for c in x.split("|")[1:-1]] for x in text.splitlines() if x[0] == "|"]
+    assert text.startswith("machine: cpu, ")
+    assert "ffmpeg: skipped, there is no such command here" in text
     for name in ("strata", "bare loop"):
         (cells,) = [row for row in rows if row[0] == name]
         seconds, _, frames_per_s = cells[1:4]
         assert float(seconds) * float(frames_per_s.replace(",", "")) == pytest.approx(80, rel=0.05)
-    assert "strata / bare loop: " in told
-    assert re.search(r"driver's own thread [\d.]+ ms a video, workers [\d.]+: computed, one", told)
+    assert "strata / bare loop: " in text
+    assert re.search(r"driver's own thread [\d.]+ ms a video, workers [\d.]+: computed, one", text)
 
 
 def test_a_higher_quality_costs_bytes_and_is_nearer_to_the_source(videos: Path) -> None:
@@ -51,10 +51,10 @@ def test_a_higher_quality_costs_bytes_and_is_nearer_to_the_source(videos: Path) 
 
 def test_payloads_are_compared(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["preprocess", "--videos", str(videos), "--limit", "1", "--choices"])
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     for form in preprocess._choices():
         name = f"jpeg q{form.quality}" if form.payload == "jpeg" else f"mp4 {form.codec}"
-        assert f"| {name}" in told
+        assert f"| {name}" in text
 
 
 def test_same_pictures_have_similarity_one() -> None:

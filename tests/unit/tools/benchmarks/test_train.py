@@ -49,9 +49,9 @@ def test_the_command_on_two_ranks(shards: Path, tmp_path: Path):
         assert record["samples_per_s"] == pytest.approx(4 / record["step_s"])
         assert record["mfu"] > 0
         assert record["memory_bytes"] > 0
-    told = " ".join(done.stdout.split())
-    assert "| communication, ms |" in told
-    assert "| **step, ms** |" in told
+    output = " ".join(done.stdout.split())
+    assert "| communication, ms |" in output
+    assert "| **step, ms** |" in output
 
 
 STOPPED = """
