@@ -48,7 +48,7 @@ LOWEST_TESTS = (
     ),
     *("tests/unit/test_untrusted.py", "tests/unit/telemetry/test_tensorboard.py"),
     *("tests/unit/dataload/test_reader.py", "tests/unit/dataload/test_storage.py"),
-    *("tests/unit/preprocess/test_encode_mp4.py", "tests/unit/preprocess/test_shards.py"),
+    *("tests/unit/preprocess/test_encode_mp4.py", "tests/unit/preprocess/test_part.py"),
     *("tests/security/test_checkpoint_files.py", "tests/security/test_network.py"),
 )
 

@@ -17,13 +17,25 @@ LogKind = Literal["bar", "json", "none"]
 
 
 class Progress:
-    """Interface of the reporters of progress; this one writes nothing."""
+    """Counts finished sources for Prometheus; the classes below also report them.
+
+    Args:
+        metrics: The counters, if there are any.
+    """
+
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics
 
     def done(self, num_frames: int) -> None:
         """Count a source that is done: written with so many frames, or rejected with 0."""
+        if num_frames and self._metrics is not None:
+            self._metrics.add("strata_videos_sharded_total", 1, outcome="written")
+            self._metrics.add("strata_frames_sharded_total", num_frames)
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
         """Report a rejected source."""
+        if self._metrics is not None:
+            self._metrics.add("strata_videos_sharded_total", 1, outcome="rejected")
 
     def tick(self) -> None:
         """Called about once a second, whether a source is done or not."""
@@ -33,7 +45,8 @@ class Progress:
 
 
 class _Bar(Progress):
-    def __init__(self, name: str, total: int, initial: int) -> None:
+    def __init__(self, name: str, total: int, initial: int, metrics: Metrics | None) -> None:
+        super().__init__(metrics)
         self._num_rejected = 0
         self._bar = tqdm(
             total=total,
@@ -45,9 +58,11 @@ class _Bar(Progress):
         )
 
     def done(self, num_frames: int) -> None:
+        super().done(num_frames)
         self._bar.update()
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
+        super().rejected(source, reason, detail)
         self._num_rejected += 1
         self._bar.set_postfix({"rejected": self._num_rejected})
 
@@ -67,6 +82,7 @@ class JsonLog(Progress):
         total: Sources of this process, including those done before.
         initial: Sources done before.
         every_s: Seconds between lines of progress.
+        metrics: The counters, if there are any.
         file: Where to write; stderr by default.
     """
 
@@ -77,8 +93,10 @@ class JsonLog(Progress):
         initial: int,
         *,
         every_s: float,
+        metrics: Metrics | None = None,
         file: IO[str] | None = None,
     ) -> None:
+        super().__init__(metrics)
         self._name, self._total, self._done, self._initial = name, total, initial, initial
         self._every_s, self._file = every_s, file
         self._num_rejected = 0
@@ -87,6 +105,7 @@ class JsonLog(Progress):
 
     def done(self, num_frames: int) -> None:
         """Count a source, and report if an interval has passed."""
+        super().done(num_frames)
         self._done += 1
         self.tick()
 
@@ -97,6 +116,7 @@ class JsonLog(Progress):
 
     def rejected(self, source: str, reason: str, detail: str) -> None:
         """Report a rejected source immediately."""
+        super().rejected(source, reason, detail)
         self._num_rejected += 1
         self._write(event="rejected", source=source, reason=reason, detail=detail)
 
@@ -125,29 +145,6 @@ class JsonLog(Progress):
         print(json.dumps(line), file=self._file or sys.stderr, flush=True)
 
 
-class _Exported(Progress):
-    """Counts for Prometheus, and passes every call to another reporter."""
-
-    def __init__(self, other: Progress, metrics: Metrics) -> None:
-        self._other, self._metrics = other, metrics
-
-    def done(self, num_frames: int) -> None:
-        if num_frames:
-            self._metrics.add("strata_videos_sharded_total", 1, outcome="written")
-            self._metrics.add("strata_frames_sharded_total", num_frames)
-        self._other.done(num_frames)
-
-    def rejected(self, source: str, reason: str, detail: str) -> None:
-        self._metrics.add("strata_videos_sharded_total", 1, outcome="rejected")
-        self._other.rejected(source, reason, detail)
-
-    def tick(self) -> None:
-        self._other.tick()
-
-    def close(self) -> None:
-        self._other.close()
-
-
 @contextmanager
 def open_progress(
     kind: LogKind,
@@ -160,13 +157,11 @@ def open_progress(
     """A reporter for one set, closed also after an error; JSON every `every_s` seconds."""
     match kind:
         case "bar":
-            progress: Progress = _Bar(name, total, initial)
+            progress: Progress = _Bar(name, total, initial, metrics)
         case "json":
-            progress = JsonLog(name, total, initial, every_s=every_s)
+            progress = JsonLog(name, total, initial, every_s=every_s, metrics=metrics)
         case "none":
-            progress = Progress()
-    if metrics is not None:
-        progress = _Exported(progress, metrics)
+            progress = Progress(metrics)
     try:
         yield progress
     finally:

@@ -21,7 +21,7 @@ from tests.integration.test_sharding import REPOSITORY, SMALL, contents, videos
 from tests.support.source_videos import moving_scene, write_video
 
 __all__ = ["videos"]
-KILLS = int(os.environ.get("STRATA_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("STRATA_TEST_KILLS", "2"))
 
 
 def processes_of(session: int) -> list[psutil.Process]:
