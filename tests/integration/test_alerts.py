@@ -70,7 +70,11 @@ class Fleet:
 def fleet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("alerts")
     prometheus = Prometheus(folder, interval="1s", hold="2s")
-    server = ForkServer(folder)
+    try:
+        server = ForkServer(folder)
+    except BaseException:
+        stop(prometheus.process)
+        raise
     tiny = folder / "tiny.yaml"
     tiny.write_text(yaml.safe_dump(TINY))
 

@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
                 *("--monitor.port", str(free_port()), "--monitor.file_sd", folder / "targets"),
                 *("--schedule.epochs", "400", "--checkpoint.every_steps", "60"),
                 *("--probe.every_epochs", "10", "--probe.num_clips", "1"),
-                *("--probe.gallery", folder / "train", "--probe.query", folder / "test"),
+                *("--probe.train", folder / "train", "--probe.test", folder / "test"),
                 hook="tests.support.simulated_gpu:install",
             )
         time.sleep(60 * _MINUTES)

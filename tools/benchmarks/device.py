@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
@@ -46,6 +45,7 @@ from strata.tools.benchmarks.step import (
     Variant,
     bytes_moved,
     measure_precisions,
+    print_slowest,
     random_step,
 )
 from strata.train.config import TrainConfig
@@ -57,8 +57,6 @@ __all__ = ["main"]
 
 _CLIPS = ClipSpec()
 _PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
-_PROFILED_STEPS = 3
-_PROFILED_ROWS = 15
 
 
 def _default_variants() -> tuple[str, ...]:
@@ -294,20 +292,7 @@ class _Bench:
             memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
         )
         if self.args.profile:
-            self._profile(step.run, name, stage)
-
-    def _profile(self, run: Callable[[], None], name: str, stage: int) -> None:
-        """Print the operators that take most time, which are the first to improve."""
-        activities = [ProfilerActivity.CPU]
-        if self.on_gpu:
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as profiler:
-            for _ in range(_PROFILED_STEPS):
-                run()
-            self._wait()
-        order = "self_cuda_time_total" if self.on_gpu else "self_cpu_time_total"
-        print(f"{_PROFILED_STEPS} steps of {name}, stage {stage}:")
-        print(profiler.key_averages().table(sort_by=order, row_limit=_PROFILED_ROWS), flush=True)
+            print_slowest(step.run, self.device, f"{name}, stage {stage}")
 
     def precision(self) -> None:
         """The step's speed at each precision, and how its gradient lies to fp32's."""

@@ -106,11 +106,7 @@ def describe_run(
             f"order {plan.digest}, seed {config.seed}",
         ),
         ("hours", _hours(config, last - step)),
-        (
-            "model",
-            f"{config.model.name}, width {config.model.width}, "
-            f"{costs[largest].parameters / 1e6:.2f} million parameters with heads",
-        ),
+        ("model", _model(config, costs[largest])),
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
         *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
@@ -257,6 +253,14 @@ def _left_out(config: TrainConfig, reader: ShardReader, plan: Plan) -> list[tupl
             f"{config.data.clips.window_frames} frames: {', '.join(named)}{more}",
         )
     ]
+
+
+def _model(config: TrainConfig, cost: StepCost) -> str:
+    millions = cost.parameters / 1e6
+    return (
+        f"{config.model.name}, width {config.model.width}, {millions:.2f} million parameters with "
+        "heads"
+    )
 
 
 def _stage(config: TrainConfig, span: tuple[int, int], cost: StepCost, stage: int) -> str:

@@ -12,6 +12,7 @@ from strata.config import parse_config
 from strata.errors import ConfigError
 from strata.tools.ablation import gpu_shares, main
 from strata.tools.ablation_grid import AblateConfig, pretraining
+from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_table import read_json
 from strata.tools.launchers import program
 from strata.train.config import TrainConfig
@@ -192,3 +193,43 @@ def test_a_record_of_a_grid_that_is_none_is_one_line(content: bytes, tmp_path: P
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"cell\.json is not valid"):
         read_json(path)
+
+
+def test_a_record_has_a_page_for_a_browser_and_one_in_markdown(tmp_path: Path):
+    def over(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "deviation": 0.02, "error": 0.01, "num_runs": 2}
+
+    figures = {"retrieval": {"made": {"R@1": over(0.4), "R@5": over(0.7)}}}
+    row = {"pretrain": None, "untrained": None, "pixels": None, "set": {"method.rate": 0.2}}
+    summary = {
+        "title": "A grid of <rows>",
+        "grid": {
+            **{"splits": [], "seeds": [0, 1], "set": {}, "shards": "shards/a"},
+            **{"pretrain": "a.yaml", "rows": {"one": row, "b<c": row}},
+        },
+        "evaluations": {"retrieval": {"protocol": "retrieval", "in_words": {"one": "as it is"}}},
+        "chance": {"retrieval": {"made": {"R@1": 0.1, "R@5": 0.5}}},
+        "rows": {
+            "one": {
+                **{"num_runs": 2, "num_complete": 2, "figures": figures},
+                **{"health": {"prototypes_in_use": over(9.0)}, "pretraining_s": over(60.0)},
+            },
+            "b<c": {
+                **{"num_runs": 2, "num_complete": 0, "figures": {"retrieval": {}}},
+                **{"health": {}, "pretraining_s": None},
+            },
+        },
+        "runs": [
+            {"name": "b<c, seed 0", "status": "failed", "reason": "it ended", "evaluations": {}}
+        ],
+        **{"strata": "0.1.0", "commits": ["c0ffee"], "total_s": 1.0},
+    }
+    assert "one" in write_tables(tmp_path, summary)
+    page = (tmp_path / "ablation.html").read_text()
+    markdown = (tmp_path / "ablation.md").read_text()
+    for shown in ("40.0 ± 2.0", "not measured", "0 of 2 complete", "as it is", "9.000 ± 0.020"):
+        assert shown in page
+        assert shown in markdown
+    assert "A grid of &lt;rows&gt;" in page
+    assert "b&lt;c, seed 0" in page
+    assert "`" not in page.partition("<body>")[2]
