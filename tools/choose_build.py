@@ -4,11 +4,11 @@
 the address of PyTorch's builds for it, or `-` for the default ones.
 """
 
+import http.client
 import re
 import shutil
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 
@@ -46,7 +46,7 @@ def answers(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}/torch/", timeout=5):
             return True
-    except (urllib.error.URLError, TimeoutError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
