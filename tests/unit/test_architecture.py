@@ -129,7 +129,8 @@ def test_packages_are_the_folders_and_the_recipes():
             parts = init.parent.relative_to(ROOT).parts
             folders[".".join(parts if top == "strata" else ("strata", *parts))] = "/".join(parts)
     folders["strata.configs"] = "configs"
-    assert set(settings["packages"]) == set(folders)
+    recipes = {f"strata.configs.{path.parent.name}" for path in ROOT.glob("configs/*/*.yaml")}
+    assert set(settings["packages"]) == set(folders) | recipes
     assert settings["package-dir"] == folders
 
 
