@@ -37,4 +37,4 @@ def main(shards: str, state: str, steps: int = 4) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2])

@@ -3,14 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import webdataset
+from webdataset.compat import WebDataset
 
 folder = Path(sys.argv[1])
 height = json.loads((folder / "manifest.json").read_text())["form"]["height"]
 tars = sorted(map(str, folder.glob("shard-*.tar")))
-for sample in webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"):
+samples: Any = WebDataset(tars, shardshuffle=False).decode("rgb8")
+for sample in samples:
     # Frames are stacked from top to bottom in pictures named 000.jpg, 001.jpg and so on.
     names = sorted(name for name in sample if name.endswith(".jpg"))
     strips = np.concatenate([sample[name] for name in names])

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Protocol
 
 from strata.errors import ConfigError, StrataError
@@ -72,12 +71,7 @@ class Executor(Protocol):
 
     def __enter__(self) -> "Executor": ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 def outcome_of(call: Callable[[Any], Any], argument: Any) -> Outcome:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -145,9 +145,10 @@ class RemotePlace(Place):
         """Remove files and folders."""
         self._store.remove(list(names))
 
-    def locked(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
         """Hold no lock."""
-        return nullcontext()
+        yield
 
     def manifest(self) -> Manifest:
         """Download the manifest and read it."""

@@ -130,7 +130,7 @@ features = high.mean(dim=(2, 3, 4))
 """
 
 
-def example_code(described: dict[str, Any], folder: str) -> str:
+def example_code(described: Mapping[str, Any], folder: str) -> str:
     """Python code that loads an export and turns `clips` into `features`.
 
     Args:

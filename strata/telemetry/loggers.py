@@ -81,7 +81,11 @@ class WandbLogger:
 
     def close(self) -> None:
         """Send or write what is left."""
+        import wandb
+
         self._run.finish()
+        # Its service writes the file, and may do so after the run is finished.
+        wandb.teardown()
 
 
 class MlflowLogger:

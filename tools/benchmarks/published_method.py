@@ -142,8 +142,8 @@ def write_frame_files(reader: ShardReader, root: Path, num_videos: int) -> None:
 class PublishedModel(VideoModel):
     """The same network on inputs laid out channels first."""
 
-    def _seen(self, clips: Tensor, second_of: int) -> Tensor:
-        return super()._seen(clips, second_of).contiguous()
+    def _seen(self, clips: Tensor, mean: Tensor, scale: Tensor, second_of: int) -> Tensor:
+        return super()._seen(clips, mean, scale, second_of).contiguous()
 
 
 def pool_contrast(

@@ -248,11 +248,15 @@ class VideoModel(nn.Module):
 
     def encoder(self, clips: Tensor, mean: Tensor, scale: Tensor, second_of: int) -> Levels:
         """Maps of `[N, T, S, S, 3]`, uint8; every second of `second_of` seen as differences."""
+        return self.backbone(self._seen(clips, mean, scale, second_of))
+
+    def _seen(self, clips: Tensor, mean: Tensor, scale: Tensor, second_of: int) -> Tensor:
+        """Input of the encoder, `[N, C, T, S, S]`."""
         dtype = self.backbone.input_conv().weight.dtype
         seen = scaled(clips, mean, scale, self.in_channels, dtype)
         if second_of:
             seen[1::second_of] = frame_differences(seen[1::second_of])
-        return self.backbone(seen)
+        return seen
 
     def _steps(self, level: Level, maps: Tensor, orders: Tensor | None) -> Tensor:
         """Averages over space, `[A', N, T, C]`; the high level has no motion excitation."""

@@ -84,12 +84,12 @@ class StemConvolution(nn.Conv3d):
             # As the convolution would: folding then moves half of the bytes.
             input = input.to(torch.get_autocast_dtype(device))
         folded, weight = _fold_pixels(input), _fold_weight(self.weight)
+        frames = self.kernel_size[0]
         if self.fold == "pixels":
             weight = weight.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
             return functional.conv3d(
-                folded.permute(0, 4, 1, 2, 3), weight, padding=(self.padding[0], 0, 0)
+                folded.permute(0, 4, 1, 2, 3), weight, padding=(frames // 2, 0, 0)
             )
-        frames = self.kernel_size[0]
         channels = folded_channels(self.fold, frames)
         weight = weight.flatten(1, 2)
         weight = functional.pad(weight, (0, 0, 0, 0, 0, channels - weight.shape[1]))

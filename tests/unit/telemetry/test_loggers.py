@@ -84,7 +84,7 @@ def test_wandb_has_every_number_offline(tmp_path: Path, monkeypatch: pytest.Monk
     (path,) = folder.rglob("*.wandb")
     found: dict[str, dict[int, float]] = {}
     for data in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         items = {("/".join(i.nested_key) or i.key): i.value_json for i in record.history.item}
         for name, value in items.items():
@@ -98,4 +98,4 @@ def test_without_the_package_it_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("wandb", "mlflow"):
         with pytest.raises(ConfigError, match=rf"install strata-video\[{name}\]"):
-            MonitorConfig(**{name: True})
+            MonitorConfig(wandb=name == "wandb", mlflow=name == "mlflow")

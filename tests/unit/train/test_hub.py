@@ -66,12 +66,9 @@ def test_an_export_goes_to_the_hub_and_comes_back(
 
 
 def test_what_an_upload_needs_is_asked_for_first(tmp_path: Path):
-    for more, message in (
-        ({"push_to_hub": "a"}, "use ORG/NAME"),
-        ({"push_to_hub": NAME}, "give their --licence"),
-    ):
+    for name, message in (("a", "use ORG/NAME"), (NAME, "give their --licence")):
         with pytest.raises(ConfigError, match=message):
-            ExportCommand(checkpoint=tmp_path, out=tmp_path / "out", **more)
+            ExportCommand(checkpoint=tmp_path, out=tmp_path / "out", push_to_hub=name)
 
 
 def test_the_report_of_another_checkpoint_is_refused(tmp_path: Path):

@@ -1,5 +1,7 @@
 """The folded stem and the pooling of frames are the plain ones: values, gradients and names."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ def test_values_and_gradients_are_those_of_the_convolution(
     num_elements = 4 * (size[0] // 2 + 3) * (size[1] // 2 + 3) * folded_channels(fold, frames)
     monkeypatch.setattr(stem, "_LARGEST", 2 * num_elements)
     torch.manual_seed(0)
-    shape = SHAPE | {"kernel_size": (frames, 7, 7), "padding": (frames // 2, 3, 3)}
+    shape: Any = SHAPE | {"kernel_size": (frames, 7, 7), "padding": (frames // 2, 3, 3)}
     plain = nn.Conv3d(4, 5, **shape).double()
     folded = StemConvolution(4, 5, **shape).double()
     folded.fold = fold
