@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
 
 from strata.format.shard_tar import ARCHIVE_END, BLOCK, append_members, member_header
 
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_format(tmp_path: Path) -> None:
     assert [(name, content[at : at + size]) for name, at, size in places] == expected
     for name, at, size in places:
         assert content[at - BLOCK : at] == member_header(name, size)
-    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    samples = list(WebDataset(str(path), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == list(SAMPLES)
 
 
