@@ -121,9 +121,10 @@ def slow_steps() -> None:
     setattr(loop.Trainer, "_advance", advance)  # noqa: B010
 
 
-def slow_nan_at_step_5() -> None:
+def slow_nan_at_step_30() -> None:
+    """Late enough that a Prometheus, which finds targets in 5 s, has seen the run without it."""
     slow_steps()
-    nan_at_step_5()
+    _nan(30, "0")
 
 
 def blocked_reads_on_rank_1() -> None:
