@@ -6,10 +6,9 @@ in whatever order the parts are made.
 """
 
 import dataclasses
-import hashlib
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import IO
@@ -21,19 +20,15 @@ from PIL import features
 
 from strata.decoding import Damaged
 from strata.errors import FaultKind, ShardError, VideoFault
-from strata.format.index import index_bytes
 from strata.format.manifest import canonical_json
 from strata.format.schema import (
-    INDEX_SUFFIX,
-    SHARD_SUFFIX,
     NormalForm,
-    ShardEntry,
     SourceRow,
 )
-from strata.format.shard_tar import ARCHIVE_END, MemberPlace, append_members
+from strata.format.shard_tar import MemberPlace, append_members
 from strata.preprocess.container import stamp_of
 from strata.preprocess.executors import Died, Failed, WorkerError, run_alone
-from strata.preprocess.places import Place, open_place
+from strata.preprocess.places import open_place
 from strata.preprocess.sample import (
     Done,
     Task,
@@ -43,36 +38,20 @@ from strata.preprocess.sample import (
 )
 from strata.preprocess.settings import ReadBack
 from strata.transfer import as_url
-from strata.untrusted import decode_json
 
 __all__ = [
     "PROGRESS_FOLDER",
-    "JoinTask",
     "PartRecord",
     "PartTask",
-    "ShardRecord",
     "encoder_versions",
-    "join_parts",
     "make_part",
     "make_video_alone",
     "part_name",
-    "record_name",
-    "shard_name",
+    "pieces",
 ]
 
 PROGRESS_FOLDER = ".progress"
 """Folder of parts and records in that of a set, until its manifest is written."""
-_COPY_BYTES = 1 << 20
-
-
-def shard_name(index: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{index:06d}{SHARD_SUFFIX}"
-
-
-def record_name(index: int) -> str:
-    """The file of a finished shard's record, in the set's folder."""
-    return f"{PROGRESS_FOLDER}/{shard_name(index)}.json"
 
 
 def part_name(index: int, first: int, last: int) -> str:
@@ -131,19 +110,6 @@ class PartRecord:
     """XXH3-128 of the part file, hexadecimal."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """Facts of a finished shard, stored until the manifest is written."""
-
-    plan: str
-    sizes: str
-    """Digest of the sizes of the videos when they were listed."""
-    stamps: tuple[str, ...]
-    entry: ShardEntry | None
-    """None if all its videos were rejected."""
-    rows: tuple[SourceRow, ...]
-
-
 def make_part(task: PartTask) -> PartRecord:
     """Make a part file and its record.
 
@@ -170,7 +136,7 @@ def make_part(task: PartTask) -> PartRecord:
                 _add_video(task, video, file, made)
             checksum, num_bytes = xxhash.xxh3_128(), file.tell()
             file.seek(0)
-            for piece in _pieces(file):
+            for piece in pieces(file):
                 checksum.update(piece)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -280,103 +246,7 @@ def make_video_alone(task: PartTask) -> PartRecord:
     return make_part(dataclasses.replace(task, videos=(video,)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class JoinTask:
-    """A shard of which all parts are finished."""
-
-    location: str
-    shard: int
-    plan: str
-    sizes: str
-    parts: tuple[tuple[str, PartRecord], ...]
-    """Names and records, in order."""
-
-
-def join_parts(task: JoinTask) -> ShardRecord:
-    """Join the parts of a shard to its tar, write its index and record, and remove the parts.
-
-    Raises:
-        ShardError: A part is missing or damaged.
-        OSError: The shard cannot be written.
-    """
-    place = open_place(task.location)
-    rows = _rows_of_shard(part for _, part in task.parts)
-    entry, name = None, shard_name(task.shard)
-    try:
-        if any(part.samples for _, part in task.parts):
-            with place.writing(name) as tar:
-                lines, sha256, num_bytes = _copy_parts(place, task, tar)
-            index = index_bytes(lines)
-            with place.writing(name.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX) as file:
-                file.write(index)
-            entry = ShardEntry(
-                name=name,
-                num_samples=len(lines),
-                num_frames=sum(row.num_frames for row in rows),
-                num_bytes=num_bytes,
-                sha256=sha256,
-                index_sha256=hashlib.sha256(index).hexdigest(),
-            )
-    except FileNotFoundError as error:
-        # Another slice that overlaps with this one may have joined them.
-        content = place.read(record_name(task.shard))
-        if content is None:
-            raise ShardError(
-                f"{error.filename} is missing; run the same command again, it makes it again"
-            ) from error
-        return decode_json(content, ShardRecord, record_name(task.shard), ShardError)
-    record = ShardRecord(
-        plan=task.plan,
-        sizes=task.sizes,
-        stamps=tuple(stamp for _, part in task.parts for stamp in part.stamps),
-        entry=entry,
-        rows=rows,
-    )
-    with place.writing(record_name(task.shard)) as file:
-        file.write(canonical_json(msgspec.to_builtins(record)))
-    place.remove(name for part, _ in task.parts for name in (f"{part}.json", part))
-    return record
-
-
-def _rows_of_shard(parts: Iterable[PartRecord]) -> tuple[SourceRow, ...]:
-    """The rows of all parts, with positions that count from the shard's first sample."""
-    rows, before = list[SourceRow](), 0
-    for part in parts:
-        for row in part.rows:
-            moved = None if row.position is None else before + row.position
-            rows.append(dataclasses.replace(row, position=moved))
-        before += len(part.samples)
-    return tuple(rows)
-
-
-def _copy_parts(place: Place, task: JoinTask, tar: IO[bytes]) -> tuple[list[str], str, int]:
-    """Write a shard; returns the lines of its index, its SHA-256 and its size."""
-    digest, lines = hashlib.sha256(), list[str]()
-    for name, part in task.parts:
-        start, checksum = tar.tell(), xxhash.xxh3_128()
-        with place.reading(name) as file:
-            for piece in _pieces(file):
-                checksum.update(piece)
-                digest.update(piece)
-                tar.write(piece)
-        if (tar.tell() - start, checksum.hexdigest()) != (part.num_bytes, part.checksum):
-            place.remove([f"{name}.json"])
-            raise ShardError(
-                f"{task.location}/{name} was damaged after it was written; run the same command "
-                "again, it makes the part again"
-            )
-        lines += [_index_line(members, start) for members in part.samples]
-    tar.write(ARCHIVE_END)
-    digest.update(ARCHIVE_END)
-    return lines, digest.hexdigest(), tar.tell()
-
-
-def _index_line(members: Sequence[MemberPlace], start: int) -> str:
-    return " ".join(
-        f"{name.partition('.')[2]} {start + offset} {size} {name}" for name, offset, size in members
-    )
-
-
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    while piece := file.read(_COPY_BYTES):
+def pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """The content of a file from its position on, 1 MiB at a time."""
+    while piece := file.read(1 << 20):
         yield piece

@@ -15,13 +15,8 @@ from strata.format.manifest import canonical_json
 from strata.format.schema import INDEX_SUFFIX, MANIFEST_NAME, SHARD_SUFFIX, NormalForm
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.datasets.listing import is_ignored
-from strata.preprocess.part import (
-    PROGRESS_FOLDER,
-    PartRecord,
-    ShardRecord,
-    encoder_versions,
-    record_name,
-)
+from strata.preprocess.join import ShardRecord, record_name
+from strata.preprocess.part import PROGRESS_FOLDER, PartRecord, encoder_versions
 from strata.preprocess.places import Place
 from strata.preprocess.settings import ShardSettings
 from strata.untrusted import checked_name, decode_json

@@ -39,19 +39,15 @@ from strata.preprocess.executors import (
     Outcome,
     RayExecutor,
 )
+from strata.preprocess.join import JoinTask, ShardRecord, join_parts, record_name, shard_name
 from strata.preprocess.part import (
     PROGRESS_FOLDER,
-    JoinTask,
     PartRecord,
     PartTask,
-    ShardRecord,
     encoder_versions,
-    join_parts,
     make_part,
     make_video_alone,
     part_name,
-    record_name,
-    shard_name,
 )
 from strata.preprocess.places import Place, open_place
 from strata.preprocess.plan import (

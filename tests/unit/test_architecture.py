@@ -193,7 +193,9 @@ def test_the_journeys_in_the_design_pass_functions_that_exist():
                 assert name in definitions(path), f"{path} has no {name}"
 
 
-@pytest.mark.parametrize("journey", ["From tar to loss", "From checkpoint to report"])
+@pytest.mark.parametrize(
+    "journey", ["From tar to loss", "From video to shard", "From checkpoint to report"]
+)
 def test_a_journey_does_not_return_to_a_file(journey: str):
     text = DESIGN.partition(f"### {journey}\n")[2].partition("\n#")[0].strip()
     entered = Counter()

@@ -14,7 +14,8 @@ from strata.format.manifest import build_manifest, read_manifest, write_manifest
 from strata.format.schema import NormalForm, ShardEntry, SourceRow
 from strata.preprocess import part
 from strata.preprocess.container import stamp_of
-from strata.preprocess.part import JoinTask, PartTask, ShardRecord, join_parts, make_part
+from strata.preprocess.join import JoinTask, ShardRecord, join_parts
+from strata.preprocess.part import PartTask, make_part
 from strata.preprocess.sample import Task
 from tests.support.source_videos import moving_scene, write_video
 

@@ -12,7 +12,7 @@ from strata.format.schema import NormalForm
 from strata.preprocess import run
 from strata.preprocess.datasets.folder import SourceSet, find_folder
 from strata.preprocess.executors import Died, Outcome, RayExecutor, outcome_of
-from strata.preprocess.part import join_parts
+from strata.preprocess.join import join_parts
 from strata.preprocess.settings import ShardSettings
 from tests.support.source_videos import moving_scene, write_video
 
