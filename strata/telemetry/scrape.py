@@ -99,7 +99,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}
         self._scraped = threading.Condition()
-        self._last_scrape = -math.inf
+        self._last_begun = self._last_answered = -math.inf
         self.targets = b"[]\n"
         """What /targets answers, as JSON."""
         super().__init__((host, port), _SilentHandler)
@@ -146,6 +146,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The handshake and the answer; what goes wrong concerns the client alone."""
         connection, began = request, time.monotonic()
+        self._last_begun = began
         try:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(
@@ -157,7 +158,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
                 connection.do_handshake()
             self.finish_request(connection, client_address)
             with self._scraped:
-                self._last_scrape = began
+                self._last_answered = began
                 self._scraped.notify_all()
         except (OSError, ValueError) as error:
             logger.debug("scrape from %s: %s", client_address, error)
@@ -203,8 +204,8 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
         """Wait until a request that begins after now was answered, if there were some lately."""
         now = time.monotonic()
         with self._scraped:
-            if now - self._last_scrape < _WATCHED_S:
-                self._scraped.wait_for(lambda: self._last_scrape >= now, LAST_SCRAPE_S)
+            if now - self._last_begun < _WATCHED_S:
+                self._scraped.wait_for(lambda: self._last_answered >= now, LAST_SCRAPE_S)
 
     def close(self) -> None:
         """Stop listening and end every connection; waits for none of them."""
