@@ -159,6 +159,10 @@ def test_every_query_has_data_or_a_reason(watched: Watched):
                     watched.query(rule["expr"])
     without = {}
     for where, title, query, legend in sorted(queries):
+        if "< 0.001" in query:
+            # A condition, whether the graph is the identity, which need not hold.
+            watched.query(query)
+            continue
         reasons = _reasons(query, shown)
         if title.startswith("Stalled"):
             reasons = ["The run makes steps."]
