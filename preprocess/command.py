@@ -11,6 +11,7 @@ from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
+from strata.logs import set_up_logging
 from strata.preprocess.datasets.findings import findings
 from strata.preprocess.datasets.folder import SourceSet, find_folder, mark_duplicates
 from strata.preprocess.datasets.kinetics import find_kinetics
@@ -227,4 +228,6 @@ def main(argv: Sequence[str]) -> None:
         case ["index"]:
             _index(parse_index(argv[1:]))
         case _:
-            run_command(parse_command(argv))
+            command = parse_command(argv)
+            set_up_logging(as_json=command.log == "json")
+            run_command(command)

@@ -58,12 +58,28 @@ class _RankFilter(logging.Filter):
         return rank == 0 or record.levelno >= logging.WARNING
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
-    """Send records of the `strata` loggers to stderr with time, rank and level."""
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        line = {
+            "time_s": round(record.created, 3),
+            "event": record.levelname.lower(),
+            "message": message,
+        }
+        return json.dumps(line)
+
+
+def set_up_logging(level: int = logging.INFO, *, as_json: bool = False) -> None:
+    """Send records of the `strata` loggers to stderr.
+
+    Args:
+        level: Records below it are dropped.
+        as_json: One JSON object a line (`time_s`, `event`: the level, `message`), for a command
+            whose stderr is JSON lines; otherwise text with time, rank and level.
+    """
     handler: logging.StreamHandler[Any] = logging.StreamHandler(SteadyStream())
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s", "%H:%M:%S")
-    )
+    text = logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s", "%H:%M:%S")
+    handler.setFormatter(_JsonFormatter() if as_json else text)
     handler.addFilter(_RankFilter())
     logger = logging.getLogger("strata")
     logger.handlers[:] = [handler]

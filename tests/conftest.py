@@ -1,5 +1,6 @@
 """What tests share: small shard folders, made once a session; the real data where they are."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def _no_world_is_left():
 
     assert not distributed.is_initialized()
     assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_restored():
+    """A test that sets up logging, as a command does, changes it for no other test."""
+    logger = logging.getLogger("strata")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shard(videos: Path, out: Path, *options: str, workers: int = 1) -> None:
     argv = ["folder", "--videos", str(videos), "--out", str(out), "--workers", str(workers)]
-    command = parse_command([*argv, *SMALL, "--max-rejects", "1", "--log", "none", *options])
-    run_command(command)
+    main([*argv, *SMALL, "--max-rejects", "1", "--log", "none", *options])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -152,6 +152,7 @@ def test_json_log_is_written_while_no_video_is_done(
     shard(tmp_path / "videos", tmp_path / "out", "--log", "json", "--timeout", "2")
     events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert events.index("progress") < events.index("rejected")
+    assert "warning" in events  # the worker that the time limit ended, in JSON too
 
 
 def test_it_answers_prometheus_while_it_works(videos: Path, tmp_path: Path) -> None:
