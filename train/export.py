@@ -74,11 +74,6 @@ class ExportCommand:
     login`; needs strata-video[hub] and --licence."""
 
     def __post_init__(self) -> None:
-        """Check what an upload needs.
-
-        Raises:
-            ConfigError: The licence, the name or the client is missing.
-        """
         if self.push_to_hub:
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
                 raise ConfigError(f"push_to_hub is {self.push_to_hub}; use ORG/NAME")

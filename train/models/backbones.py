@@ -15,6 +15,7 @@ from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableC
 from torchvision.ops import Conv3dNormActivation
 
 from strata.errors import ConfigError
+from strata.ranges import check_range
 from strata.train.models.inputs import INPUTS, InputChoice, frame_differences
 from strata.train.models.stem import Fold, FramePool, StemConvolution
 
@@ -88,11 +89,6 @@ class BackboneConfig:
     step instead (TCLR): the same parameters, and twice the steps at the high level."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
         if self.name not in ("r3d18", "s3d"):
             raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
         if self.input not in INPUTS:
@@ -113,10 +109,7 @@ class BackboneConfig:
                 raise ConfigError(f"backbone: {name} is for r3d18, not {self.name}; leave it out")
         if self.in_channels not in (3, 4):
             raise ConfigError(f"backbone: in_channels is {self.in_channels}; use 3 or 4")
-        if not 0 < self.bn_momentum <= 1:
-            raise ConfigError(
-                f"backbone: bn_momentum is {self.bn_momentum}; use a number in (0, 1]"
-            )
+        check_range(self, "bn_momentum", prefix="backbone: ", above=0, at_most=1)
 
     @property
     def is_variant(self) -> bool:

@@ -208,7 +208,7 @@ def test_momentum_is_a_setting():
         ({"width": 20}, "width is 20; use a multiple of 8"),
         ({"width": 0}, "width is 0"),
         ({"in_channels": 1}, "in_channels is 1; use 3 or 4"),
-        ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use a number in"),
+        ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use more than 0, at most 1"),
         ({"stem_frames": 5}, "stem_frames is 5; use 7 or 3"),
         ({"last_temporal_stride": 4}, "last_temporal_stride is 4; use 2 or 1"),
     ],
