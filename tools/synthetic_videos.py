@@ -12,9 +12,9 @@ from pathlib import Path
 import av
 import av.error
 import numpy as np
-from tqdm import tqdm
 
 from strata.errors import ConfigError
+from strata.logs import progress_bar
 from strata.ranges import check_range
 from strata.tools.synthetic_scenes import SCENE_CLASSES, draw_video
 
@@ -118,7 +118,7 @@ def make_videos(out: Path, settings: VideoSettings, *, workers: int, progress: b
         raise ConfigError(f"{out} cannot be written: {error}; give another --out") from error
     items = [(c, i) for i in range(settings.videos_per_class) for c in range(settings.classes)]
     make_one = partial(_make_one, out=out, settings=settings)
-    bar = partial(tqdm, total=len(items), unit="video", disable=not progress)
+    bar = partial(progress_bar, total=len(items), unit="video", disable=not progress)
     if workers == 0:
         return sum(bar(map(make_one, items)))
     with multiprocessing.get_context("spawn").Pool(min(workers, len(items))) as pool:

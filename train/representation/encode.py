@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from strata.dataload.clips import ClipSpec
 from strata.dataload.config import DataConfig
@@ -15,6 +14,7 @@ from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
 from strata.errors import ShardError
+from strata.logs import progress_bar
 from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
 from strata.train.models.backbones import Backbone
@@ -117,7 +117,7 @@ def over_videos(
     parts: dict[str, list[np.ndarray]] = {}
     hidden = shown is None or not world.is_first
     with loader:
-        for batch in tqdm(loader, total=len(loader), desc=shown, disable=hidden):
+        for batch in progress_bar(loader, total=len(loader), desc=shown, disable=hidden):
             for name, value in compute(batch.clips).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy()[batch.valid])
             samples.append(batch.samples[batch.valid])
