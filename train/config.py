@@ -10,7 +10,6 @@ from strata.errors import ConfigError
 from strata.ranges import check_range
 from strata.telemetry.loggers import require_logger
 from strata.telemetry.metrics import ExporterConfig
-from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.engine_config import EngineConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.method.settings import MethodConfig
@@ -51,9 +50,7 @@ class MonitorConfig(ExporterConfig):
         check_range(self, "log_every", "health_every", prefix="monitor.", at_least=1)
         check_range(self, "stalled_s", prefix="monitor.", above=0)
         check_range(self, "verdict_s", prefix="monitor.", at_least=0)
-        if self.tensorboard:
-            require_tensorboard()
-        for name in ("wandb", "mlflow"):
+        for name in ("tensorboard", "wandb", "mlflow"):
             if getattr(self, name):
                 require_logger(name)
 

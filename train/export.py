@@ -30,8 +30,9 @@ from strata.train.hub import push, require_hub
 from strata.train.model_card import PROGRAM, card, figures_of
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputChoice
-from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.checkpoint import read_state
 from strata.train.run.encoder import backbone_config, build_for_file, load_backbone, trained_clips
+from strata.train.run.history import require_checkpoint
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 
@@ -139,11 +140,7 @@ def write_export(command: ExportCommand) -> Path:
     """
     if command.out.exists():
         raise ConfigError(f"{command.out} exists; choose another --out, or remove it")
-    found = find_checkpoint(command.checkpoint)
-    if found is None:
-        raise CheckpointError(
-            f"{command.checkpoint} holds no complete checkpoint; give the folder of a run"
-        )
+    found = require_checkpoint(command.checkpoint)
     state = read_state(found)
     encoder = load_backbone(found).eval()
     trained = backbone_config(state.config)

@@ -20,9 +20,8 @@ from strata.errors import ConfigError, ShardError
 from strata.files import open_atomic
 from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
-from strata.train.models.backbones import Backbone
+from strata.train.models.backbones import LEVELS, Backbone, Level
 from strata.train.representation.encode import (
-    LEVELS,
     VideoClips,
     encode_levels,
     inference_precision,
@@ -32,8 +31,8 @@ from strata.train.representation.encode import (
 __all__ = ["LEVEL_CHOICES", "FeatureConfig", "Features", "extract_features", "write_features"]
 
 _HASH = "sha256"
-LevelChoice = Literal["low", "mid", "high", "all"]
-LEVEL_CHOICES: tuple[LevelChoice, ...] = ("low", "mid", "high", "all")
+LevelChoice = Literal[Level, "all"]
+LEVEL_CHOICES: tuple[LevelChoice, ...] = (*LEVELS, "all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,9 @@ from typing import Literal
 
 from strata.errors import ConfigError
 from strata.ranges import check_range
-from strata.train.models.backbones import LevelStrides
+from strata.train.models.backbones import LEVELS, Level, LevelStrides
 
-__all__ = ["LEVELS", "Level", "MethodConfig", "TermWeights"]
-
-Level = Literal["low", "mid", "high"]
-LEVELS: tuple[Level, ...] = ("low", "mid", "high")
+__all__ = ["MethodConfig", "TermWeights"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,19 +17,16 @@ from strata.errors import ShardError
 from strata.logs import progress_bar
 from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
-from strata.train.models.backbones import Backbone
+from strata.train.models.backbones import LEVELS, Backbone
 from strata.train.models.inputs import normalise
 
 __all__ = [
-    "LEVELS",
     "VideoClips",
     "encode_levels",
     "inference_autocast",
     "inference_precision",
     "over_videos",
 ]
-
-LEVELS = ("low", "mid", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
