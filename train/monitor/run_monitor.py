@@ -82,7 +82,7 @@ def _open_run(config: TrainConfig, world: World, opened: ExitStack) -> Metrics:
             metrics.add("strata_restarts_total", starts)
         if world.is_first:
             for sink in _loggers(config):
-                metrics.tell(sink)
+                metrics.add_listener(sink)
                 opened.callback(sink.close)
     except ConfigError as error:
         wrong = str(error)
@@ -267,7 +267,7 @@ class RunMonitor:
             bound_by = "stalled" if stalled or found is None else found.bound_by
             for name in (*PARTS, "stalled"):
                 yield Reading("strata_bound", float(name == bound_by), {"by": name})
-        # What was measured before a stall says nothing about it.
+        # Measurements from before a stall do not describe it.
         if found is None or stalled:
             return
         for part in DATA_PARTS:
