@@ -28,6 +28,7 @@ from strata.dataload.reader import ShardReader
 from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
 from strata.preprocess.run import ShardSettings, shard_set
+from strata.ranges import check_range
 from strata.tools.benchmarks.contenders import (
     Contender,
     StrataContender,
@@ -49,7 +50,6 @@ from strata.tools.benchmarks.measure import (
     machine_line,
     parse_options,
     require_known,
-    require_positive,
     source_set_of,
     table,
     write_record,
@@ -98,12 +98,7 @@ class DataOptions:
     """Small and short, to see that it runs."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        require_positive(self, "limit", "batch", "size", "rounds")
+        check_range(self, "limit", "batch", "size", "rounds", at_least=1)
         require_known("peer", self.peers, list(_PEERS))
 
 
