@@ -65,7 +65,7 @@ _PEERS = {
     "mp4-pyav": "webdataset, H.264, PyAV, torchvision v2",
     "jpeg-pil": "webdataset, our JPEGs, PIL, torchvision v2",
     "jpeg-torchvision": "webdataset, our JPEGs, decode_jpeg, torchvision v2",
-    "jpeg-whole": "webdataset, our JPEGs decoded completely, torchvision v2",
+    "jpeg-complete": "webdataset, our JPEGs decoded completely, torchvision v2",
     "dali": "fn.readers.webdataset, our JPEGs, DALI's random operators",
 }
 

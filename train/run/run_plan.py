@@ -106,7 +106,7 @@ def describe_run(
         *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
         ("memory", _memory(memory[largest], largest, world)),
-        *_cache(config, reader),
+        *_cache(config, reader, device),
         ("checkpoints", _checkpoints(config, plan)),
         *([("probe", _probe(config))] if config.probe.every_epochs else []),
         ("figures", _figures(config)),
@@ -145,7 +145,7 @@ def _facts(
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
         "left_out": [reader.keys[sample] for sample in plan.left_out],
-        "cache_bytes": cache_bytes(reader) if config.data.cache != "none" else 0,
+        "cache_bytes": _cache_bytes(config, reader, device),
     }
 
 
@@ -265,12 +265,19 @@ def _memory(memory: MemoryEstimate, stage: int, world: World) -> str:
     return f"at least {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
 
 
-def _cache(config: TrainConfig, reader: ShardReader) -> list[tuple[str, str]]:
+def _cache_bytes(config: TrainConfig, reader: ShardReader, device: torch.device) -> int:
+    if config.data.cache == "none":
+        return 0
+    return cache_bytes(reader, config.data.augments_on(device))
+
+
+def _cache(config: TrainConfig, reader: ShardReader, device: torch.device) -> list[tuple[str, str]]:
+    size = _bytes(_cache_bytes(config, reader, device))
     if config.data.cache == "none":
         return []
     where = "the host, once a node" if config.data.cache == "host" else "every rank's GPU"
     frames = int(reader.num_frames.sum())
-    return [("cache", f"{_bytes(cache_bytes(reader))} on {where}: {frames:,} decoded frames")]
+    return [("cache", f"{size} on {where}: {frames:,} decoded frames")]
 
 
 def _checkpoints(config: TrainConfig, plan: Plan) -> str:
