@@ -25,7 +25,7 @@ __all__ = [
     "warn_once",
 ]
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 class SteadyStream:
@@ -97,8 +97,8 @@ def get_logger(name: str) -> logging.Logger:
 
 def warn_once(logger: logging.Logger, message: str) -> None:
     """Log `message` as a warning, once in a process."""
-    if message not in _said:
-        _said.add(message)
+    if message not in _warned:
+        _warned.add(message)
         logger.warning(message)
 
 
@@ -126,7 +126,7 @@ class JsonLines:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.num_lost = 0
         """Number of records that could not be written."""
-        self._num_told = 0
+        self._num_reported = 0
         size = os.fstat(self._handle).st_size
         # The last line may be truncated if the run before was killed.
         self._cut = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
@@ -141,7 +141,7 @@ class JsonLines:
         except OSError as error:
             self._cut = self._cut or written > 0
             self.num_lost += 1
-            if self.num_lost - self._num_told == 1:
+            if self.num_lost - self._num_reported == 1:
                 get_logger(__name__).warning(
                     "%s cannot be written: %s. The work continues; records are lost until it can",
                     self._path,
@@ -149,13 +149,13 @@ class JsonLines:
                 )
             return
         self._cut = False
-        if self.num_lost > self._num_told:
+        if self.num_lost > self._num_reported:
             get_logger(__name__).warning(
                 "%s can be written again; %d records were lost",
                 self._path,
-                self.num_lost - self._num_told,
+                self.num_lost - self._num_reported,
             )
-            self._num_told = self.num_lost
+            self._num_reported = self.num_lost
 
     def close(self) -> None:
         """Close the file."""

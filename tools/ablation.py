@@ -148,7 +148,7 @@ class _Runner:
         self._stopped = False
 
     def run(self) -> None:
-        """Run all, in order; as many at once as the grid says."""
+        """Run all, in order; `side_by_side` of them at once."""
         waiting = list(enumerate(self._cells, start=1))
         slots = list(range(len(self._shares)))
         running: dict[Future[bool], tuple[int, Cell]] = {}
@@ -319,8 +319,8 @@ def _script(command: str) -> str:
 
 def _last_line(log: Path) -> str:
     """The error line of the last command in a log, or else its last line."""
-    said = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
-    lines = [line for line in said if line.strip()]
+    output = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
+    lines = [line for line in output if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1].strip()[:500]
 

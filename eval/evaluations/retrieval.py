@@ -1,7 +1,6 @@
 """Retrieval of test videos among the training videos."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from strata.eval.evaluations.common import level_text, report_name, report_one
@@ -18,7 +17,7 @@ from strata.eval.protocols.retrieval import (
 )
 from strata.eval.results import Figures, Measurement, Retrieved, Row, retrieved
 from strata.eval.session import Session, open_session
-from strata.eval.sets import SetPair, open_pairs
+from strata.eval.sets import SetPair
 from strata.eval.settings import OneNetwork
 
 __all__ = [
@@ -43,10 +42,6 @@ class RetrievalEvaluation(OneNetwork):
 
     RENAMED: ClassVar = {"gallery": "train", "query": "test"}
 
-    train: Path | None = None
-    """Shards of the training set: the gallery."""
-    test: Path | None = None
-    """Shards of the test set: the queries."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -55,7 +50,7 @@ class RetrievalEvaluation(OneNetwork):
 
 def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
-    pairs = open_pairs(config.data, config.splits, config.train, config.test)
+    pairs = config.open_pairs()
     with open_session(config) as session:
         measured = [_measure_retrieval(session, config, pair) for pair in pairs]
         text = retrieval_text(session, config.retrieval.centre)
