@@ -20,9 +20,9 @@ import torch
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
 from strata.dataload.config import DataConfig
-from strata.dataload.cpu_pipeline import open_pipeline
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
+from strata.dataload.graphs import pipeline_class
 from strata.dataload.loader import TrainLoader
-from strata.dataload.pipeline import GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
@@ -213,7 +213,7 @@ class _Bench:
                     device_id=0 if self.on_gpu else None,
                     num_threads=threads,
                 )
-                graph = open_pipeline(spec)
+                graph = pipeline_class(spec.augment)(spec)
                 rate = self.rate(lambda g=graph: g.start(self.strips, parameters)(), batch)
                 places_of = {"decode": decode, "augment": augment, "threads": threads}
                 self.record("graph", **places_of, samples_per_s=rate)
