@@ -75,11 +75,6 @@ class ClassCounts:
     """Shape `[K, K]`: test videos by class (row) and prediction (column)."""
 
     def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: The confusion matrix does not fit the classes.
-        """
         if self.confusion.shape != (len(self.names), len(self.names)):
             raise ValueError(
                 f"a confusion matrix of shape {self.confusion.shape} for {len(self.names)} classes"
@@ -280,7 +275,7 @@ class EvaluationResult:
     pretraining_manifest_digest: str
     pairs: tuple[PairResult, ...]
     remark: str = ""
-    """What the user wants the page to say above the figures."""
+    """The user's sentence on the page, above the figures."""
 
     @property
     def protocol(self) -> str:

@@ -14,7 +14,7 @@ from strata.config import plain
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world, only_writer
 from strata.errors import CheckpointError, LostPeerError
-from strata.eval.networks import Network, Networks, checkpoint_of
+from strata.eval.networks import Network, Networks
 from strata.eval.protocols.features import Features, extract_features
 from strata.eval.sets import SetPair
 from strata.eval.settings import Evaluation, OneNetwork
@@ -25,6 +25,7 @@ from strata.telemetry.targets import run_name
 from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.run.checkpoint import RunState, read_state
 from strata.train.run.encoder import backbone_config, trained_clips
+from strata.train.run.history import require_checkpoint
 
 __all__ = ["Session", "open_session"]
 
@@ -49,7 +50,7 @@ class Session:
         metrics: Metrics,
     ) -> None:
         self.metrics = metrics
-        self.world, self.device, self.found = world, device, found
+        self.world, self.device, self.checkpoint = world, device, found
         self.state: RunState = read_state(found)
         clips = trained_clips(self.state.config)
         self.features = dataclasses.replace(
@@ -67,7 +68,7 @@ class Session:
         name = backbone_config(self.state.config).name
         if wanted not in ("any", name):
             raise CheckpointError(
-                f"{self.found} holds the encoder {name}, --backbone asks for {wanted}; choose "
+                f"{self.checkpoint} holds the encoder {name}, --backbone asks for {wanted}; choose "
                 "another checkpoint, or leave --backbone out"
             )
 
@@ -117,7 +118,7 @@ def open_session(config: Evaluation) -> Iterator[Session]:
     Raises:
         CheckpointError: There is none, or it is of another encoder.
     """
-    found = checkpoint_of(config.checkpoint)
+    found = require_checkpoint(config.checkpoint)
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     run = found.parent.parent

@@ -44,7 +44,7 @@ __all__ = [
 
 
 _watch: Callable[[], AbstractContextManager[None]] = nullcontext
-_told: list[str] = []
+_added: list[str] = []
 """Environment variables that `join_world` set for DeepSpeed because no launcher did."""
 
 
@@ -110,14 +110,14 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
             f"a world of {world.size} needs MASTER_ADDR and MASTER_PORT; "
             "start with deepspeed or torchrun"
         )
-    _told.extend(launch.set_ranks(world.rank, world.size, world.local_rank))
+    _added.extend(launch.set_ranks(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
-                # One process connects to nobody, so it needs no port, which could be in use.
+                # A single process needs no port, which could be in use.
                 **(_store_of_one() if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -135,8 +135,8 @@ def leave_world() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    launch.unset(_told)
-    _told.clear()
+    launch.unset(_added)
+    _added.clear()
 
 
 def _size() -> int:

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -19,8 +19,9 @@ import torch
 
 from strata import commands
 from strata.config import parse_config, plain
-from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
+from strata.errors import EXIT_PREEMPTED, ConfigError, StoppedError
 from strata.eval.evaluations.runners import RUNNERS
+from strata.files import FolderLock
 from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
 from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_plan import gpu_hours
@@ -35,9 +36,10 @@ _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hos
 """Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
 _PORTS = 16
 """Between the ports of runs side by side; each local rank of a run has one."""
+_print = partial(print, flush=True)
 
 
-def _keep(config: AblateConfig) -> None:
+def _store_settings(config: AblateConfig) -> None:
     """Store the settings of the grid; refuse a folder that was made with other settings.
 
     Raises:
@@ -61,30 +63,6 @@ def _keep(config: AblateConfig) -> None:
                         )
             now[kind] = before[kind] | now[kind]
     write_json(path, now)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Lock the folder.
-
-    Raises:
-        ConfigError: Another grid runs in it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another grid runs in {out}; wait for it, or choose another --out"
-            ) from None
-        yield
-
-
-class _StoppedError(StrataError):
-    """A signal requested a graceful shutdown."""
-
-    exit_code = EXIT_PREEMPTED
 
 
 class _Signals:
@@ -113,14 +91,10 @@ class _Signals:
         """Stop if a signal was received.
 
         Raises:
-            _StoppedError: One was.
+            StoppedError: One was.
         """
         if self.received is not None:
-            raise _StoppedError(f"stopped by {self.received.name}; the same command resumes it")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+            raise StoppedError(f"stopped by {self.received.name}; the same command resumes it")
 
 
 def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
@@ -172,7 +146,7 @@ class _Runner:
         self._stopped = False
 
     def run(self) -> None:
-        """Run all, in order; as many at once as the grid says."""
+        """Run all, in order; `side_by_side` of them at once."""
         waiting = list(enumerate(self._cells, start=1))
         slots = list(range(len(self._shares)))
         running: dict[Future[bool], tuple[int, Cell]] = {}
@@ -213,9 +187,9 @@ class _Runner:
         """Print all commands."""
         for cell in self._cells:
             for words in self.commands(cell).values():
-                _say(self.shown(words))
+                _print(self.shown(words))
         if self._config.rates.stage_1:
-            _say(gpu_hours(self._config))
+            _print(gpu_hours(self._config))
 
     def _run(self, number: int, cell: Cell, slot: int) -> bool:
         """Run the missing steps of a cell; returns whether all are complete."""
@@ -225,7 +199,7 @@ class _Runner:
             if cell.is_complete(step):
                 continue
             if step != "pretraining" and not cell.is_pretrained():
-                _say(f"{place}: {step}: left out, its pretraining is not complete")
+                _print(f"{place}: {step}: left out, its pretraining is not complete")
                 complete = False
             elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
                 complete = False
@@ -248,7 +222,7 @@ class _Runner:
     def _step(self, place: str, cell: Cell, step: str, words: Sequence[str], slot: int) -> bool:
         """Run one process to its end; returns whether it succeeded."""
         log, shown = cell.log(step), self.shown(words)
-        _say(f"{place}: {step} (output: {log})\n   $ {shown}")
+        _print(f"{place}: {step} (output: {log})\n   $ {shown}")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with log.open("ab") as output:
@@ -267,25 +241,25 @@ class _Runner:
         took = time.time() - start
         cell.remember(step, {"exit_code": code, "command": shown, "took_s": round(took, 1)})
         if code == EXIT_PREEMPTED:
-            raise _StoppedError(
+            raise StoppedError(
                 f"{cell.name}: {step} was stopped by a signal and has saved; the same command "
                 "resumes it"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
-        _say(f"{place}: {step} {ended} after {took:.0f} s")
+        _print(f"{place}: {step} {ended} after {took:.0f} s")
         if code:
-            _say(f"   {_last_line(log)}")
+            _print(f"   {_last_line(log)}")
         return code == 0
 
     def _check_stopped(self) -> None:
         """Stop if a signal was received, or if another run has stopped the grid.
 
         Raises:
-            _StoppedError: One of both.
+            StoppedError: One of both.
         """
         self._signals.check()
         if self._stopped:
-            raise _StoppedError("stopped with the grid; the same command resumes it")
+            raise StoppedError("stopped with the grid; the same command resumes it")
 
     def _wait_for_former(self, log: IO[bytes], path: Path) -> None:
         """Wait for a process that a killed grid left running: it holds the lock of its output."""
@@ -296,7 +270,7 @@ class _Runner:
                 return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not logged:
-                    _say(f"   a process of a former start still works ({path}); waiting for it")
+                    _print(f"   a process of a former start still works ({path}); waiting for it")
                 logged = True
                 time.sleep(_POLL_S)
 
@@ -308,7 +282,7 @@ class _Runner:
             except subprocess.TimeoutExpired:
                 if self._signals.received is None and not self._stopped:
                     continue
-            _say("   stopping; a training saves first")
+            _print("   stopping; a training saves first")
             # The group: a launcher alone would leave its ranks behind.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
@@ -343,8 +317,8 @@ def _script(command: str) -> str:
 
 def _last_line(log: Path) -> str:
     """The error line of the last command in a log, or else its last line."""
-    said = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
-    lines = [line for line in said if line.strip()]
+    output = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
+    lines = [line for line in output if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1].strip()[:500]
 
@@ -360,11 +334,13 @@ def main(argv: Sequence[str]) -> int:
             resolved(config)
             runner.plan()
             return 0
-        with _alone(config.out):
-            _keep(config)
+        config.out.mkdir(parents=True, exist_ok=True)
+        advice = "wait for it, or choose another --out"
+        with FolderLock(config.out, "running a grid", ConfigError, advice):
+            _store_settings(config)
             runner.run()
             summary = runner.write()
-    _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
+    _print(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
     missing = [r for r in summary["runs"] if r["status"] != "complete"]
     for run in missing:
         print(f"{run['name']}: {run['reason']}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""One process's metrics from start to end: served, listed for Prometheus, taken off again."""
+"""A process's metrics from start to end: served, and listed for Prometheus meanwhile."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def export(
             raise
         except Exception as error:
             # It stays, so that `up` falls to 0 and an alert fires, with this reason.
-            listed.say_why(error)
+            listed.add_reason(error)
             raise
         finally:
             metrics.close()

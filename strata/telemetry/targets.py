@@ -1,4 +1,4 @@
-"""Who a process is for Prometheus: its labels, and where it is to be scraped.
+"""A process as a target of Prometheus: its labels, and where it is scraped.
 
 A run is called by its path below `monitor.root`, so two runs have one name only if it is set, or if
 paths of two machines are alike; where targets share a folder, a second run of a name is refused.
@@ -69,7 +69,7 @@ def only_run(config: ExporterConfig, run: str, role: Role, world: World) -> Iter
             except ConfigError as error:
                 wrong = str(error)
             except OSError as error:
-                # Monitoring is not worth the run; that there is no target file is reported.
+                # Monitoring must not end the run. `TargetFile` logs that there is no target file.
                 logger.debug("%s cannot be locked: %s", config.file_sd, error)
         if wrong := broadcast_object(wrong):
             raise ConfigError(wrong)
@@ -148,7 +148,7 @@ class TargetFile:
             return
         self._path = path
 
-    def say_why(self, error: BaseException) -> None:
+    def add_reason(self, error: BaseException) -> None:
         """Add the error that ends this process as the label `ended`, for the alert's text."""
         if self._path is None:
             return

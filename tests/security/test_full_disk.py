@@ -79,7 +79,7 @@ def test_a_listener_on_a_full_disk_costs_figures_only(caplog: pytest.LogCaptureF
         raise OSError(errno.ENOSPC, "No space left on device")
 
     metrics = Metrics()
-    metrics.tell(listener)
+    metrics.add_listener(listener)
     metrics.record("step", step=1)
     metrics.record("step", step=2)
     assert caplog.text.count("figures cannot be written") == 1

@@ -20,9 +20,9 @@ import torch
 from strata.dataload.augment import AugmentSpec, draw_view
 from strata.dataload.clips import ClipSpec
 from strata.dataload.config import DataConfig
-from strata.dataload.cpu_pipeline import open_pipeline
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
+from strata.dataload.graphs import pipeline_class
 from strata.dataload.loader import TrainLoader
-from strata.dataload.pipeline import GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
@@ -56,7 +56,7 @@ from strata.train.monitor.cost_model import step_cost
 __all__ = ["main"]
 
 _CLIPS = ClipSpec()
-_PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
+_PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "training")
 
 
 def _default_variants() -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class DeviceOptions:
     shards: Path
     """A folder of jpeg shards."""
     parts: tuple[str, ...] = _PARTS
-    """Parts to measure: ceilings, decode, graph, loader, step, whole."""
+    """Parts to measure: ceilings, decode, graph, loader, step, precision, training."""
     variants: tuple[str, ...] = dataclasses.field(default_factory=_default_variants)
     """Variants of the step."""
     stages: tuple[Literal[1, 2], ...] = (1, 2)
@@ -98,11 +98,6 @@ class DeviceOptions:
     """Picture to write (.png, .svg, .pdf)."""
 
     def __post_init__(self) -> None:
-        """Check the names.
-
-        Raises:
-            ConfigError: A part or a variant is not known.
-        """
         require_known("part", self.parts, _PARTS)
         require_known("variant", self.variants, list(VARIANTS))
 
@@ -218,7 +213,7 @@ class _Bench:
                     device_id=0 if self.on_gpu else None,
                     num_threads=threads,
                 )
-                graph = open_pipeline(spec)
+                graph = pipeline_class(spec.augment)(spec)
                 rate = self.rate(lambda g=graph: g.start(self.strips, parameters)(), batch)
                 places_of = {"decode": decode, "augment": augment, "threads": threads}
                 self.record("graph", **places_of, samples_per_s=rate)
@@ -295,7 +290,7 @@ class _Bench:
             print_slowest(step.run, self.device, f"{name}, stage {stage}")
 
     def precision(self) -> None:
-        """The step's speed at each precision, and how its gradient lies to fp32's."""
+        """The step's speed at each precision, and its gradient against fp32's."""
         for found in measure_precisions(
             self.reader,
             self.device,
@@ -307,7 +302,7 @@ class _Bench:
         ):
             self.record("precision", **found)
 
-    def whole(self) -> None:
+    def training(self) -> None:
         """The real run, and its rate as a share of the step's alone."""
         batch = min(self.args.batch, self.reader.num_samples)
         words = ["--data.shards", self.reader.location, "--data.batch_size", batch]
@@ -330,7 +325,7 @@ class _Bench:
                 and (r["stage"], r["batch"]) == (found["stage"], batch)
             ]
             self.record(
-                "whole",
+                "training",
                 stage=found["stage"],
                 batch=batch,
                 precision="bf16" if found["autocast"] else "fp32",
@@ -362,7 +357,7 @@ def _name(record: dict[str, Any]) -> str:
             return f"{record['variant']}, stage {record['stage']}, batch {record['batch']}"
         case "precision":
             return f"{record['precision']}, stage {record['stage']}, batch {record['batch']}"
-        case "whole":
+        case "training":
             return f"stage {record['stage']}, batch {record['batch']}"
         case part:
             return part
@@ -401,11 +396,11 @@ def device_table(records: Sequence[dict[str, Any]]) -> str:
                 f"{record['cosine']:.3f} and {record['norm_ratio']:.3f} of the norm, that of all "
                 f"else cosine {record['rest_cosine']:.3f}"
             )
-        if record["part"] == "whole":
+        if record["part"] == "training":
             parts = ", ".join(f"{n} {s:.1%}" for n, s in record["shares"].items())
             alone = record["of_step_alone"]
             ratio = "step alone not measured" if alone is None else f"{alone:.2f} of the step alone"
-            text += f"\n\nwhole, {_name(record)}: {ratio}; {parts}"
+            text += f"\n\ntraining, {_name(record)}: {ratio}; {parts}"
     return text
 
 
