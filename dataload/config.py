@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from strata.dataload.augment import AugmentSpec
 from strata.dataload.clips import ClipSpec
 from strata.dataload.frame_cache import CacheChoice
@@ -79,3 +81,7 @@ class DataConfig:
                 "data.cache device is for augmenting on the GPU, but data.augment is cpu; use "
                 "data.augment auto or gpu, or data.cache host"
             )
+
+    def augments_on(self, device: torch.device) -> torch.device:
+        """The device that augments for a rank that trains on `device`."""
+        return torch.device("cpu") if self.augment == "cpu" else device

@@ -16,14 +16,29 @@ from torch import Tensor
 
 from strata.dataload.augment import ViewParameters
 from strata.dataload.cpu_views import ClipParameters, ViewMaker, clip_parameters
-from strata.dataload.pipeline import (
-    GpuPipeline,
-    GraphSpec,
-    UndecodableError,
-    WindowDecoder,
-)
+from strata.dataload.faults import UndecodableError
+from strata.dataload.pipeline import GpuPipeline, GraphSpec, VideoDecoder
+from strata.dataload.strip_decoder import StripDecoder
 
-__all__ = ["CpuPipeline", "open_pipeline"]
+__all__ = ["CpuPipeline", "open_pipeline", "window_decoder"]
+
+
+def window_decoder(spec: GraphSpec) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
+    """A function that decodes one window after another, for one thread.
+
+    Args:
+        spec: The windows.
+
+    Returns:
+        A function of a coded window and, for a video, the numbers of its frames. It returns frames
+        `[T, height, width, 3]`, valid until the next call, or raises `UndecodableError`.
+    """
+    if spec.coded == "frames":
+        return lambda coded, _: coded
+    if spec.coded == "strip":
+        strips = StripDecoder(spec.strip_frames, spec.height, spec.width)
+        return lambda coded, _: strips.decode(coded)
+    return VideoDecoder(spec).decode
 
 
 class _BatchMemory:
@@ -60,7 +75,7 @@ class _Worker:
 
     def __init__(self, spec: GraphSpec) -> None:
         self._cuts = [cut.frames for cut in spec.views]
-        self._decoder = None if spec.coded == "frames" else WindowDecoder(spec)
+        self._decode = window_decoder(spec)
         self._maker = ViewMaker(spec.size)
 
     def make(
@@ -71,7 +86,7 @@ class _Worker:
         out: Sequence[np.ndarray],
     ) -> None:
         """Decode a window and write its views."""
-        frames = coded if self._decoder is None else self._decoder.decode(coded, places)
+        frames = self._decode(coded, places)
         for cut, view, target in zip(self._cuts, views, out, strict=True):
             self._maker.make(frames[cut], view, target)
 

@@ -92,7 +92,7 @@ class ViewMaker:
             passes.append(partial(_blur, clip.taps))
         top, left, bottom, right = clip.box
         region = frames[:, top:bottom, left:right]
-        crop, *turns = self._room(region.shape, out.shape, out.shape)
+        crop, turns = self._room(region.shape, out.shape)
         # Intermediate results alternate between two places; the last pass writes the view.
         targets = [turns[number % 2] for number in range(len(passes))] + [out]
         # torch would copy the region into new memory.
@@ -101,16 +101,15 @@ class ViewMaker:
         for number, do in enumerate(passes):
             do(targets[number], targets[number + 1])
 
-    def _room(self, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-        """Arrays in the buffer, one after the other."""
-        ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
-        if self._buffer.size < ends[-1]:
-            self._buffer = np.empty(ends[-1], np.uint8)
-        starts = [0, *ends[:-1]]
-        return [
-            self._buffer[start:end].reshape(shape)
-            for start, end, shape in zip(starts, ends, shapes, strict=True)
-        ]
+    def _room(
+        self, crop: tuple[int, ...], view: tuple[int, ...]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Arrays in the buffer: a crop, and two of a view's shape."""
+        size, end = math.prod(view), 2 * math.prod(view) + math.prod(crop)
+        if self._buffer.size < end:
+            self._buffer = np.empty(end, np.uint8)
+        turns = [self._buffer[:size], self._buffer[size : 2 * size]]
+        return self._buffer[2 * size : end].reshape(crop), [turn.reshape(view) for turn in turns]
 
     def _resize(self, crop: np.ndarray, out: np.ndarray) -> None:
         """Resize a crop linearly; antialiased, with weights only for pixels of the crop."""

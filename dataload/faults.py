@@ -21,7 +21,7 @@ import numpy as np
 from strata.errors import ShardError
 from strata.logs import get_logger
 
-__all__ = ["Fault", "FaultLog", "SampleFaultError", "replace_faulty"]
+__all__ = ["Fault", "FaultLog", "SampleFaultError", "UndecodableError", "replace_faulty"]
 
 logger = get_logger(__name__)
 
@@ -41,6 +41,18 @@ class Fault:
     def __str__(self) -> str:
         """Key, shard and reason on one line."""
         return f"{self.key} in {self.shard}: {self.reason}"
+
+
+class UndecodableError(RuntimeError):
+    """Samples of a batch do not decode.
+
+    Args:
+        faults: Their positions in the batch, each with the decoder's error.
+    """
+
+    def __init__(self, faults: Sequence[tuple[int, str]]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(reason for _, reason in self.faults))
 
 
 class SampleFaultError(ShardError):

@@ -1,10 +1,13 @@
 """A cache of decoded frames in memory: from the second epoch on nothing is read or decoded.
 
-The cache stores the planes of a JPEG: one of luma and two of chroma at half the size (4:2:0), 1.5
-bytes per pixel. They depend only on the frame's own coded bytes. The remaining steps of decoding
-(smooth chroma upsampling, which uses pixels of adjacent frames of a window, and conversion to RGB)
-are repeated here for each window in libjpeg's integer arithmetic. So a window from the cache is
-bit-identical to that of the CPU's decoder, for any selection of frames, and so are the batches.
+libjpeg's smooth upsampling of chroma uses pixels of adjacent frames of a window, so the first and
+last row of a frame depend on the window. Where a GPU augments, the cache stores the planes of a
+JPEG: one of luma and two of chroma at half the size (4:2:0), 1.5 bytes per pixel; the GPU converts
+each window to RGB. A CPU would take longer for that than to decode. Where it augments, the cache
+stores each frame's RGB pixels, 3 bytes per pixel, and luma and chroma of its first and last row,
+from which these two are made for each window. The conversion uses libjpeg's integer arithmetic. So
+a window from the cache is bit-identical to that of the CPU's decoder, for any selection of frames,
+and so are the batches.
 
 A video is decoded completely at its first use: after one epoch all used videos are in the cache.
 """
@@ -46,13 +49,24 @@ _SAMPLES_AT_A_TIME = 16
 _GIGABYTE = 1e9
 
 
-def _bytes_per_frame(form: NormalForm) -> int:
-    return form.height * form.width * 3 // 2
+def _bytes_per_frame(form: NormalForm, device: torch.device) -> int:
+    pixels = form.height * form.width
+    return pixels * 3 // 2 if device.type == "cuda" else pixels * 3 + _edge_bytes(form)
 
 
-def cache_bytes(reader: ShardReader) -> int:
-    """Bytes that the cache needs for all frames of a data set."""
-    return int(reader.num_frames.sum()) * _bytes_per_frame(reader.manifest.form)
+def _edge_bytes(form: NormalForm) -> int:
+    """Bytes of luma and chroma of a frame's first and last row."""
+    return 4 * form.width
+
+
+def cache_bytes(reader: ShardReader, device: torch.device) -> int:
+    """Bytes that the cache needs for all frames of a data set.
+
+    Args:
+        reader: The data set.
+        device: The device that augments.
+    """
+    return int(reader.num_frames.sum()) * _bytes_per_frame(reader.manifest.form, device)
 
 
 def decode_planes(strip: np.ndarray, form: NormalForm) -> np.ndarray:
@@ -168,7 +182,7 @@ class FrameCache:
         self._reader, self._form, self._device = reader, form, device
         _check_room(reader, choice, device)
         self._first = np.concatenate([[0], np.cumsum(reader.num_frames)]).astype(np.int64)
-        shape = (int(self._first[-1]), _bytes_per_frame(form))
+        shape = (int(self._first[-1]), _bytes_per_frame(form, device))
         self._frames: Any
         self._filled: Any
         if choice == "device":
@@ -215,7 +229,7 @@ class FrameCache:
         return CodedWindows(
             self._convert_on_gpu(places)
             if self._device.type == "cuda"
-            else list(self._pool.map(self._convert, places)),
+            else list(self._pool.map(self._window, places)),
             [],
             int(self._reader.num_frames[missing].sum()),
             num_bytes,
@@ -230,11 +244,13 @@ class FrameCache:
                 frames = np.arange(low, min(low + _FRAMES_AT_A_TIME, count))
                 strip = self._reader.strip(sample, frames)
                 num_bytes += strip.size
-                planes = decode_planes(strip, self._form)
+                stored = decode_planes(strip, self._form)
+                if self._device.type == "cpu":
+                    stored = self._pictures(stored)
                 place = slice(start + low, start + low + len(frames))
                 with torch.cuda.stream(stream):
                     self._frames[place] = (
-                        planes if isinstance(self._frames, np.ndarray) else torch.from_numpy(planes)
+                        stored if isinstance(self._frames, np.ndarray) else torch.from_numpy(stored)
                     )
         except SampleFaultError as error:
             return error
@@ -253,13 +269,36 @@ class FrameCache:
         chroma = chroma.swapaxes(1, 2)
         return luma, chroma.reshape(num, 2, count * form.height // 2, form.width // 2)
 
-    def _convert(self, places: np.ndarray) -> np.ndarray:
-        """Convert one window `[T, height, width, 3]` on the host."""
-        form = self._form
-        luma, chroma = self._split(self._frames[places][None])
-        out = np.empty((len(places), form.height, form.width, 3), np.uint8)
-        to_rgb(luma, chroma, out.reshape(1, -1, form.width, 3), _ROWS_AT_A_TIME)
-        return out
+    def _pictures(self, planes: np.ndarray) -> np.ndarray:
+        """What a CPU stores of frames: RGB, then luma and chroma of the first and last row."""
+        form, count = self._form, len(planes)
+        luma, chroma = self._split(planes[None])
+        rgb = np.empty((1, count * form.height, form.width, 3), np.uint8)
+        to_rgb(luma, chroma, rgb, _ROWS_AT_A_TIME)
+        ends = [0, -1]
+        luma = luma.reshape(count, -1, form.width)[:, ends]
+        chroma = chroma.reshape(2, count, -1, form.width // 2)[:, :, ends].swapaxes(0, 1)
+        return np.concatenate([each.reshape(count, -1) for each in (rgb, luma, chroma)], axis=1)
+
+    def _window(self, places: np.ndarray) -> np.ndarray:
+        """One window `[T, height, width, 3]` on the host."""
+        form, count = self._form, len(places)
+        stored = self._frames[places]
+        edges = stored[:, -_edge_bytes(form) :]
+        frames = stored[:, : -_edge_bytes(form)].reshape(count, form.height, form.width, 3)
+        luma = edges[:, : 2 * form.width].reshape(count, 2, form.width)
+        chroma = edges[:, 2 * form.width :].reshape(count, 2, 2, form.width // 2)
+        # Pictures of four rows around each border: two of the frame above, two of the one below.
+        # The window's ends have one frame, whose chroma is repeated.
+        around = np.empty((count + 1, 2, 2, form.width // 2), np.uint8)
+        around[1:, :, 0], around[0, :, 0] = chroma[:, :, 1], chroma[0, :, 0]
+        around[:-1, :, 1], around[-1, :, 1] = chroma[:, :, 0], chroma[-1, :, 1]
+        light = np.zeros((count + 1, 4, form.width), np.uint8)
+        light[1:, 1], light[:-1, 2] = luma[:, 1], luma[:, 0]
+        rows = np.empty((*light.shape, 3), np.uint8)
+        to_rgb(light, around, rows, 4)
+        frames[:, -1], frames[:, 0] = rows[1:, 1], rows[:-1, 2]
+        return frames
 
     def _convert_on_gpu(self, places: np.ndarray) -> Tensor:
         """Convert all windows `[N, T, height, width, 3]` on the GPU."""
@@ -309,11 +348,12 @@ def _check_room(
     else:
         free, where = torch.cuda.mem_get_info(device)[0], str(device)
         other = "use data.cache host or none"
-    needed, share = cache_bytes(reader), _SHARES[choice]
+    needed, share = cache_bytes(reader, device), _SHARES[choice]
+    per_frame = _bytes_per_frame(reader.manifest.form, device)
     if needed > share * free:
         raise ConfigError(
             f"data.cache {choice} does not fit: {int(reader.num_frames.sum()):,} frames of "
-            f"{_bytes_per_frame(reader.manifest.form):,} bytes are {needed / _GIGABYTE:,.2f} GB, "
+            f"{per_frame:,} bytes are {needed / _GIGABYTE:,.2f} GB, "
             f"of the {free / _GIGABYTE:,.2f} GB that {where} has free it may use {share:.0%}, "
             f"{share * free / _GIGABYTE:,.2f} GB; {other}"
         )

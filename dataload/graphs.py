@@ -11,8 +11,8 @@ from strata.dataload.augment import ViewParameters
 from strata.dataload.config import DataConfig
 from strata.dataload.cpu_pipeline import CpuPipeline, open_pipeline
 from strata.dataload.decode_windows import CodedWindows, choose_decoder
-from strata.dataload.faults import SampleFaultError
-from strata.dataload.pipeline import GpuPipeline, GraphSpec, UndecodableError, ViewSlice
+from strata.dataload.faults import SampleFaultError, UndecodableError
+from strata.dataload.pipeline import GpuPipeline, GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
 from strata.format.schema import Payload
@@ -66,7 +66,8 @@ class GraphMaker:
             )
         self.reader = reader
         self.decode: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.decode != "cpu" else "cpu"
-        self.augment: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.augment != "cpu" else "cpu"
+        augments_on_gpu = config.augments_on(device).type == "cuda"
+        self.augment: Literal["cpu", "gpu"] = "gpu" if augments_on_gpu else "cpu"
         self.cached = config.cache != "none"
         if self.augment == "cpu" or self.cached:
             self.decode = "cpu"

@@ -132,7 +132,7 @@ class TrainLoader(Loader[Batch]):
         """
         choice = self._config.cache
         if choice != "none" and self._cache is None:
-            on = self._device if self._maker.augment == "gpu" else torch.device("cpu")
+            on = self._config.augments_on(self._device)
             self._cache = FrameCache(self._reader, choice, on, self._maker.threads)
         return super().start()
 

@@ -3,7 +3,8 @@
 This is the only module that imports nvidia.dali. A graph is a pure function of coded samples and
 parameters. A sample's window is decoded once and all views are cut from it. On a GPU each view of
 the complete batch is augmented in the same graph: crop, resize and mirror, colour as one affine
-map, blur. On a CPU DALI decodes (`WindowDecoder`) and `strata.dataload.cpu_views` makes the views.
+map, blur. On a CPU DALI decodes videos (`VideoDecoder`); strips and views are not its task there
+(`strata.dataload.cpu_pipeline`).
 Views are uint8 with channels last, which is the fastest memory order for 3D convolutions and a
 quarter of the bytes of float32; the model's first operation normalises them.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from strata.dataload.augment import ViewParameters, blur_window, colour_transforms
+from strata.dataload.faults import UndecodableError
 from strata.errors import ConfigError
 from strata.logs import get_logger
 
@@ -36,9 +38,8 @@ __all__ = [
     "CPU_VIDEO_CODECS",
     "GpuPipeline",
     "GraphSpec",
-    "UndecodableError",
+    "VideoDecoder",
     "ViewSlice",
-    "WindowDecoder",
     "video_decoder_fault",
 ]
 
@@ -50,18 +51,6 @@ CPU_VIDEO_CODECS = ("vp9", "mjpeg")
 """Codecs of shards that DALI decodes without a GPU."""
 _BUILDING = threading.Lock()
 """Held while a graph is defined, which DALI does in state that all threads share."""
-
-
-class UndecodableError(RuntimeError):
-    """Samples of a batch do not decode.
-
-    Args:
-        faults: Their positions in the batch, each with the decoder's error.
-    """
-
-    def __init__(self, faults: Sequence[tuple[int, str]]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("; ".join(reason for _, reason in self.faults))
 
 
 @dataclass(frozen=True)
@@ -214,8 +203,8 @@ def video_decoder_fault(video: np.ndarray, device_id: int) -> str | None:
     return None
 
 
-class WindowDecoder:
-    """Decodes one window after another on the CPU, in the thread that calls it.
+class VideoDecoder:
+    """Decodes one window of a video after another on the CPU, in the thread that calls it.
 
     Args:
         spec: The windows.
@@ -247,12 +236,12 @@ class WindowDecoder:
             pipe.build()
         return pipe
 
-    def decode(self, coded: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+    def decode(self, coded: np.ndarray, places: np.ndarray | None) -> np.ndarray:
         """Decode a window.
 
         Args:
-            coded: A tall JPEG or a video, uint8.
-            places: For a video, the numbers of the window's frames, `[T]`, not decreasing.
+            coded: A video, uint8.
+            places: Numbers of the window's frames, `[T]`, not decreasing.
 
         Returns:
             Shape `[T, height, width, 3]`, uint8, in DALI's memory: valid until the next call.

@@ -1,6 +1,5 @@
 """A `webdataset.WebDataset` of decoded clips and labels, for plain PyTorch without DALI."""
 
-import io
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from webdataset import filters, shardlists
 from webdataset.compat import WebDataset
 from webdataset.handlers import reraise_exception
@@ -20,9 +18,10 @@ from webdataset.utils import pytorch_worker_info
 from strata.counter_random import Stream, permutation, uniforms
 from strata.dataload.clips import evaluation_clips, training_clip
 from strata.dataload.decode_windows import read_windows
-from strata.dataload.faults import SampleFaultError
+from strata.dataload.faults import SampleFaultError, UndecodableError
 from strata.dataload.reader import ShardReader
 from strata.dataload.storage import DownloadConfig
+from strata.dataload.strip_decoder import StripDecoder
 from strata.errors import ConfigError, ShardError, VideoFault
 from strata.format.source_video import decode_frames
 
@@ -171,9 +170,10 @@ def _decode(reader: ShardReader, sample: int, frames: np.ndarray) -> np.ndarray:
     coded: Any = windows.coded[0]
     match form.payload:
         case "jpeg":
-            with Image.open(io.BytesIO(coded.tobytes())) as picture:
-                rows = np.asarray(picture.convert("RGB"))
-            return rows.reshape(len(frames), form.height, form.width, 3).copy()
+            try:
+                return StripDecoder(len(frames), form.height, form.width).decode(coded)
+            except UndecodableError as error:
+                raise SampleFaultError([reader.fault(sample, str(error))]) from error
         case "mp4":
             key, count = reader.keys[sample], windows.num_frames
             chosen, again = np.unique(windows.places[0], return_inverse=True)

@@ -11,14 +11,14 @@ from strata.errors import CheckpointError
 from strata.eval.protocols.pixels import PixelMaps, PixelMapsChoice
 from strata.eval.results import Role
 from strata.train.models.backbones import Backbone, build_backbone
-from strata.train.run.checkpoint import RunState, find_checkpoint, read_marker, read_state
+from strata.train.run.checkpoint import RunState, read_marker, read_state
 from strata.train.run.encoder import backbone_config, load_backbone
+from strata.train.run.history import require_checkpoint
 
 __all__ = [
     "NamedNetwork",
     "Network",
     "Networks",
-    "checkpoint_of",
     "network_name",
     "untrained_network",
 ]
@@ -47,21 +47,6 @@ class NamedNetwork:
 def untrained_network(seed: int) -> NamedNetwork:
     """The same architecture with weights drawn from a seed: a baseline."""
     return NamedNetwork(row=f"untrained, seed {seed}", role="untrained", which=seed)
-
-
-def checkpoint_of(path: Path) -> Path:
-    """The newest checkpoint of a run, or the checkpoint itself.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    found = find_checkpoint(path)
-    if found is None:
-        raise CheckpointError(
-            f"{path} holds no complete checkpoint; pretrain with train/main.py first, or correct "
-            "the path"
-        )
-    return found
 
 
 class Networks:
@@ -97,7 +82,7 @@ class Networks:
         return backbone.to(self._device), identity
 
     def _other(self, folder: Path) -> tuple[Backbone, str]:
-        found = checkpoint_of(folder)
+        found = require_checkpoint(folder)
         if backbone_config(read_state(found).config) != backbone_config(self._state.config):
             raise CheckpointError(
                 f"{found} holds another encoder than {self._found}; compare runs of one "

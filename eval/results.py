@@ -75,11 +75,6 @@ class ClassCounts:
     """Shape `[K, K]`: test videos by class (row) and prediction (column)."""
 
     def __post_init__(self) -> None:
-        """Check the sizes.
-
-        Raises:
-            ValueError: The confusion matrix does not fit the classes.
-        """
         if self.confusion.shape != (len(self.names), len(self.names)):
             raise ValueError(
                 f"a confusion matrix of shape {self.confusion.shape} for {len(self.names)} classes"

@@ -14,7 +14,7 @@ from strata.config import plain
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world, only_writer
 from strata.errors import CheckpointError, LostPeerError
-from strata.eval.networks import Network, Networks, checkpoint_of
+from strata.eval.networks import Network, Networks
 from strata.eval.protocols.features import Features, extract_features
 from strata.eval.sets import SetPair
 from strata.eval.settings import Evaluation, OneNetwork
@@ -25,6 +25,7 @@ from strata.telemetry.targets import run_name
 from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.run.checkpoint import RunState, read_state
 from strata.train.run.encoder import backbone_config, trained_clips
+from strata.train.run.history import require_checkpoint
 
 __all__ = ["Session", "open_session"]
 
@@ -117,7 +118,7 @@ def open_session(config: Evaluation) -> Iterator[Session]:
     Raises:
         CheckpointError: There is none, or it is of another encoder.
     """
-    found = checkpoint_of(config.checkpoint)
+    found = require_checkpoint(config.checkpoint)
     device = choose_device(EngineConfig(device=config.device), current_world())
     world = join_world(device)
     run = found.parent.parent

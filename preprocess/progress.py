@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from strata.format.schema import SourceRow
+from strata.logs import progress_bar
 from strata.telemetry.metrics import Metrics
 
 __all__ = ["JsonLog", "LogKind", "Progress", "open_progress"]
@@ -45,14 +44,7 @@ class _Bar(Progress):
     def __init__(self, name: str, total: int, initial: int, metrics: Metrics | None) -> None:
         super().__init__(metrics)
         self._num_rejected = 0
-        self._bar = tqdm(
-            total=total,
-            initial=initial,
-            desc=name,
-            unit="video",
-            # A file gets a line every 30 s instead of a moving bar.
-            mininterval=0.2 if sys.stderr.isatty() else 30.0,
-        )
+        self._bar = progress_bar(total=total, initial=initial, desc=name, unit="video")
 
     def done(self, row: SourceRow) -> None:
         super().done(row)

@@ -19,7 +19,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import current_world
 from strata.errors import ConfigError
-from strata.eval.protocols.features import FeatureConfig, Features
+from strata.eval.protocols.features import FeatureConfig, Features, LevelChoice
 from strata.eval.protocols.features import extract_features as extract
 from strata.eval.protocols.linear import LinearConfig, LinearResult
 from strata.eval.protocols.linear import linear_probe as fit_probe
@@ -53,7 +53,6 @@ __all__ = [
 Shards = ShardReader
 """An open data set: `keys`, `labels`, `num_frames`, `num_samples`, `manifest.classes`."""
 Device = Literal["auto", "cpu", "cuda"] | torch.device
-Level = Literal["low", "mid", "high", "all"]
 
 
 def open_shards(url: str | Path, *, check: Literal["size", "hash"] = "size") -> Shards:
@@ -317,7 +316,7 @@ def extract_features(
 
 
 def retrieval(
-    train: Features, test: Features, *, level: Level = "high", centre: Centring = "none"
+    train: Features, test: Features, *, level: LevelChoice = "high", centre: Centring = "none"
 ) -> dict[str, float]:
     """R@k: whether a video of a test video's class is among its k nearest training videos.
 
@@ -337,13 +336,13 @@ def retrieval(
     return {f"R@{k}": share for k, share in recall_at(test.labels, train.labels, nearest).items()}
 
 
-def knn(train: Features, test: Features, *, level: Level = "high") -> float:
+def knn(train: Features, test: Features, *, level: LevelChoice = "high") -> float:
     """Top-1, in [0, 1], of a vote of the 20 nearest training videos, see `knn_accuracy`."""
     return knn_accuracy(train.videos(level), train.labels, test.videos(level), test.labels)
 
 
 def linear_probe(
-    train: Features, test: Features, *, level: Level = "high", **settings: Any
+    train: Features, test: Features, *, level: LevelChoice = "high", **settings: Any
 ) -> LinearResult:
     """Fit a linear classifier on the features of the training set, and test it.
 

@@ -77,8 +77,6 @@ class Packets:
     """Number of packets that are not empty and not hidden by an edit list."""
     num_lacking: int = 0
     """Number of packets that an mp4's table places behind the end of the file."""
-    num_empty: int = 0
-    """Number of chunks without content: frames that the camera dropped."""
     marked: set[int | None] = field(default_factory=set)
     """Times of packets that the container marks as incomplete."""
     num_marked: int = 0
@@ -131,8 +129,7 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                 if packet.is_corrupt:
                     found.marked.add(packet.pts)
                 if not packet.size:
-                    found.num_empty += 1
-                    continue
+                    continue  # A frame that the camera dropped.
                 last_time = packet.pts
                 if packet.is_discard:
                     continue
@@ -144,7 +141,6 @@ def read_packets(where: Path | bytes, source: str, pulse: Callable[[], None] = n
                     highest = max(highest, packet.pts) if len(ticks) > 1 else packet.pts
                     back = max(back, highest - packet.pts)
             num_read -= 1  # PyAV adds an empty packet at the end.
-            found.num_empty -= 1
         except (av.error.FFmpegError, OSError) as error:
             found.error = reason_of(error)
         found.ends_inside = bool(found.marked) and last_time in found.marked

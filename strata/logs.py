@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from strata import launch
 
 __all__ = [
     "JsonLines",
     "SteadyStream",
     "get_logger",
+    "progress_bar",
     "read_json_lines",
     "set_up_logging",
     "warn_once",
@@ -97,6 +100,12 @@ def warn_once(logger: logging.Logger, message: str) -> None:
     if message not in _said:
         _said.add(message)
         logger.warning(message)
+
+
+def progress_bar(*args: Any, **settings: Any) -> tqdm:
+    """A bar of tqdm on stderr, which may be a full disk; in a file it is a line every 30 s."""
+    every_s = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(*args, mininterval=every_s, file=SteadyStream(), **settings)
 
 
 class JsonLines:

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -19,8 +18,9 @@ import torch
 
 from strata import commands
 from strata.config import parse_config, plain
-from strata.errors import EXIT_PREEMPTED, ConfigError, StrataError
+from strata.errors import EXIT_PREEMPTED, ConfigError, StoppedError
 from strata.eval.evaluations.runners import RUNNERS
+from strata.files import FolderLock
 from strata.tools.ablation_grid import AblateConfig, evaluating, pretraining, resolved
 from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_plan import gpu_hours
@@ -63,30 +63,6 @@ def _keep(config: AblateConfig) -> None:
     write_json(path, now)
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Lock the folder.
-
-    Raises:
-        ConfigError: Another grid runs in it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another grid runs in {out}; wait for it, or choose another --out"
-            ) from None
-        yield
-
-
-class _StoppedError(StrataError):
-    """A signal requested a graceful shutdown."""
-
-    exit_code = EXIT_PREEMPTED
-
-
 class _Signals:
     """Records SIGTERM and SIGINT while it is entered.
 
@@ -113,10 +89,10 @@ class _Signals:
         """Stop if a signal was received.
 
         Raises:
-            _StoppedError: One was.
+            StoppedError: One was.
         """
         if self.received is not None:
-            raise _StoppedError(f"stopped by {self.received.name}; the same command resumes it")
+            raise StoppedError(f"stopped by {self.received.name}; the same command resumes it")
 
 
 def _say(text: str) -> None:
@@ -267,7 +243,7 @@ class _Runner:
         took = time.time() - start
         cell.remember(step, {"exit_code": code, "command": shown, "took_s": round(took, 1)})
         if code == EXIT_PREEMPTED:
-            raise _StoppedError(
+            raise StoppedError(
                 f"{cell.name}: {step} was stopped by a signal and has saved; the same command "
                 "resumes it"
             )
@@ -281,11 +257,11 @@ class _Runner:
         """Stop if a signal was received, or if another run has stopped the grid.
 
         Raises:
-            _StoppedError: One of both.
+            StoppedError: One of both.
         """
         self._signals.check()
         if self._stopped:
-            raise _StoppedError("stopped with the grid; the same command resumes it")
+            raise StoppedError("stopped with the grid; the same command resumes it")
 
     def _wait_for_former(self, log: IO[bytes], path: Path) -> None:
         """Wait for a process that a killed grid left running: it holds the lock of its output."""
@@ -360,7 +336,9 @@ def main(argv: Sequence[str]) -> int:
             resolved(config)
             runner.plan()
             return 0
-        with _alone(config.out):
+        config.out.mkdir(parents=True, exist_ok=True)
+        advice = "wait for it, or choose another --out"
+        with FolderLock(config.out, "running a grid", ConfigError, advice):
             _keep(config)
             runner.run()
             summary = runner.write()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from strata.config import dotted, parse_config, plain
 from strata.errors import ConfigError
 from strata.eval.evaluations.runners import RUNNERS
+from strata.ranges import check_range
 from strata.tools.ablation_table import Cell
 from strata.train.config import TrainConfig
 
@@ -48,11 +49,6 @@ class RowConfig:
     """With untrained: instead of that row's network none, but 8x8 maps of the clips' pixels."""
 
     def __post_init__(self) -> None:
-        """Check the combination.
-
-        Raises:
-            ConfigError: A row is both trained and untrained, or sets what the grid decides.
-        """
         if self.untrained and (self.set or self.pretrain is not None):
             raise ConfigError("a row with untrained has no set and no pretrain of its own")
         if self.pixels and not self.untrained:
@@ -77,11 +73,6 @@ class EvaluationConfig:
     """Settings of eval/main.py by their dotted names. With `data`, train and test are left out."""
 
     def __post_init__(self) -> None:
-        """Check the combination.
-
-        Raises:
-            ConfigError: It sets what the grid decides, or names sets twice.
-        """
         _refuse(self.set, _OURS_TOO, "an evaluation")
         if "data" in self.set and (self.train or self.test):
             raise ConfigError("an evaluation has data in its set; leave out train and test")
@@ -107,13 +98,7 @@ class RatesConfig:
     """Where the rates were measured, in words."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is negative, or one rate is given without the other.
-        """
-        if min(self.stage_1, self.stage_2, self.num_videos) < 0:
-            raise ConfigError("rates: stage_1, stage_2 and num_videos must be 0 or more")
+        check_range(self, "stage_1", "stage_2", "num_videos", prefix="rates.", at_least=0)
         if bool(self.stage_1) != bool(self.stage_2):
             raise ConfigError("rates: give stage_1 and stage_2, or neither")
 
@@ -165,11 +150,6 @@ class AblateConfig:
     """Of the table."""
 
     def __post_init__(self) -> None:
-        """Check the ranges and the names.
-
-        Raises:
-            ConfigError: Something is empty, badly named, or names a row that is not there.
-        """
         for what in ("rows", "evaluations", "seeds"):
             if not getattr(self, what):
                 raise ConfigError(f"{what} is empty; a grid needs one or more")
@@ -192,8 +172,7 @@ class AblateConfig:
             raise ConfigError("a grid with splits has a test set by split; leave out test")
         if not shlex.split(self.launcher):
             raise ConfigError("launcher is empty; use for instance deepspeed")
-        if self.side_by_side < 1:
-            raise ConfigError(f"side_by_side is {self.side_by_side}; use 1 or more")
+        check_range(self, "side_by_side", at_least=1)
         _refuse(self.set, _OURS, "set")
 
     def cells(self) -> list[Cell]:

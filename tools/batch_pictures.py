@@ -18,6 +18,7 @@ from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet, write_video
+from strata.ranges import check_range
 from strata.untrusted import file_stem
 
 __all__ = ["InspectConfig", "side_by_side", "write_batch"]
@@ -52,13 +53,8 @@ class InspectConfig:
     """The step within the epoch, from 0."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.num < 1 or self.epoch < 0 or self.step < 0:
-            raise ConfigError("num must be 1 or more, epoch and step 0 or more")
+        check_range(self, "num", at_least=1)
+        check_range(self, "epoch", "step", at_least=0)
 
 
 def side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:

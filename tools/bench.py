@@ -13,13 +13,9 @@ from strata.suggestions import did_you_mean
 SUBJECTS = (
     "data",
     "device",
-    "monitor",
     "preprocess",
     "published",
-    "ranks",
-    "shuffle",
     "soak",
-    "temporal",
     "train",
 )
 """Files of tools/benchmarks, each with `main(argv)`, imported only when it is asked for."""

@@ -130,11 +130,6 @@ class Panel(_Strict, frozen=True):
     levels: dict[str, float] = {}
 
     def __post_init__(self) -> None:
-        """Check that there is one source of data.
-
-        Raises:
-            ValueError: There is none or more than one, or the metric is not in the catalogue.
-        """
         if bool(self.gauge) + bool(self.rate) + bool(self.queries) != 1:
             raise ValueError(f"panel {self.title!r}: give one of gauge, rate and queries")
         if not self.queries and self.gauge + self.rate not in _ENTRIES:

@@ -33,11 +33,6 @@ class CurveCommand:
     """The picture, an SVG."""
 
     def __post_init__(self) -> None:
-        """Check the number of runs.
-
-        Raises:
-            ConfigError: There is none.
-        """
         if not self.runs:
             raise ConfigError("runs is empty; use for instance --runs '{paper: runs/a}'")
 

@@ -32,7 +32,8 @@ from matplotlib.ticker import LinearLocator
 from PIL import Image
 
 from strata.config import parse_config
-from strata.errors import ConfigError, StrataError, exit_with_one_line
+from strata.errors import StrataError, exit_with_one_line
+from strata.ranges import check_range
 
 __all__ = ["RenderCommand", "draw", "literal", "prometheus"]
 
@@ -70,13 +71,7 @@ class RenderCommand:
     """A sentence on where the data come from, for the caption of each picture."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: `minutes` is not positive.
-        """
-        if not self.minutes > 0:
-            raise ConfigError(f"minutes is {self.minutes}; use a positive number")
+        check_range(self, "minutes", above=0)
 
 
 Series = tuple[str, list[float], list[float]]

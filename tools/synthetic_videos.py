@@ -12,9 +12,10 @@ from pathlib import Path
 import av
 import av.error
 import numpy as np
-from tqdm import tqdm
 
 from strata.errors import ConfigError
+from strata.logs import progress_bar
+from strata.ranges import check_range
 from strata.tools.synthetic_scenes import SCENE_CLASSES, draw_video
 
 __all__ = ["VideoSettings", "encode_video", "make_videos"]
@@ -43,24 +44,15 @@ class VideoSettings:
     """The same seed gives the same videos."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A setting is out of its range.
-        """
-        for name in ("videos_per_class", "frames", "fps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; use 1 or more")
-        if not 1 <= self.classes <= len(SCENE_CLASSES):
-            raise ConfigError(f"classes is {self.classes}; use 1 to {len(SCENE_CLASSES)}")
+        check_range(self, "videos_per_class", "frames", "fps", at_least=1)
+        check_range(self, "classes", at_least=1, at_most=len(SCENE_CLASSES))
+        check_range(self, "seed", at_least=0)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value < 32 or value % 2:
                 raise ConfigError(
                     f"{name} is {value}; H.264 in 4:2:0 needs an even number, 32 or more"
                 )
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; use 0 or more")
 
 
 def encode_video(frames: np.ndarray, path: Path, fps: int) -> None:
@@ -126,7 +118,7 @@ def make_videos(out: Path, settings: VideoSettings, *, workers: int, progress: b
         raise ConfigError(f"{out} cannot be written: {error}; give another --out") from error
     items = [(c, i) for i in range(settings.videos_per_class) for c in range(settings.classes)]
     make_one = partial(_make_one, out=out, settings=settings)
-    bar = partial(tqdm, total=len(items), unit="video", disable=not progress)
+    bar = partial(progress_bar, total=len(items), unit="video", disable=not progress)
     if workers == 0:
         return sum(bar(map(make_one, items)))
     with multiprocessing.get_context("spawn").Pool(min(workers, len(items))) as pool:

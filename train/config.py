@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from strata.dataload.config import DataConfig
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.ranges import check_range
 from strata.telemetry.loggers import require_logger
 from strata.telemetry.metrics import ExporterConfig
-from strata.telemetry.tensorboard import require_tensorboard
 from strata.train.engine_config import EngineConfig
 from strata.train.method.schedules import ScheduleConfig
 from strata.train.method.settings import MethodConfig
@@ -46,23 +46,13 @@ class MonitorConfig(ExporterConfig):
     needs strata-video[mlflow]."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
         super().__post_init__()
-        if self.log_every < 1 or self.health_every < 1:
-            raise ConfigError("monitor.log_every and monitor.health_every must be 1 or more")
-        if self.tensorboard:
-            require_tensorboard()
-        for name in ("wandb", "mlflow"):
+        check_range(self, "log_every", "health_every", prefix="monitor.", at_least=1)
+        check_range(self, "stalled_s", prefix="monitor.", above=0)
+        check_range(self, "verdict_s", prefix="monitor.", at_least=0)
+        for name in ("tensorboard", "wandb", "mlflow"):
             if getattr(self, name):
                 require_logger(name)
-        if self.stalled_s <= 0:
-            raise ConfigError(f"monitor.stalled_s is {self.stalled_s}; use a positive number")
-        if self.verdict_s < 0:
-            raise ConfigError(f"monitor.verdict_s is {self.verdict_s}; use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +104,9 @@ class TrainConfig:
     """Print the run plan (docs/operations.md, The start-up page) and end."""
 
     def __post_init__(self) -> None:
-        """Check settings that depend on each other.
-
-        Raises:
-            ConfigError: Settings contradict each other.
-        """
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
-        if self.plan_rate < 0:
-            raise ConfigError(f"plan_rate is {self.plan_rate}; use 0 or more samples per second")
-        if self.stop_after_steps < 0:
-            raise ConfigError(f"stop_after_steps is {self.stop_after_steps}; use 0 or more")
-        if self.collect_every_steps < 0:
-            raise ConfigError(f"collect_every_steps is {self.collect_every_steps}; use 0 or more")
+        check_range(self, "plan_rate", "stop_after_steps", "collect_every_steps", at_least=0)
         if self.method.queue_length < self.data.batch_size:
             raise ConfigError(
                 f"method.queue_length {self.method.queue_length} is shorter than "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from strata.distributed import World
 from strata.driver import check_driver
 from strata.errors import ConfigError
+from strata.ranges import check_range
 
 __all__ = ["EngineConfig", "ParameterGroup", "choose_device", "derive_deepspeed"]
 
@@ -55,26 +57,16 @@ class EngineConfig:
     """Seconds to wait for the process group to form, and for every collective."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.learning_rate <= 0:
-            raise ConfigError(f"engine.learning_rate is {self.learning_rate}; use more than 0")
-        if self.accumulation < 1:
-            raise ConfigError(f"engine.accumulation is {self.accumulation}; use 1 or more")
+        check = partial(check_range, self, prefix="engine.")
+        check("learning_rate", "world_timeout_s", above=0)
+        check("accumulation", at_least=1)
+        check("weight_decay", "grad_clip", "max_skipped_steps", at_least=0)
         if self.precision == "fp16" and self.zero:
             # Under ZeRO its scaler is updated once per parameter group, and never by an overflow.
             raise ConfigError(
                 f"engine.precision fp16 with engine.zero {self.zero}: DeepSpeed's loss scale would "
                 "never fall; use bf16, or engine.zero 0"
             )
-        for name in ("weight_decay", "grad_clip", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"engine.{name} is {getattr(self, name)}; use 0 or more")
-        if self.world_timeout_s <= 0:
-            raise ConfigError("engine.world_timeout_s must be above 0")
 
     def precision_on(self, device: torch.device) -> str:
         """The precision of steps on a device: `fp32`, `bf16` or `fp16`."""

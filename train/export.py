@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 import strata
 from strata.errors import CheckpointError, ConfigError
-from strata.files import open_atomic
+from strata.files import open_atomic, sha256_of
 from strata.train.hub import push, require_hub
 from strata.train.model_card import PROGRAM, card, figures_of
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
 from strata.train.models.inputs import IMAGENET_MEAN, IMAGENET_STD, InputChoice
-from strata.train.run.checkpoint import find_checkpoint, read_state
+from strata.train.run.checkpoint import read_state
 from strata.train.run.encoder import backbone_config, build_for_file, load_backbone, trained_clips
+from strata.train.run.history import require_checkpoint
 from strata.train.weights import export_backbone, load_torchvision
 from strata.untrusted import decode_json
 
@@ -43,7 +44,7 @@ __all__ = [
     "write_export",
 ]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no hash of the weights
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _CARD = "README.md"
@@ -74,11 +75,6 @@ class ExportCommand:
     login`; needs strata-video[hub] and --licence."""
 
     def __post_init__(self) -> None:
-        """Check what an upload needs.
-
-        Raises:
-            ConfigError: The licence, the name or the client is missing.
-        """
         if self.push_to_hub:
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
                 raise ConfigError(f"push_to_hub is {self.push_to_hub}; use ORG/NAME")
@@ -95,7 +91,9 @@ class _ExportedInput(msgspec.Struct, frozen=True):
 class _Exported(msgspec.Struct, frozen=True):
     """The part of config.json that is read again."""
 
-    format: Literal[1]
+    format: Literal[2]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    """Hash of the file with the weights or the program."""
     backbone: dict[str, Any]
     input: _ExportedInput
 
@@ -142,11 +140,7 @@ def write_export(command: ExportCommand) -> Path:
     """
     if command.out.exists():
         raise ConfigError(f"{command.out} exists; choose another --out, or remove it")
-    found = find_checkpoint(command.checkpoint)
-    if found is None:
-        raise CheckpointError(
-            f"{command.checkpoint} holds no complete checkpoint; give the folder of a run"
-        )
+    found = require_checkpoint(command.checkpoint)
     state = read_state(found)
     encoder = load_backbone(found).eval()
     trained = backbone_config(state.config)
@@ -186,6 +180,7 @@ def write_export(command: ExportCommand) -> Path:
             )
             with open_atomic(writing / _WEIGHTS) as out:
                 save_file(weights, out.name, metadata={"format": "pt"})
+        described["sha256"] = sha256_of(writing / described["file"])
         text = json.dumps(described, indent=2)
         (writing / _CONFIG).write_text(text + "\n", encoding="utf-8")
         (writing / _CARD).write_text(
@@ -213,6 +208,8 @@ def load_export(folder: str | Path) -> Backbone:
     folder = Path(folder)
     try:
         described = _read_config(folder)
+        if sha256_of(folder / _WEIGHTS) != described.sha256:
+            raise CheckpointError(f"{_WEIGHTS} is damaged: its hash is not that of {_CONFIG}")
         config = backbone_config({"model": described.backbone})
         backbone = build_for_file(config, folder / _WEIGHTS)
         load_torchvision(backbone, load_file(folder / _WEIGHTS))

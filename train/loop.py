@@ -13,7 +13,7 @@ from strata.dataload.loader import Batch, TrainLoader
 from strata.distributed import Ballot, World, barrier, lost_peer
 from strata.errors import LostPeerError
 from strata.files import FolderLock
-from strata.logs import SteadyStream
+from strata.logs import progress_bar
 from strata.telemetry.metrics import Metrics
 from strata.train.run.checkpoint import CheckpointConfig, RunState
 from strata.train.run.gc_schedule import StepGarbage
@@ -132,12 +132,11 @@ class Trainer(Generic[TaskT]):
             NotFiniteError: More steps were skipped than allowed.
         """
         self.task.announce(self.state)
-        progress = tqdm(
+        progress = progress_bar(
             total=self.config.total_steps,
             initial=self.state.step,
             unit="step",
             desc=self.config.title,
-            file=SteadyStream(),
             disable=not (self.config.progress and self._world.is_first),
         )
         try:

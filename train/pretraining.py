@@ -16,6 +16,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import PretrainingRecipe, open_plan
 from strata.distributed import World
 from strata.files import FolderLock
+from strata.logs import get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.engine import Engine
@@ -31,11 +32,13 @@ from strata.train.run.bad_batch import write_bad_batch
 from strata.train.run.checkpoint import RunState
 from strata.train.run.non_finite import NonFiniteFlags, Report
 from strata.train.run.resume import check_same_training
-from strata.train.run.run_plan import announce_run
+from strata.train.run.run_plan import describe_run
 from strata.train.run.step_report import StepReport
 from strata.train.task import Task
 
 __all__ = ["Pretraining", "open_pretraining"]
+
+logger = get_logger(__name__)
 
 
 class Pretraining(Task[VideoModel]):
@@ -177,19 +180,24 @@ class Pretraining(Task[VideoModel]):
         self.monitor.start(
             step=state.step, total_steps=self.total_steps, data=self._reader.manifest.digest
         )
-        clips = self._config.data.clips
-        announce_run(
-            self._config,
-            world=self._world,
-            device=self._device,
-            reader=self._reader,
-            plan=self._plan,
-            step=state.step,
-            chance=self.method.chance(
-                self._config.data.batch_size, clips.clip_frames, clips.long_frames
-            ),
-            metrics=self._metrics,
-            augment_choice=self._augment_choice,
+        config, clips, record = self._config, self._config.data.clips, None
+        if self._world.is_first:
+            page = describe_run(
+                config,
+                world=self._world,
+                device=self._device,
+                reader=self._reader,
+                plan=self._plan,
+                step=state.step,
+                augment_choice=self._augment_choice,
+            )
+            logger.info("run plan:\n%s", page.text())
+            record = page.record
+        chance = self.method.chance(config.data.batch_size, clips.clip_frames, clips.long_frames)
+        for term, value in chance.items():
+            self._metrics.set("strata_loss_chance", value, term=term)
+        self._metrics.record(
+            "start", step=state.step, chance=chance, plan=record, config=plain(config)
         )
 
     def count(self, batch: Batch, queue_depth: int) -> None:

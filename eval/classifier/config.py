@@ -1,10 +1,12 @@
 """Settings of the training of a classifier."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from strata.dataload.augment import AugmentSpec
 from strata.errors import ConfigError
+from strata.ranges import check_range
 from strata.train.run.checkpoint import CheckpointConfig
 
 __all__ = ["ClassifierConfig"]
@@ -68,29 +70,16 @@ class ClassifierConfig:
     """Of the linear layer's weights, order, augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
         if self.train not in ("all", "head"):
             raise ConfigError(f"training.train is {self.train!r}; use all or head")
-        for name in ("epochs", "batch_size", "stride"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; use 1 or more")
-        if self.batch_size < 2:
-            raise ConfigError("training.batch_size is 1; batch norm needs 2 or more")
-        if self.learning_rate <= 0 or self.backbone_lr_factor < 0:
-            raise ConfigError(
-                "training.learning_rate must be above 0, training.backbone_lr_factor 0 or more"
-            )
-        for name in ("weight_decay", "max_steps", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; use 0 or more")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"training.dropout is {self.dropout}; use 0 to below 1")
-        if not 0 <= self.lr_drop_factor <= 1:
-            raise ConfigError(f"training.lr_drop_factor is {self.lr_drop_factor}; use 0 to 1")
+        check = partial(check_range, self, prefix="training.")
+        check("epochs", "stride", at_least=1)
+        # Batch norm needs two.
+        check("batch_size", at_least=2)
+        check("learning_rate", above=0)
+        check("backbone_lr_factor", "weight_decay", "max_steps", "max_skipped_steps", at_least=0)
+        check("dropout", at_least=0, below=1)
+        check("lr_drop_factor", at_least=0, at_most=1)
 
     def lr_factor(self, epoch: int) -> float:
         """Learning rate of an epoch over its initial value."""

@@ -52,11 +52,6 @@ class CompareEvaluation(Evaluation):
     """Of the cached linear probe."""
 
     def __post_init__(self) -> None:
-        """Check the protocol.
-
-        Raises:
-            ConfigError: It has no cached probe.
-        """
         refuse_cached(self.protocol)
 
 

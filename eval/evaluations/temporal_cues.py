@@ -47,11 +47,6 @@ class TemporalCamEvaluation(OneNetwork):
     own under the checkpoint's run, in eval/."""
 
     def __post_init__(self) -> None:
-        """Check the level.
-
-        Raises:
-            ConfigError: Several levels have no common map.
-        """
         if self.features.level == "all":
             raise ConfigError("features.level all has no map of its own; use low, mid or high")
 

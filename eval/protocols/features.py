@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, barrier, gather_objects
 from strata.errors import ConfigError, ShardError
 from strata.files import open_atomic
+from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
-from strata.train.models.backbones import Backbone
+from strata.train.models.backbones import LEVELS, Backbone, Level
 from strata.train.representation.encode import (
-    LEVELS,
     VideoClips,
     encode_levels,
     inference_precision,
@@ -30,8 +31,8 @@ from strata.train.representation.encode import (
 __all__ = ["LEVEL_CHOICES", "FeatureConfig", "Features", "extract_features", "write_features"]
 
 _HASH = "sha256"
-LevelChoice = Literal["low", "mid", "high", "all"]
-LEVEL_CHOICES: tuple[LevelChoice, ...] = ("low", "mid", "high", "all")
+LevelChoice = Literal[Level, "all"]
+LEVEL_CHOICES: tuple[LevelChoice, ...] = (*LEVELS, "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +56,12 @@ class FeatureConfig:
     """Videos that a rank encodes at a time; changes memory, not results."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        for name in ("num_clips", "stride", "videos_per_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"features.{name} is {getattr(self, name)}; use 1 or more")
-        if not 0 < self.crop <= 1:
-            raise ConfigError(f"features.crop is {self.crop}; use more than 0, at most 1")
-        if self.size < 0 or self.clip_frames < 0 or self.clip_frames % 2:
-            raise ConfigError(
-                "features.size must be 0 or more, features.clip_frames even and 0 or more"
-            )
+        check = partial(check_range, self, prefix="features.")
+        check("num_clips", "stride", "videos_per_batch", at_least=1)
+        check("crop", above=0, at_most=1)
+        check("size", "clip_frames", at_least=0)
+        if self.clip_frames % 2:
+            raise ConfigError(f"features.clip_frames is {self.clip_frames}; use an even number")
 
     def clips(self) -> VideoClips:
         """The clips, once size and clip_frames are resolved."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from strata.errors import ConfigError
 from strata.eval.accuracy import Accuracy, measure_accuracy
+from strata.ranges import check_range
 
 __all__ = ["LinearConfig", "LinearResult", "linear_probe"]
 
@@ -29,15 +30,10 @@ class LinearConfig:
     """Of the classifier's weights and the order of clips."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.epochs < 1 or self.batch_size < 2:
-            raise ConfigError("probe.epochs must be 1 or more and probe.batch_size 2 or more")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ConfigError("probe.learning_rate must be above 0, probe.weight_decay 0 or more")
+        check_range(self, "epochs", prefix="probe.", at_least=1)
+        check_range(self, "batch_size", prefix="probe.", at_least=2)
+        check_range(self, "learning_rate", prefix="probe.", above=0)
+        check_range(self, "weight_decay", prefix="probe.", at_least=0)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from strata.dataload.config import DataConfig
 from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.errors import ConfigError
 from strata.eval.pictures import contact_sheet
+from strata.ranges import check_range
 from strata.train.models.backbones import Backbone
 from strata.train.models.inputs import normalise
 from strata.train.representation.encode import VideoClips, inference_autocast
@@ -59,15 +59,9 @@ class CamConfig:
     stride 1); of a longer one, this many clips placed uniformly."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.weight_decay <= 0:
-            raise ConfigError("cam.weight_decay must be above 0, or the head has no one solution")
-        if self.videos < 1 or self.max_clips < 1:
-            raise ConfigError("cam.videos and cam.max_clips must be 1 or more")
+        # Without a penalty the head may have no solution, or several.
+        check_range(self, "weight_decay", prefix="cam.", above=0)
+        check_range(self, "videos", "max_clips", prefix="cam.", at_least=1)
 
 
 def fit_direction_head(

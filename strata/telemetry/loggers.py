@@ -1,4 +1,4 @@
-"""Writes a run's records to Weights & Biases and to MLflow, under the names that TensorBoard has.
+"""Writes a run's figures to TensorBoard, Weights & Biases and MLflow, under the same names.
 
 Projects, servers and keys are those that the user has set for these programs: WANDB_MODE,
 WANDB_PROJECT, `wandb login`; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME. None is read here.
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from strata.errors import ConfigError
-from strata.telemetry.tensorboard import scalars_of
 
-__all__ = ["MlflowLogger", "WandbLogger", "require_logger"]
+__all__ = ["MlflowLogger", "TensorBoard", "WandbLogger", "require_logger"]
 
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 _PARAMS_A_CALL = 100
 """MLflow's limit of parameters in one request."""
 
@@ -25,16 +23,64 @@ def require_logger(name: str) -> None:
     """Check that a logger's package is installed.
 
     Args:
-        name: `wandb` or `mlflow`.
+        name: `tensorboard`, `wandb` or `mlflow`: the package, its setting and its extra.
 
     Raises:
         ConfigError: It is not installed.
     """
-    if importlib.util.find_spec(_PACKAGES[name]) is None:
+    if importlib.util.find_spec(name) is None:
         raise ConfigError(
-            f"monitor.{name} needs the package {_PACKAGES[name]}, which is not installed; install "
+            f"monitor.{name} needs the package {name}, which is not installed; install "
             f"strata-video[{name}], or leave monitor.{name} false"
         )
+
+
+class TensorBoard:
+    """Writes the numbers of `step` and `probe` records; call it with every record of a run.
+
+    Args:
+        folder: Folder of the event files; a resumed run adds a file that hides the repeated steps.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write a record: `start` opens the file, `step` and `probe` become scalars."""
+        if kind == "start":
+            # Imported here since it takes a second and is rarely needed.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=fields["step"] + 1)
+        elif self._writer is not None:
+            for name, value in _scalars_of(kind, fields).items():
+                self._writer.add_scalar(name, value, fields["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _scalars_of(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a `step` or `probe` record by the name that every logger gives them."""
+    if kind not in ("step", "probe"):
+        return {}
+    numbers = {name: value for name, value in fields.items() if name != "step"}
+    return dict(_numbers("" if kind == "step" else "probe/", numbers))
+
+
+def _numbers(prefix: str, fields: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Nested names joined by slashes, which loggers show as groups."""
+    found: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found += _numbers(f"{prefix}{name}/", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + name, float(value)))
+    return found
 
 
 def _identity(folder: Path) -> str:
@@ -75,7 +121,7 @@ class WandbLogger:
 
     def __call__(self, kind: str, fields: Mapping[str, Any]) -> None:
         """Write a record."""
-        numbers = scalars_of(kind, fields)
+        numbers = _scalars_of(kind, fields)
         if numbers:
             self._run.log({"step": fields["step"], **numbers})
 
@@ -139,7 +185,7 @@ class MlflowLogger:
         now = int(time.time() * 1000)
         metrics = [
             Metric(name.replace("@", "_at_"), value, now, fields["step"])
-            for name, value in scalars_of(kind, fields).items()
+            for name, value in _scalars_of(kind, fields).items()
         ]
         try:
             if metrics:

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 import strata
 from strata.errors import ConfigError
 from strata.logs import JsonLines, get_logger, warn_once
+from strata.ranges import check_range
 from strata.telemetry.catalogue import CATALOGUE, Metric, Role
 from strata.telemetry.scrape import ScrapeServer, tls_context
 
@@ -59,13 +60,7 @@ class ExporterConfig:
     node, so that containers are not taken for machines."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range, or a file of a pair is missing.
-        """
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"monitor.port is {self.port}; use 0 to 65535")
+        check_range(self, "port", prefix="monitor.", at_least=0, at_most=65_535)
         if (self.certificate is None) != (self.key is None):
             raise ConfigError("monitor.certificate and monitor.key belong together; give both")
         if self.client_authority is not None and self.certificate is None:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from strata.errors import ConfigError, StrataError
+from strata.files import FolderLock
 from strata.tools.ablation import main
 from tests.support.commands import ROOT, TINY
 from tests.support.shard_folders import make_shards
@@ -315,7 +316,6 @@ def test_processes_of_a_killed_grid_are_waited_for(grid: dict[str, Any], tmp_pat
 def test_two_grids_do_not_share_a_folder(grid: dict[str, Any]):
     folder = Path(grid["out"])
     folder.mkdir()
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another grid runs in"):
+    with FolderLock(folder, "running a grid", ConfigError, "wait"):
+        with pytest.raises(ConfigError, match=r"is in use: .* is running a grid there.*--out"):
             main(written(grid, launcher="false"))

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -335,6 +336,24 @@ def test_a_video_that_kills_its_own_process_is_rejected_by_name(
     assert (good.source, good.status) == ("good.mp4", "written")
     said = capsys.readouterr().err
     assert "a worker process ended (-9) while it had 2 videos, bad.mp4 ... good" in said
+
+
+def test_a_video_that_needs_more_than_the_bound_of_memory_is_rejected_by_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "good.mp4", moving_scene(8, 96, 64))
+    with av.open(str(tmp_path / "videos" / "large.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 8192, 8192, "yuvj420p"
+        frame = av.VideoFrame(8192, 8192, "yuvj420p")  # 100 MB
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    shard(tmp_path / "videos", tmp_path / "out", "--min-frames", "1", "--worker-memory", "0.25")
+    good, large = read_manifest(tmp_path / "out" / "train").rows
+    assert (large.source, large.reason) == ("large.avi", "memory")
+    assert large.detail == "it needs more than --worker_memory 0.25 GB"
+    assert (good.source, good.status) == ("good.mp4", "written")
 
 
 def test_a_fault_of_the_program_ends_the_run(videos: Path, tmp_path: Path) -> None:

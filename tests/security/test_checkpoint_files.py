@@ -13,6 +13,7 @@ from torch import nn
 
 from strata.distributed import World
 from strata.errors import CheckpointError
+from strata.files import sha256_of
 from strata.train.engine import Engine
 from strata.train.engine_config import EngineConfig, ParameterGroup
 from strata.train.engine_state import Snapshot
@@ -198,14 +199,17 @@ def test_a_config_that_a_model_card_cannot_state_is_one_line(folder: Path, tmp_p
         "",
         "{}",
         "[" * 100_000,
-        '{"format": 1, "backbone": {"width": "8"}}',
-        '{"format": 1, "backbone": {"width": 8388608}}',
-        '{"format": 9, "backbone": {"width": 8}}',
+        '{"format": 2, "sha256": "HASH", "backbone": {"width": "8"}, "input": CLIPS}',
+        '{"format": 2, "sha256": "HASH", "backbone": {"width": 8388608}, "input": CLIPS}',
+        '{"format": 2, "sha256": "../..", "backbone": {"width": 8}, "input": CLIPS}',
+        '{"format": 9, "sha256": "HASH", "backbone": {"width": 8}, "input": CLIPS}',
     ],
 )
 def test_a_config_of_an_export_that_is_none_is_one_line(text: str, tmp_path: Path):
-    (tmp_path / "config.json").write_text(text)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    text = text.replace("HASH", sha256_of(tmp_path / "model.safetensors"))
+    text = text.replace("CLIPS", '{"frames": 16, "size": 32}')
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError) as caught:
         load_export(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strata.dataload.decode_windows import read_windows
-from strata.dataload.pipeline import GraphSpec, UndecodableError, ViewSlice, WindowDecoder
+from strata.dataload.faults import UndecodableError
 from strata.dataload.reader import ShardReader
+from strata.dataload.strip_decoder import StripDecoder
 from strata.errors import ShardError
 from strata.format.manifest import read_manifest
 from strata.format.schema import NormalForm, checksum
@@ -139,26 +140,13 @@ def test_frame_table_with_the_right_checksum(
             assert decoded(np.frombuffer(found[1], np.uint8)) is not None or is_old
 
 
-_DECODER: list[WindowDecoder] = []
+_DECODER: list[StripDecoder] = []
 
 
 def decoded(strip: np.ndarray) -> np.ndarray | None:
     """A strip through the loader's own decoder, or None where its decoder refuses it."""
     if not _DECODER:
-        spec = GraphSpec(
-            batch_size=1,
-            strip_frames=FRAMES + 1,
-            height=HEIGHT,
-            width=WIDTH,
-            size=32,
-            views=(ViewSlice(0, FRAMES + 1),),
-            photometric=False,
-            decode="cpu",
-            augment="cpu",
-            device_id=None,
-            num_threads=1,
-        )
-        _DECODER.append(WindowDecoder(spec))
+        _DECODER.append(StripDecoder(FRAMES + 1, HEIGHT, WIDTH))
     try:
         return _DECODER[0].decode(strip)
     except UndecodableError:

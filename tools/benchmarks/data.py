@@ -28,6 +28,7 @@ from strata.dataload.reader import ShardReader
 from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
 from strata.preprocess.run import ShardSettings, shard_set
+from strata.ranges import check_range
 from strata.tools.benchmarks.contenders import (
     Contender,
     StrataContender,
@@ -49,7 +50,6 @@ from strata.tools.benchmarks.measure import (
     machine_line,
     parse_options,
     require_known,
-    require_positive,
     source_set_of,
     table,
     write_record,
@@ -65,7 +65,7 @@ _PEERS = {
     "mp4-pyav": "webdataset, H.264, PyAV, torchvision v2",
     "jpeg-pil": "webdataset, our JPEGs, PIL, torchvision v2",
     "jpeg-torchvision": "webdataset, our JPEGs, decode_jpeg, torchvision v2",
-    "jpeg-whole": "webdataset, our JPEGs decoded completely, torchvision v2",
+    "jpeg-complete": "webdataset, our JPEGs decoded completely, torchvision v2",
     "dali": "fn.readers.webdataset, our JPEGs, DALI's random operators",
 }
 
@@ -98,12 +98,7 @@ class DataOptions:
     """Small and short, to see that it runs."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        require_positive(self, "limit", "batch", "size", "rounds")
+        check_range(self, "limit", "batch", "size", "rounds", at_least=1)
         require_known("peer", self.peers, list(_PEERS))
 
 

@@ -98,11 +98,6 @@ class DeviceOptions:
     """Picture to write (.png, .svg, .pdf)."""
 
     def __post_init__(self) -> None:
-        """Check the names.
-
-        Raises:
-            ConfigError: A part or a variant is not known.
-        """
         require_known("part", self.parts, _PARTS)
         require_known("variant", self.variants, list(VARIANTS))
 

@@ -1,8 +1,10 @@
 """Strata's loader taken apart: the costs of reading, decoding, augmenting; and more threads."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +16,9 @@ from nvidia.dali.pipeline import pipeline_def
 from strata.counter_random import Stream, uniforms
 from strata.dataload.clips import training_window
 from strata.dataload.config import DataConfig
+from strata.dataload.cpu_pipeline import window_decoder
 from strata.dataload.decode_windows import CodedWindows, read_windows
+from strata.dataload.pipeline import GraphSpec
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.format.schema import checksum, segment_ext
@@ -106,35 +110,68 @@ class _Parts:
 
     def decode(self, device: Literal["cpu", "gpu"]) -> _Cost:
         """Decoding and nothing else."""
-        on = "mixed" if device == "gpu" else "cpu"
+        coded = [self._coded(k) for k in range(min(4, self._plan.steps_per_epoch))]
+        run = self._graph() if device == "gpu" else self._decoders()
+        return self._cost(lambda number: run(coded[number % len(coded)]))
+
+    def _decoders(self) -> Callable[[CodedWindows], Any]:
+        """A function that decodes a batch as the loader does on a CPU."""
+        form = self._reader.manifest.form
+        spec = GraphSpec(
+            batch_size=self._config.batch_size,
+            strip_frames=self._config.clips.window_frames,
+            coded="video" if form.payload == "mp4" else "strip",
+            height=form.height,
+            width=form.width,
+            size=self._config.size,
+            views=(),
+            photometric=False,
+            decode="cpu",
+            augment="cpu",
+            device_id=None,
+            num_threads=self._threads,
+        )
+        own = threading.local()
+        pool = ThreadPoolExecutor(
+            self._threads, initializer=lambda: setattr(own, "decode", window_decoder(spec))
+        )
+
+        def run(windows: CodedWindows) -> None:
+            places = windows.places or [None] * len(windows.coded)
+            list(pool.map(lambda *window: own.decode(*window), windows.coded, places))
+
+        return run
+
+    def _graph(self) -> Callable[[CodedWindows], Any]:
+        """A function that decodes a batch on the GPU."""
         is_video = self._reader.manifest.form.payload == "mp4"
 
         @pipeline_def
         def graph() -> Any:
             coded = fn.external_source(name="coded")
             if is_video:
-                return fn.decoders.video(coded, device=on, frames=fn.external_source(name="seen"))
-            return fn.decoders.image(coded, device=on, output_type=types.DALIImageType.RGB)
+                return fn.decoders.video(
+                    coded, device="mixed", frames=fn.external_source(name="seen")
+                )
+            return fn.decoders.image(coded, device="mixed", output_type=types.DALIImageType.RGB)
 
         pipe: Any = graph(
             batch_size=self._config.batch_size,
             num_threads=self._threads,
-            device_id=self._device.index if device == "gpu" else None,
+            device_id=self._device.index,
             prefetch_queue_depth=1,
         )
         pipe.build()
-        coded = [self._coded(k) for k in range(min(4, self._plan.steps_per_epoch))]
 
-        def run(number: int) -> None:
-            windows = coded[number % len(coded)]
+        def run(windows: CodedWindows) -> None:
             pipe.feed_input("coded", list(windows.coded))
             if is_video:
                 pipe.feed_input("seen", [np.unique(p).astype(np.int32) for p in windows.places])
             pipe.run()
 
-        return self._cost(run)
+        return run
 
-    def whole(self, config: DataConfig, skip: int = 0) -> _Cost:
+    def total(self, config: DataConfig, skip: int = 0) -> _Cost:
         """The loader, after what it makes ahead and `skip` batches more."""
         contender = StrataContender("strata", self._reader, config, self._device)
         try:
@@ -147,7 +184,7 @@ class _Parts:
     def cached(self, config: DataConfig) -> _Cost:
         """The loader from a cache that is full."""
         full = dataclasses.replace(config, cache="host")
-        return self.whole(full, skip=self._plan.steps_per_epoch)
+        return self.total(full, skip=self._plan.steps_per_epoch)
 
 
 def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "gpu"]]]:
@@ -157,12 +194,12 @@ def _devices(on_gpu: bool) -> list[tuple[Literal["cpu", "gpu"], Literal["cpu", "
 def measure_parts(
     reader: ShardReader, config: DataConfig, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
-    """Read, decode, augment, whole and from a cache for each way of decoding and augmenting.
+    """Read, decode, augment, total and from a cache for each way of decoding and augmenting.
 
     Checksums are a part of reading, measured alone.
 
     The loader makes one batch after the other, so a sample's time is the sum of its parts' times:
-    augmenting is what is left of the whole after reading and decoding, feeding and copying too.
+    augmenting is what is left of the total after reading and decoding, feeding and copying too.
     """
     parts = _Parts(reader, config, device, seconds)
     frames = config.clips.window_frames
@@ -170,9 +207,9 @@ def measure_parts(
     rows = []
     for decode, augment in _devices(device.type == "cuda"):
         chosen = dataclasses.replace(config, decode=decode, augment=augment)
-        decoded, whole = parts.decode(decode), parts.whole(chosen)
-        costs = {"read": read, "decode": decoded, "augment": whole - decoded - read}
-        costs["whole"] = whole
+        decoded, total = parts.decode(decode), parts.total(chosen)
+        costs = {"read": read, "decode": decoded, "augment": total - decoded - read}
+        costs["total"] = total
         form = reader.manifest.form
         if form.payload == "jpeg":
             costs["checksums"] = parts.checksums()
@@ -215,7 +252,7 @@ def measure_threads(
     threads = 1
     while threads <= usable_cpus():
         chosen = dataclasses.replace(config, decode="cpu", augment="cpu", threads=threads)
-        cost = _Parts(reader, chosen, device, seconds).whole(chosen)
+        cost = _Parts(reader, chosen, device, seconds).total(chosen)
         rows.append(
             {
                 "threads": threads,

@@ -32,7 +32,6 @@ __all__ = [
     "parse_options",
     "rate",
     "require_known",
-    "require_positive",
     "source_set_of",
     "spread",
     "table",
@@ -54,17 +53,6 @@ def parse_options(options: type[OptionsT], argv: Sequence[str], subject: str) ->
 
     first_line = (options.__doc__ or "").splitlines()[0]
     return parse_config(options, argv, prog=f"tools/bench.py {subject}", description=first_line)
-
-
-def require_positive(options: object, *names: str) -> None:
-    """Check that counts are 1 or more.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name} is {getattr(options, name)}; use 1 or more")
 
 
 def require_known(what: str, asked: Sequence[str], known: Sequence[str]) -> None:

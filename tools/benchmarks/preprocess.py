@@ -29,13 +29,13 @@ from strata.preprocess.run import shard_set
 from strata.preprocess.sample import keep_freed_memory
 from strata.preprocess.settings import ShardSettings
 from strata.preprocess.transcode import FrameSource, encode_strip
+from strata.ranges import check_range
 from strata.tools.benchmarks.measure import (
     find_videos,
     in_turns,
     machine,
     machine_line,
     parse_options,
-    require_positive,
     source_set_of,
     table,
 )
@@ -61,12 +61,7 @@ class PreprocessOptions:
     """Compare payloads instead of speed."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        require_positive(self, "limit", "repeat")
+        check_range(self, "limit", "repeat", at_least=1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
 from strata.limits import usable_cpus
+from strata.ranges import check_range
 from strata.tools.benchmarks.measure import (
     best_device,
     in_turns,
@@ -30,7 +31,6 @@ from strata.tools.benchmarks.measure import (
     machine_line,
     parse_options,
     rate,
-    require_positive,
     spread,
     table,
     wait_for,
@@ -78,12 +78,7 @@ class PublishedOptions:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        require_positive(self, "videos", "batch", "workers", "rounds")
+        check_range(self, "videos", "batch", "workers", "rounds", at_least=1)
 
 
 class _Training(Protocol):

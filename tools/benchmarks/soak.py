@@ -23,12 +23,12 @@ from strata.distributed import World
 from strata.format.schema import NormalForm
 from strata.preprocess.datasets.folder import find_folder
 from strata.preprocess.run import ShardSettings, shard_set
+from strata.ranges import check_range
 from strata.tools.benchmarks.measure import (
     best_device,
     machine,
     machine_line,
     parse_options,
-    require_positive,
     table,
     write_record,
 )
@@ -156,12 +156,7 @@ class SoakOptions:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        require_positive(self, "batches", "loaders", "readings")
+        check_range(self, "batches", "loaders", "readings", at_least=1)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -26,13 +26,13 @@ from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, current_world, join_world, leave_world
 from strata.errors import ConfigError, StrataError
+from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
 from strata.tools.benchmarks.measure import (
     append_record,
     machine,
     machine_line,
     parse_options,
-    require_positive,
     table,
     wait_for,
 )
@@ -206,13 +206,8 @@ class StepOptions(TrainConfig):
     """JSON lines to append to."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
         super().__post_init__()
-        require_positive(self, "steps", "warmup")
+        check_range(self, "steps", "warmup", at_least=1)
 
     @property
     def all_steps(self) -> int:

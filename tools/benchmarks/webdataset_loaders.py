@@ -122,7 +122,7 @@ def decode_torch(sample: Sample, window: np.ndarray) -> Tensor:
     return rows.unflatten(1, (len(window), -1)).permute(1, 0, 2, 3)
 
 
-def decode_whole(sample: Sample, window: np.ndarray) -> Tensor:
+def decode_completely(sample: Sample, window: np.ndarray) -> Tensor:
     """The window's frames by torchvision, which decodes the complete strip."""
     height = FrameTable.from_bytes(sample[FRAMES_EXT]).height
     coded = torch.frombuffer(bytearray(sample[segment_ext(0)]), dtype=torch.uint8)
@@ -134,7 +134,7 @@ DECODERS: dict[str, Decoder] = {
     "mp4-pyav": decode_mp4,
     "jpeg-pil": decode_pil,
     "jpeg-torchvision": decode_torch,
-    "jpeg-whole": decode_whole,
+    "jpeg-complete": decode_completely,
 }
 """By the peer's name; the part before the dash is the payload."""
 

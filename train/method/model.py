@@ -17,9 +17,9 @@ from strata.errors import ConfigError
 from strata.train.engine_config import ParameterGroup
 from strata.train.method.schedules import Phase
 from strata.train.method.score_queue import ScoreQueue
-from strata.train.method.settings import LEVELS, Level, MethodConfig
+from strata.train.method.settings import MethodConfig
 from strata.train.models.alteration import draw_permutations, time_orders
-from strata.train.models.backbones import BackboneConfig, Levels, build_backbone
+from strata.train.models.backbones import LEVELS, BackboneConfig, Level, Levels, build_backbone
 from strata.train.models.heads import GlobalHead, StepHead, pool_space
 from strata.train.models.inputs import frame_differences, mean_and_scale, scaled
 from strata.train.models.motion import MotionExcitation

@@ -21,7 +21,8 @@ from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkho
 from strata.train.losses.temporal import augmentation_loss, retrieval_loss
 from strata.train.method.model import Embeddings, VideoModel
 from strata.train.method.schedules import Phase
-from strata.train.method.settings import LEVELS, MethodConfig
+from strata.train.method.settings import MethodConfig
+from strata.train.models.backbones import LEVELS
 from strata.train.monitor.health import (
     alteration_health,
     chance_levels,

@@ -1,9 +1,10 @@
 """Schedules of a run as pure functions of the epoch, without state to restore."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from strata.errors import ConfigError
+from strata.ranges import check_range
 
 __all__ = ["Phase", "ScheduleConfig", "phase_at"]
 
@@ -26,18 +27,10 @@ class ScheduleConfig:
     """Epochs at the start in which the prototypes are not updated. Release: 1."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.epochs < 1:
-            raise ConfigError(f"schedule.epochs is {self.epochs}; use 1 or more")
-        if not 0 < self.lr_drop_factor <= 1:
-            raise ConfigError(f"schedule.lr_drop_factor is {self.lr_drop_factor}; use 0 to 1")
-        for name in ("second_stage_epoch", "queue_epoch", "frozen_prototype_epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; use 0 or more")
+        check = partial(check_range, self, prefix="schedule.")
+        check("epochs", at_least=1)
+        check("lr_drop_factor", above=0, at_most=1)
+        check("second_stage_epoch", "queue_epoch", "frozen_prototype_epochs", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

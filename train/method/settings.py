@@ -1,15 +1,14 @@
 """Settings of the method: weights of the loss terms, temperatures, prototypes, queue."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from strata.errors import ConfigError
-from strata.train.models.backbones import LevelStrides
+from strata.ranges import check_range
+from strata.train.models.backbones import LEVELS, Level, LevelStrides
 
-__all__ = ["LEVELS", "Level", "MethodConfig", "TermWeights"]
-
-Level = Literal["low", "mid", "high"]
-LEVELS: tuple[Level, ...] = ("low", "mid", "high")
+__all__ = ["MethodConfig", "TermWeights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,7 @@ class TermWeights:
     """L_ret at the high level."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A weight is negative, or none is positive.
-        """
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ConfigError(f"method.weights.{name} is {value}; use 0 or more")
+        check_range(self, *vars(self), prefix="method.weights.", at_least=0)
         if not self.instance and not self.prototype:
             raise ConfigError("method.weights: the first stage needs instance or prototype above 0")
 
@@ -83,19 +75,10 @@ class MethodConfig:
     """D of all heads. Release: 128."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        for name in ("temperature", "prototype_temperature", "sinkhorn_epsilon"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; use more than 0")
-        for name in ("num_prototypes", "queue_length", "embedding_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} is {getattr(self, name)}; use 1 or more")
-        if not 0 <= self.graph_threshold <= 1:
-            raise ConfigError(f"method.graph_threshold is {self.graph_threshold}; use 0 to 1")
+        check = partial(check_range, self, prefix="method.")
+        check("temperature", "prototype_temperature", "sinkhorn_epsilon", above=0)
+        check("num_prototypes", "queue_length", "embedding_size", at_least=1)
+        check("graph_threshold", at_least=0, at_most=1)
 
     def uses(self, term: str, level: Level) -> bool:
         """Whether a term has a weight at a level."""

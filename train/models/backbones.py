@@ -15,14 +15,17 @@ from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableC
 from torchvision.ops import Conv3dNormActivation
 
 from strata.errors import ConfigError
+from strata.ranges import check_range
 from strata.train.models.inputs import INPUTS, InputChoice, frame_differences
 from strata.train.models.stem import Fold, FramePool, StemConvolution
 
 __all__ = [
+    "LEVELS",
     "R3D18",
     "S3D",
     "Backbone",
     "BackboneConfig",
+    "Level",
     "LevelStrides",
     "LevelWidths",
     "Levels",
@@ -36,6 +39,10 @@ class Levels(NamedTuple):
     low: Tensor
     mid: Tensor
     high: Tensor
+
+
+Level = Literal["low", "mid", "high"]
+LEVELS: tuple[Level, ...] = ("low", "mid", "high")
 
 
 class LevelWidths(NamedTuple):
@@ -88,11 +95,6 @@ class BackboneConfig:
     step instead (TCLR): the same parameters, and twice the steps at the high level."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
         if self.name not in ("r3d18", "s3d"):
             raise ConfigError(f"backbone: name is {self.name!r}; use r3d18 or s3d")
         if self.input not in INPUTS:
@@ -113,10 +115,7 @@ class BackboneConfig:
                 raise ConfigError(f"backbone: {name} is for r3d18, not {self.name}; leave it out")
         if self.in_channels not in (3, 4):
             raise ConfigError(f"backbone: in_channels is {self.in_channels}; use 3 or 4")
-        if not 0 < self.bn_momentum <= 1:
-            raise ConfigError(
-                f"backbone: bn_momentum is {self.bn_momentum}; use a number in (0, 1]"
-            )
+        check_range(self, "bn_momentum", prefix="backbone: ", above=0, at_most=1)
 
     @property
     def is_variant(self) -> bool:
@@ -196,25 +195,12 @@ class R3D18(Backbone):
     convolutions Kaiming normal by fan out, batch norm 1 and 0.
 
     Args:
-        width: Channels of the stem and of stage 1.
-        in_channels: 3 or 4, see `BackboneConfig`.
-        bn_momentum: See `BackboneConfig`.
-        stem_pool: See `BackboneConfig`.
-        stem_frames: See `BackboneConfig`.
-        last_temporal_stride: See `BackboneConfig`.
+        config: All settings but `name` and, of `input`, `both`.
     """
 
-    def __init__(
-        self,
-        width: int = 64,
-        *,
-        in_channels: int = 3,
-        bn_momentum: float = 0.1,
-        stem_pool: bool = True,
-        stem_frames: Literal[3, 7] = 7,
-        last_temporal_stride: Literal[1, 2] = 2,
-    ) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        width, stem_frames = config.width, config.stem_frames
         self.widths = LevelWidths(2 * width, 4 * width, 8 * width)
         self.stem = nn.Sequential(
             StemConvolution(
@@ -228,18 +214,18 @@ class R3D18(Backbone):
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
         )
-        if stem_pool:
+        if config.stem_pool:
             self.stem.append(FramePool())
         self.layer1 = _stage(width, width, stride=1)
         self.layer2 = _stage(width, 2 * width, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, stride=2)
         self.layer4 = _stage(4 * width, 8 * width, stride=2)
-        if last_temporal_stride == 1:
+        if config.last_temporal_stride == 1:
             _keep_time(self.layer4)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        _finish(self, in_channels, bn_momentum)
+        _finish(self, config)
 
     def forward(self, clips_NCTHW: Tensor) -> Levels:
         """See `Backbone.forward`."""
@@ -262,17 +248,15 @@ class S3D(Backbone):
     Source: Xie et al., arXiv 1712.04851.
 
     Args:
-        width: Channels of the stem; a multiple of 8, so that all widths are integers.
-        in_channels: 3 or 4, see `BackboneConfig`.
-        bn_momentum: See `BackboneConfig`.
+        config: Width, input channels, momentum, and of `input` whether it is differences.
     """
 
-    def __init__(self, width: int = 64, *, in_channels: int = 3, bn_momentum: float = 0.1) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         norm = partial(nn.BatchNorm3d, eps=0.001)
 
         def scaled(*widths: int) -> Iterable[int]:
-            return (w * width // 64 for w in widths)
+            return (w * config.width // 64 for w in widths)
 
         def mixed(*widths: int) -> nn.Module:
             return SepInceptionBlock3D(*scaled(*widths), norm_layer=norm)
@@ -298,7 +282,7 @@ class S3D(Backbone):
             mixed(832, 256, 160, 320, 32, 128, 128),
             mixed(832, 384, 192, 384, 48, 128, 128),
         )
-        _finish(self, in_channels, bn_momentum)
+        _finish(self, config)
 
     def forward(self, clips_NCTHW: Tensor) -> Levels:
         """See `Backbone.forward`."""
@@ -317,21 +301,7 @@ _AFTER_MIXED_4F = 13
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Build the encoder that the configuration names."""
-    in_channels, momentum = config.in_channels, config.bn_momentum
-    match config.name:
-        case "r3d18":
-            backbone = R3D18(
-                config.width,
-                in_channels=in_channels,
-                bn_momentum=momentum,
-                stem_pool=config.stem_pool,
-                stem_frames=config.stem_frames,
-                last_temporal_stride=config.last_temporal_stride,
-            )
-        case "s3d":
-            backbone = S3D(config.width, in_channels=in_channels, bn_momentum=momentum)
-    backbone.differences = config.input == "difference"
-    return backbone
+    return R3D18(config) if config.name == "r3d18" else S3D(config)
 
 
 def _stage(in_width: int, width: int, *, stride: int) -> nn.Sequential:
@@ -360,19 +330,20 @@ def _first_conv(module: nn.Module) -> nn.Conv3d:
     return next(m for m in module.modules() if isinstance(m, nn.Conv3d))
 
 
-def _finish(backbone: Backbone, in_channels: int, bn_momentum: float) -> None:
-    """Set the momentum, and widen the first convolution by zero planes to `in_channels`.
+def _finish(backbone: Backbone, config: BackboneConfig) -> None:
+    """Set input and momentum, and widen the first convolution by zero planes to `in_channels`.
 
     The zero plane stays zero in training: its input is zero, so its gradient is zero, and weight
     decay does not change zero. Padding after initialisation keeps the draws of the other planes.
     """
+    backbone.differences = config.input == "difference"
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm3d):
-            module.momentum = bn_momentum
+            module.momentum = config.bn_momentum
     conv = backbone.input_conv()
-    extra = in_channels - conv.in_channels
+    extra = config.in_channels - conv.in_channels
     if extra:
         with torch.no_grad():
             planes = conv.weight.new_zeros(conv.out_channels, extra, *conv.kernel_size)
             conv.weight = nn.Parameter(torch.cat([conv.weight, planes], dim=1))
-        conv.in_channels = in_channels
+        conv.in_channels = config.in_channels

@@ -16,12 +16,11 @@ from strata.errors import ConfigError
 from strata.logs import get_logger
 from strata.telemetry.gpu import GpuCollector
 from strata.telemetry.host import HostCollector, ProcessCollector
-from strata.telemetry.loggers import MlflowLogger, WandbLogger
+from strata.telemetry.loggers import MlflowLogger, TensorBoard, WandbLogger
 from strata.telemetry.metrics import Metrics
 from strata.telemetry.readings import Reading, ReadingCollector
 from strata.telemetry.serve import export
 from strata.telemetry.targets import run_name
-from strata.telemetry.tensorboard import TensorBoard
 from strata.train.config import TrainConfig
 from strata.train.monitor.bottleneck import (
     DATA_PARTS,

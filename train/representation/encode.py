@@ -7,28 +7,26 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from strata.dataload.clips import ClipSpec
 from strata.dataload.config import DataConfig
 from strata.dataload.loader import EvaluationLoader
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects
-from strata.errors import ConfigError, ShardError
+from strata.errors import ShardError
+from strata.logs import progress_bar
+from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
-from strata.train.models.backbones import Backbone
+from strata.train.models.backbones import LEVELS, Backbone
 from strata.train.models.inputs import normalise
 
 __all__ = [
-    "LEVELS",
     "VideoClips",
     "encode_levels",
     "inference_autocast",
     "inference_precision",
     "over_videos",
 ]
-
-LEVELS = ("low", "mid", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +49,9 @@ class VideoClips:
     """Videos that a rank encodes at a time; changes memory, not results."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        for name in ("num_clips", "stride", "size", "clip_frames", "videos_per_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"test clips: {name} is {getattr(self, name)}; use 1 or more")
-        if not 0 < self.crop <= 1:
-            raise ConfigError(f"test clips: crop is {self.crop}; use more than 0, at most 1")
+        counts = ("num_clips", "stride", "size", "clip_frames", "videos_per_batch")
+        check_range(self, *counts, prefix="test clips: ", at_least=1)
+        check_range(self, "crop", prefix="test clips: ", above=0, at_most=1)
 
 
 def inference_precision(device: torch.device) -> Literal["bf16", "fp32"]:
@@ -123,7 +114,7 @@ def over_videos(
     parts: dict[str, list[np.ndarray]] = {}
     hidden = shown is None or not world.is_first
     with loader:
-        for batch in tqdm(loader, total=len(loader), desc=shown, disable=hidden):
+        for batch in progress_bar(loader, total=len(loader), desc=shown, disable=hidden):
             for name, value in compute(batch.clips).items():
                 parts.setdefault(name, []).append(value.float().cpu().numpy()[batch.valid])
             samples.append(batch.samples[batch.valid])

@@ -14,6 +14,7 @@ from strata.dataload.reader import ShardReader
 from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
 from strata.logs import get_logger
+from strata.ranges import check_range
 from strata.telemetry.metrics import Metrics
 from strata.train.models.backbones import Backbone
 from strata.train.representation.encode import VideoClips, encode_levels, over_videos
@@ -43,21 +44,13 @@ class ProbeConfig:
     """Videos that a rank encodes at a time; changes memory, not results."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range, or a set is missing.
-        """
-        if self.every_epochs < 0:
-            raise ConfigError(f"probe.every_epochs is {self.every_epochs}; use 0 or more")
+        check_range(self, "every_epochs", prefix="probe.", at_least=0)
+        check_range(self, "num_clips", "stride", "videos_per_batch", prefix="probe.", at_least=1)
         if self.every_epochs and (self.train is None or self.test is None):
             raise ConfigError(
                 "probe.every_epochs asks for retrieval on a labelled set; give --probe.train and "
                 "--probe.test"
             )
-        for name in ("num_clips", "stride", "videos_per_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"probe.{name} is {getattr(self, name)}; use 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

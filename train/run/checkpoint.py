@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from strata.errors import CheckpointError, ConfigError, NotSavedError
+from strata.errors import CheckpointError, NotSavedError
 from strata.files import open_atomic, sha256_of, sync_path, write_atomic
+from strata.ranges import check_range
 from strata.train.engine import Engine
 from strata.train.engine_state import Snapshot
 from strata.train.run.history import COMPLETE, FOLDER, History, find_checkpoint, name_of
@@ -70,16 +71,8 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this are never removed; 0 for none."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ConfigError: A field is out of its range.
-        """
-        if self.every_steps < 0 or self.keep_every < 0 or self.keep < 1:
-            raise ConfigError(
-                f"checkpoint.every_steps is {self.every_steps}, checkpoint.keep {self.keep}, "
-                f"checkpoint.keep_every {self.keep_every}; use 0 or more, 1 or more, 0 or more"
-            )
+        check_range(self, "every_steps", "keep_every", prefix="checkpoint.", at_least=0)
+        check_range(self, "keep", prefix="checkpoint.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

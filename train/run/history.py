@@ -19,7 +19,7 @@ from strata.files import write_atomic
 from strata.logs import get_logger, warn_once
 from strata.untrusted import checked_name, decode_json
 
-__all__ = ["COMPLETE", "History", "find_checkpoint", "name_of"]
+__all__ = ["COMPLETE", "History", "find_checkpoint", "name_of", "require_checkpoint"]
 
 logger = get_logger(__name__)
 
@@ -204,3 +204,18 @@ def find_checkpoint(path: Path) -> Path | None:
     root = path / FOLDER
     found = History(root).find()
     return None if found is None else root / found
+
+
+def require_checkpoint(path: Path) -> Path:
+    """As `find_checkpoint`, for what cannot begin without one.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no complete checkpoint; pretrain with train/main.py first, or correct "
+            "the path"
+        )
+    return found

@@ -1,7 +1,6 @@
 """The run plan: a summary of a run that is printed and logged before it starts."""
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,22 +8,18 @@ import numpy as np
 import torch
 
 import strata
-from strata.config import plain
 from strata.dataload.augment_choice import AugmentChoice
 from strata.dataload.frame_cache import cache_bytes
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
-from strata.logs import get_logger, read_json_lines
-from strata.telemetry.metrics import Metrics
+from strata.logs import read_json_lines
 from strata.train.config import TrainConfig
 from strata.train.engine_config import derive_deepspeed
 from strata.train.method.schedules import ScheduleConfig, phase_at
 from strata.train.monitor.cost_model import MemoryEstimate, StepCost, memory_estimate, step_cost
 
-__all__ = ["RunPlan", "announce_run", "describe_run", "stage_epochs"]
-
-logger = get_logger(__name__)
+__all__ = ["RunPlan", "describe_run", "stage_epochs"]
 
 _RATES = 20
 """Records of log.jsonl whose median is the measured speed."""
@@ -111,7 +106,7 @@ def describe_run(
         *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),
         ("memory", _memory(memory[largest], largest, world)),
-        *_cache(config, reader),
+        *_cache(config, reader, device),
         ("checkpoints", _checkpoints(config, plan)),
         *([("probe", _probe(config))] if config.probe.every_epochs else []),
         ("figures", _figures(config)),
@@ -150,51 +145,8 @@ def _facts(
         "manifest_digest": reader.manifest.digest,
         "plan_digest": plan.digest,
         "left_out": [reader.keys[sample] for sample in plan.left_out],
-        "cache_bytes": cache_bytes(reader) if config.data.cache != "none" else 0,
+        "cache_bytes": _cache_bytes(config, reader, device),
     }
-
-
-def announce_run(
-    config: TrainConfig,
-    *,
-    world: World,
-    device: torch.device,
-    reader: ShardReader,
-    plan: Plan,
-    step: int,
-    chance: Mapping[str, float],
-    metrics: Metrics,
-    augment_choice: AugmentChoice | None = None,
-) -> None:
-    """Log the summary of a run, and record its start with the losses at chance level.
-
-    Args:
-        config: The run's settings.
-        world: This rank and the world size.
-        device: The device to compute on.
-        reader: The data set, opened.
-        plan: The order of samples.
-        step: Steps already done, if the run is resumed.
-        chance: Each loss term at chance level.
-        metrics: Receives the record.
-        augment_choice: Where views are augmented, if that was measured.
-    """
-    record = None
-    if world.is_first:
-        page = describe_run(
-            config,
-            world=world,
-            device=device,
-            reader=reader,
-            plan=plan,
-            step=step,
-            augment_choice=augment_choice,
-        )
-        logger.info("run plan:\n%s", page.text())
-        record = page.record
-    for term, value in chance.items():
-        metrics.set("strata_loss_chance", value, term=term)
-    metrics.record("start", step=step, chance=chance, plan=record, config=plain(config))
 
 
 def _hours(config: TrainConfig, steps: int) -> str:
@@ -313,12 +265,19 @@ def _memory(memory: MemoryEstimate, stage: int, world: World) -> str:
     return f"at least {_bytes(memory.total)} {a_rank}in stage {stage}: {parts}"
 
 
-def _cache(config: TrainConfig, reader: ShardReader) -> list[tuple[str, str]]:
+def _cache_bytes(config: TrainConfig, reader: ShardReader, device: torch.device) -> int:
+    if config.data.cache == "none":
+        return 0
+    return cache_bytes(reader, config.data.augments_on(device))
+
+
+def _cache(config: TrainConfig, reader: ShardReader, device: torch.device) -> list[tuple[str, str]]:
+    size = _bytes(_cache_bytes(config, reader, device))
     if config.data.cache == "none":
         return []
     where = "the host, once a node" if config.data.cache == "host" else "every rank's GPU"
     frames = int(reader.num_frames.sum())
-    return [("cache", f"{_bytes(cache_bytes(reader))} on {where}: {frames:,} decoded frames")]
+    return [("cache", f"{size} on {where}: {frames:,} decoded frames")]
 
 
 def _checkpoints(config: TrainConfig, plan: Plan) -> str:

@@ -179,12 +179,14 @@ def test_a_set_that_does_not_fit_is_refused_with_the_sum(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ):
     reader = ShardReader(shards / "train")
-    needed = int(reader.num_frames.sum()) * HEIGHT * WIDTH * 3 // 2
-    assert cache_bytes(reader) == needed
+    frames = int(reader.num_frames.sum())
+    needed = frames * (HEIGHT * WIDTH * 3 + 4 * WIDTH)
+    assert cache_bytes(reader, CPU) == needed
+    assert cache_bytes(reader, torch.device("cuda")) == frames * HEIGHT * WIDTH * 3 // 2
     monkeypatch.setattr(cache_module, "available_memory", lambda: (needed, "the machine"))
     with pytest.raises(
         ConfigError,
-        match=r"cache host does not fit: 838 frames of 4,608 bytes are 0\.00 GB, of the 0\.00 GB "
+        match=r"cache host does not fit: 838 frames of 9,472 bytes are 0\.01 GB, of the 0\.01 GB "
         r"that the machine has free it may use 90%.*use data\.cache none",
     ):
         batches(config_for(shards / "train"))
@@ -202,7 +204,7 @@ def test_memory_is_allocated_on_use_and_freed_with_the_cache(shards: Path):
     kept = FrameCache(reader, "host", CPU, 2)
     assert shared_mib() - before < 0.5
     kept.windows(np.arange(24), np.tile(np.arange(8), (24, 1)))
-    size = cache_bytes(reader) / 2**20
+    size = cache_bytes(reader, CPU) / 2**20
     assert size <= shared_mib() - before < size + 1
     kept.close()
     assert shared_mib() - before < 0.5

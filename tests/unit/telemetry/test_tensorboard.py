@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
+from strata.telemetry.loggers import TensorBoard
 from strata.telemetry.metrics import Metrics
-from strata.telemetry.tensorboard import TensorBoard
 from strata.train.config import MonitorConfig
 
 pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")

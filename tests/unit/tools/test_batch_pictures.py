@@ -50,7 +50,7 @@ def test_the_command_writes_a_picture_and_a_video_of_each_sample(shards: Path, t
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--num", "0"], "num must be 1 or more"),
+        (["--num", "0"], "num is 0; use 1 or more"),
         (["--step", "6"], "step is 6, an epoch has 6 of 4 samples"),
         (["--data.colour", "1"], "colour"),
     ],

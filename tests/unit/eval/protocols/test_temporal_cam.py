@@ -165,7 +165,7 @@ def test_shown_videos_are_spaced_evenly():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ConfigError, match="weight_decay must be above 0"):
+    with pytest.raises(ConfigError, match="weight_decay is 0; use more than 0"):
         CamConfig(weight_decay=0)
     with pytest.raises(ConfigError, match=r"cam\.videos"):
         CamConfig(videos=0)

@@ -29,7 +29,7 @@ def test_all_loaders_are_measured_in_turns(tmp_path: Path):
     assert all(row["samples_per_s"] > 0 for row in found["summary"])
     assert {p["payload"] for p in found["parts"]} == {"jpeg", "mjpeg"}
     parts = {p["part"] for p in found["parts"]}
-    assert parts == {"read", "checksums", "decode", "augment", "whole", "cached"}
+    assert parts == {"read", "checksums", "decode", "augment", "total", "cached"}
     assert found["threads"][0]["threads"] == 1
     assert all(row["samples_per_s"] > 0 for row in found["threads"])
     assert len(found["rounds"]) == 2
@@ -41,7 +41,7 @@ def test_peers_decode_the_frames_asked_for(shards: Path):
     sample = {ext: reader.member(2, ext) for ext in (FRAMES_EXT, segment_ext(0))}
     window = np.array([0, 3, 3, 9, 34])
     want = moving_picture(1002, 35)[window].astype(int)
-    for name in ("jpeg-pil", "jpeg-torchvision", "jpeg-whole"):
+    for name in ("jpeg-pil", "jpeg-torchvision", "jpeg-complete"):
         got = DECODERS[name](sample, window).movedim(1, -1).numpy().astype(int)
         # JPEG of quality 90; border rows see a neighbour's chroma.
         assert np.abs(got - want)[:, 2:-2].mean() < 4

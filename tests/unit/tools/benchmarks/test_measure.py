@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from strata.errors import ConfigError
+from strata.ranges import check_range
 from strata.tools import bench
 from strata.tools.benchmarks import measure
 
@@ -83,7 +84,7 @@ class Options:
     """Turns."""
 
     def __post_init__(self):
-        measure.require_positive(self, "rounds")
+        check_range(self, "rounds", at_least=1)
 
 
 def test_options_are_checked_and_the_class_explains_the_benchmark(

@@ -51,18 +51,18 @@ def test_narrow_backbones_and_other_sizes(name, width: int):
 
 
 def test_published_number_of_parameters():
-    assert sum(p.numel() for p in R3D18().parameters()) == 33_203_904
+    assert sum(p.numel() for p in R3D18(BackboneConfig()).parameters()) == 33_203_904
 
 
 def test_s3d_has_the_parameters_of_torchvision_s():
-    ours, theirs = S3D().state_dict(), torchvision_s3d().state_dict()
+    ours, theirs = S3D(BackboneConfig(name="s3d")).state_dict(), torchvision_s3d().state_dict()
     theirs = {k: v for k, v in theirs.items() if not k.startswith("classifier")}
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_s3d_computes_what_torchvision_s_does_where_no_pool_pads():
     torch.manual_seed(0)
-    ours, theirs = S3D().eval(), torchvision_s3d().eval()
+    ours, theirs = S3D(BackboneConfig(name="s3d")).eval(), torchvision_s3d().eval()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     clip = torch.randn(1, 3, 8, 64, 64)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_s3d_computes_what_torchvision_s_does_where_no_pool_pads():
 
 def test_r3d18_has_the_stages_of_torchvision_s():
     torch.manual_seed(0)
-    ours, theirs = R3D18().eval(), r3d_18().eval()
+    ours, theirs = R3D18(BackboneConfig()).eval(), r3d_18().eval()
     stages = {k: v for k, v in theirs.state_dict().items() if k.startswith("layer")}
     missing, unexpected = ours.load_state_dict(stages, strict=False)
     assert not unexpected
@@ -139,7 +139,7 @@ def test_shapes_and_strides_of_the_variants(settings: dict, want: tuple):
 
 def test_stem_keeps_time_and_initialisation_is_by_fan_out():
     torch.manual_seed(0)
-    backbone = R3D18(32)
+    backbone = R3D18(BackboneConfig(width=32))
     assert backbone.stem(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 32, 4, 8, 8)
     fan_out = 32 * 7**3
     assert backbone.input_conv().weight.std().item() == pytest.approx(
@@ -208,7 +208,7 @@ def test_momentum_is_a_setting():
         ({"width": 20}, "width is 20; use a multiple of 8"),
         ({"width": 0}, "width is 0"),
         ({"in_channels": 1}, "in_channels is 1; use 3 or 4"),
-        ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use a number in"),
+        ({"bn_momentum": 0.0}, "bn_momentum is 0.0; use more than 0, at most 1"),
         ({"stem_frames": 5}, "stem_frames is 5; use 7 or 3"),
         ({"last_temporal_stride": 4}, "last_temporal_stride is 4; use 2 or 1"),
     ],
