@@ -172,12 +172,17 @@ class RemotePlace(Place):
 
         def renew() -> None:
             for count in itertools.count():
-                if over.wait(_RENEW_S):
-                    return
+                ended = over.wait(_RENEW_S)
                 try:
-                    self.write(own, f"{owner}, {count}".encode())
+                    if max(self._leases(name), default=0) > number + 1:
+                        logger.warning("%s was taken over: this process was too slow", own)
+                        return
+                    # Not removed at the end: the numbers must not begin again while others look.
+                    self.write(own, _ENDED if ended else f"{owner}, {count}".encode())
                 except ShardError as error:
                     logger.warning("the lease cannot be renewed: %s", error)
+                if ended:
+                    return
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -186,8 +191,6 @@ class RemotePlace(Place):
         finally:
             over.set()
             thread.join()
-            # Not removed: the numbers must not begin again while others look at them.
-            self.write(own, _ENDED)
 
     def _leases(self, name: str) -> list[int]:
         folder, _, file = name.rpartition("/")

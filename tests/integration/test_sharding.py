@@ -347,8 +347,8 @@ def test_a_video_that_needs_more_than_the_bound_of_memory_is_rejected_by_name(
         stream = container.add_stream("mjpeg", rate=25)
         stream.width, stream.height, stream.pix_fmt = 8192, 8192, "yuvj420p"
         frame = av.VideoFrame(8192, 8192, "yuvj420p")  # 100 MB
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
+        for frame.pts in range(3):
+            container.mux(stream.encode(frame))
     shard(tmp_path / "videos", tmp_path / "out", "--min-frames", "1", "--worker-memory", "0.25")
     good, large = read_manifest(tmp_path / "out" / "train").rows
     assert (large.source, large.reason) == ("large.avi", "memory")

@@ -1,6 +1,5 @@
 """Sharding from and to a real S3 server that fails: the same bytes as between local folders."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,30 +95,20 @@ def test_a_url_has_one_driver_at_a_time(
     with place.locked("lock"):
         pass
     assert list(place.names("")) == ["lock.2"]
-    # Of two that find a dead one, one gets it.
+    # Of several that find a dead one, one gets it.
     place.write("lock.2", b"process 1 on a machine that is gone")
     monkeypatch.setattr(places, "_STALE_S", 0.0)
-    found = []
+    with ExitStack() as faster:
+        wait_for_end = places.RemotePlace._wait_for_end
 
-    def take(over: threading.Barrier) -> None:
-        try:
-            with place.locked("lock"):
-                found.append("has it")
-                over.wait(60)
-        except ShardError as error:
-            found.append(str(error))
-            over.wait(60)
+        def be_slower(self: places.RemotePlace, lease: str) -> None:
+            monkeypatch.setattr(places.RemotePlace, "_wait_for_end", wait_for_end)
+            faster.enter_context(place.locked("lock"))
 
-    over = threading.Barrier(2)
-    threads = [threading.Thread(target=take, args=(over,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == [
-        f"another process is sharding into {OUT}/locked; wait for it",
-        "has it",
-    ] or sorted(f.partition(" ")[0] for f in found) == ["has", "process"]
+        monkeypatch.setattr(places.RemotePlace, "_wait_for_end", be_slower)
+        with pytest.raises(ShardError, match=r"another process is sharding"):
+            faster.enter_context(place.locked("lock"))
+        assert list(place.names("")) == ["lock.3"]
 
 
 def test_a_store_decides_who_creates_a_file(store: FaultyStore) -> None:
