@@ -101,16 +101,16 @@ def make_plan(source_set: SourceSet, settings: ShardSettings) -> tuple[Plan, lis
         classes=tuple(source_set.classes),
         settings={**stored, "plan": digest(True)},
         names=digest(False),
-        shards=tuple((len(shard), sizes_of(s.stamp for s in shard)) for shard in shards),
+        shards=tuple((len(shard), _sizes_of(s.stamp for s in shard)) for shard in shards),
         absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
     )
     return plan, shards
 
 
-def sizes_of(stamps: Iterable[str]) -> str:
-    """A digest of the sizes that stamps of sources begin with."""
+def _sizes_of(stamps: Iterable[str]) -> str:
+    """A digest of the sizes that stamps of sources begin with; empty if one is not known."""
     sizes = [stamp.partition(":")[0] for stamp in stamps]
-    return hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
+    return "" if "" in sizes else hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
 
 
 def ranges_of_slice(plan: Plan, settings: ShardSettings) -> list[Range]:
@@ -232,8 +232,9 @@ class Finished:
         return parts if self._has_sizes(index, stamps) else []
 
     def _has_sizes(self, index: int, stamps: Sequence[str]) -> bool:
+        sizes, planned = _sizes_of(stamps), self._plan.shards[index][1]
         # A video that is gone by now has no size.
-        return "" in stamps or sizes_of(stamps) == self._plan.shards[index][1]
+        return not sizes or not planned or sizes == planned
 
     def _record(self, name: str, kind: type[RecordT]) -> RecordT | None:
         if Path(name).name not in self._found:
