@@ -41,7 +41,7 @@ def write_result(
         name=name,
         protocols=protocols,
         is_untrained=isinstance(config, OneNetwork) and config.weights == "untrained",
-        checkpoint=session.found,
+        checkpoint=session.checkpoint,
         checkpoint_digest=hashlib.sha256(session.networks.identity.encode()).hexdigest(),
         step=session.state.step,
         settings=session.settings(),

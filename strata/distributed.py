@@ -8,7 +8,6 @@ is fatal: there is no fallback to a single process.
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from strata import launch
 from strata.errors import ConfigError, WorldError
 from strata.files import FolderLock
+from strata.world import World, current_world
 
 __all__ = [
     "Ballot",
@@ -52,39 +52,6 @@ def watch_collectives(watch: Callable[[], AbstractContextManager[None]] | None) 
     """Run every collective of a step inside `watch()`, to time it; None stops the timing."""
     global _watch
     _watch = nullcontext if watch is None else watch
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """The rank of this process and the size of its process group."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, the only rank that writes shared files."""
-        return self.rank == 0
-
-
-def current_world() -> World:
-    """Read rank and world size from the environment; without a launcher, rank 0 of 1.
-
-    Where `srun` alone started this process, the variables that the other launchers set are added to
-    the environment: logs, DALI's share of the cores and DeepSpeed read them too.
-
-    Raises:
-        WorldError: RANK and WORLD_SIZE contradict each other or are not numbers.
-    """
-    try:
-        launch.complete()
-        rank, size, local_rank = launch.ranks()
-    except launch.LaunchError as error:
-        raise WorldError(str(error)) from error
-    if not 0 <= rank < size:
-        raise WorldError(f"RANK {rank} is not in a world of {size}; fix the launcher's settings")
-    return World(rank=rank, size=size, local_rank=local_rank)
 
 
 def _store_of_one() -> dict[str, Any]:

@@ -72,11 +72,10 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def set_up_logging(level: int = logging.INFO, *, as_json: bool = False) -> None:
+def set_up_logging(*, as_json: bool = False) -> None:
     """Send records of the `strata` loggers to stderr.
 
     Args:
-        level: Records below it are dropped.
         as_json: One JSON object a line (`time_s`, `event`: the level, `message`), for a command
             whose stderr is JSON lines; otherwise text with time, rank and level.
     """
@@ -86,7 +85,7 @@ def set_up_logging(level: int = logging.INFO, *, as_json: bool = False) -> None:
     handler.addFilter(_RankFilter())
     logger = logging.getLogger("strata")
     logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -35,9 +36,10 @@ _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hos
 """Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
 _PORTS = 16
 """Between the ports of runs side by side; each local rank of a run has one."""
+_print = partial(print, flush=True)
 
 
-def _keep(config: AblateConfig) -> None:
+def _store_settings(config: AblateConfig) -> None:
     """Store the settings of the grid; refuse a folder that was made with other settings.
 
     Raises:
@@ -93,10 +95,6 @@ class _Signals:
         """
         if self.received is not None:
             raise StoppedError(f"stopped by {self.received.name}; the same command resumes it")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
@@ -189,9 +187,9 @@ class _Runner:
         """Print all commands."""
         for cell in self._cells:
             for words in self.commands(cell).values():
-                _say(self.shown(words))
+                _print(self.shown(words))
         if self._config.rates.stage_1:
-            _say(gpu_hours(self._config))
+            _print(gpu_hours(self._config))
 
     def _run(self, number: int, cell: Cell, slot: int) -> bool:
         """Run the missing steps of a cell; returns whether all are complete."""
@@ -201,10 +199,10 @@ class _Runner:
             if cell.is_complete(step):
                 continue
             if step == "pretraining" and not cell.can_start():
-                _say(f"{place}: {step}: left out, the pretraining of its teacher is not complete")
+                _print(f"{place}: {step}: left out, the pretraining of its teacher is not complete")
                 complete = False
             elif step != "pretraining" and not cell.is_pretrained():
-                _say(f"{place}: {step}: left out, its pretraining is not complete")
+                _print(f"{place}: {step}: left out, its pretraining is not complete")
                 complete = False
             elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
                 complete = False
@@ -227,7 +225,7 @@ class _Runner:
     def _step(self, place: str, cell: Cell, step: str, words: Sequence[str], slot: int) -> bool:
         """Run one process to its end; returns whether it succeeded."""
         log, shown = cell.log(step), self.shown(words)
-        _say(f"{place}: {step} (output: {log})\n   $ {shown}")
+        _print(f"{place}: {step} (output: {log})\n   $ {shown}")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with log.open("ab") as output:
@@ -251,9 +249,9 @@ class _Runner:
                 "resumes it"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
-        _say(f"{place}: {step} {ended} after {took:.0f} s")
+        _print(f"{place}: {step} {ended} after {took:.0f} s")
         if code:
-            _say(f"   {_last_line(log)}")
+            _print(f"   {_last_line(log)}")
         return code == 0
 
     def _check_stopped(self) -> None:
@@ -275,7 +273,7 @@ class _Runner:
                 return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not logged:
-                    _say(f"   a process of a former start still works ({path}); waiting for it")
+                    _print(f"   a process of a former start still works ({path}); waiting for it")
                 logged = True
                 time.sleep(_POLL_S)
 
@@ -287,7 +285,7 @@ class _Runner:
             except subprocess.TimeoutExpired:
                 if self._signals.received is None and not self._stopped:
                     continue
-            _say("   stopping; a training saves first")
+            _print("   stopping; a training saves first")
             # The group: a launcher alone would leave its ranks behind.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
@@ -345,10 +343,10 @@ def main(argv: Sequence[str]) -> int:
         config.out.mkdir(parents=True, exist_ok=True)
         advice = "wait for it, or choose another --out"
         with FolderLock(config.out, "running a grid", ConfigError, advice):
-            _keep(config)
+            _store_settings(config)
             runner.run()
             summary = runner.write()
-    _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
+    _print(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
     missing = [r for r in summary["runs"] if r["status"] != "complete"]
     for run in missing:
         print(f"{run['name']}: {run['reason']}", file=sys.stderr, flush=True)

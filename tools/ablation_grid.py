@@ -26,9 +26,18 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_OURS = ("run", "seed", "resume", "plan_only", "method.teacher")
+_DECIDED = ("run", "seed", "resume", "plan_only", "method.teacher")
 """Settings of a pretraining that the grid decides."""
-_OURS_TOO = ("checkpoint", "out", "weights", "seed", "train", "test", "gallery", "query")
+_DECIDED_OF_EVALUATIONS = (
+    "checkpoint",
+    "out",
+    "weights",
+    "seed",
+    "train",
+    "test",
+    "gallery",
+    "query",
+)
 """Settings of an evaluation that the grid decides."""
 _FREE = (
     *("run", "seed", "resume", "data.shards", "method.teacher", "checkpoint", "out"),
@@ -61,7 +70,7 @@ class RowConfig:
                 f"a row with pixels {self.pixels} takes size and frames of its clips from another "
                 "row; name that in untrained"
             )
-        _refuse(self.set, _OURS, "a row")
+        _refuse(self.set, _DECIDED, "a row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ class EvaluationConfig:
     """Settings of eval/main.py by their dotted names. With `data`, train and test are left out."""
 
     def __post_init__(self) -> None:
-        _refuse(self.set, _OURS_TOO, "an evaluation")
+        _refuse(self.set, _DECIDED_OF_EVALUATIONS, "an evaluation")
         if "data" in self.set and (self.train or self.test):
             raise ConfigError("an evaluation has data in its set; leave out train and test")
 
@@ -181,7 +190,7 @@ class AblateConfig:
         if not shlex.split(self.launcher):
             raise ConfigError("launcher is empty; use for instance deepspeed")
         check_range(self, "side_by_side", at_least=1)
-        _refuse(self.set, _OURS, "set")
+        _refuse(self.set, _DECIDED, "set")
 
     def cells(self) -> list[Cell]:
         """All runs, seed by seed, so that the first seed gives a complete table."""

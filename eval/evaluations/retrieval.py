@@ -11,8 +11,8 @@ from strata.eval.protocols.retrieval import (
     RECALL_AT,
     Centring,
     RetrievalConfig,
-    chance_recall,
-    recall_at,
+    chance_shares,
+    recall_shares,
     retrieve,
 )
 from strata.eval.results import Figures, Measurement, Retrieved, Row, retrieved
@@ -22,8 +22,6 @@ from strata.eval.settings import OneNetwork
 
 __all__ = [
     "RetrievalEvaluation",
-    "chance_shares",
-    "recall_shares",
     "retrieval_details",
     "retrieval_text",
     "run_retrieval",
@@ -80,19 +78,6 @@ def _measure_retrieval(session: Session, config: RetrievalEvaluation, pair: SetP
             }
     rows.append(Row(name="chance", role="chance", shares=chance))
     return Measurement(rows=tuple(rows), variants=variants, details=details)
-
-
-def recall_shares(
-    gallery: Features, queries: Features, level: Any, centre: Centring
-) -> dict[str, float]:
-    """R@k of one level and centring."""
-    nearest, _ = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
-    return {f"R@{k}": v for k, v in recall_at(queries.labels, gallery.labels, nearest).items()}
-
-
-def chance_shares(gallery: Features, queries: Features) -> dict[str, float]:
-    """R@k of drawing videos at random."""
-    return {f"R@{k}": v for k, v in chance_recall(queries.labels, gallery.labels).items()}
 
 
 def retrieval_details(

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
 from strata.files import FolderLock, write_atomic
 from strata.logs import get_logger
 from strata.telemetry.catalogue import Role
 from strata.telemetry.metrics import ExporterConfig
+from strata.world import World
 
 __all__ = ["Target", "TargetFile", "only_run", "run_name"]
 
@@ -71,7 +71,12 @@ def only_run(config: ExporterConfig, run: str, role: Role, world: World) -> Iter
             except OSError as error:
                 # Monitoring must not end the run. `TargetFile` logs that there is no target file.
                 logger.debug("%s cannot be locked: %s", config.file_sd, error)
-        if wrong := broadcast_object(wrong):
+        if world.size > 1:
+            # Here, so that a process without peers does not import torch.
+            from strata.distributed import broadcast_object
+
+            wrong = broadcast_object(wrong)
+        if wrong:
             raise ConfigError(wrong)
         yield
 

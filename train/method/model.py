@@ -169,11 +169,7 @@ class VideoModel(nn.Module):
                 draws = [uniforms(seed, Stream.TIME_ORDER, epoch, samples, c, 2) for c in counters]
                 both = torch.from_numpy(np.stack(draws, axis=1).reshape(-1, 2))
                 shuffled = draw_permutations(both, num_steps)
-            result.append(
-                time_orders(
-                    _NUM_VIEWS * len(samples), num_steps, reverse=True, permutations_NT=shuffled
-                )
-            )
+            result.append(time_orders(_NUM_VIEWS * len(samples), num_steps, shuffled))
         return result
 
     def forward(

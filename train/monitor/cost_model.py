@@ -5,6 +5,7 @@ works for every batch, size and machine. Heads, losses and optimizer are not cou
 than 0.1 % to the operations of an encoder of the published width.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,9 @@ class StepCost:
         return self.forward_flops + self.backward_flops
 
 
+@functools.cache
 def step_cost(config: TrainConfig, *, videos: int, stage: int) -> StepCost:
-    """Count the cost of a step.
+    """Count the cost of a step; counted once for the run plan and the metrics.
 
     Args:
         config: The run's settings.

@@ -135,7 +135,10 @@ class RunMonitor:
         self._config, self._world, self._device = config, world, device
         self._metrics, self._clock = metrics, clock
         # Counted at start: in the loop this time would count as the host's.
-        self._flops_per_sample = {s: step_cost(config, videos=2, stage=s).flops / 2 for s in (1, 2)}
+        videos = config.data.batch_size // world.size
+        self._flops_per_sample = {
+            stage: step_cost(config, videos=videos, stage=stage).flops / videos for stage in (1, 2)
+        }
         self._peak: float | None = None
         self._gpu: GpuCollector | None = None
         self._loader_s = {"read": 0.0, "graph": 0.0}

@@ -13,8 +13,8 @@ from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, refuse_mixed_payloads
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.loader import Batch, EvaluationLoader
-from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_video, reference_view
