@@ -174,25 +174,3 @@ def test_an_altered_checkpoint_is_refused(whole: Path, tiny: Path, shards: Path,
     path.write_bytes(bytes(content))
     line = train(tiny, shards / "train", run, "--resume", "auto")
     assert "model.safetensors is missing or altered" in line
-
-
-def test_a_student_learns_from_a_teacher_and_resumes_with_the_same_one(
-    tiny: Path, shards: Path, whole: Path, tmp_path: Path
-):
-    words = ["--config", tiny, "--data.shards", shards / "train", "--method.weights.instance", "0"]
-    words += ["--method.weights.distillation", "1", "--schedule.second_stage_epoch", "3"]
-    taught = [*words, "--method.teacher", whole, "--resume", "auto", "--run"]
-    succeed("train/main.py", *taught, tmp_path / "once", "--stop_after_steps", 7)
-    succeed("train/main.py", *taught, tmp_path / "twice", "--stop_after_steps", 4)
-    moved = shutil.copytree(whole, tmp_path / "moved")
-    taught[taught.index(whole)] = moved
-    succeed("train/main.py", *taught, tmp_path / "twice", "--stop_after_steps", 7)
-    assert losses(tmp_path / "twice") == losses(tmp_path / "once")
-    assert set(losses(tmp_path / "once")[7]) == {"prototype", "distillation", "total"}
-    first, second = (last_weights(tmp_path / name) for name in ("once", "twice"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    # The student of before is of the same width: it could teach, but is another teacher.
-    taught[taught.index(moved)] = tmp_path / "once"
-    line = fail_with_one_line("train/main.py", *taught, tmp_path / "twice")
-    assert "was trained by another teacher" in line
-    assert "use the same method.teacher" in line
