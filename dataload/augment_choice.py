@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 
 from strata.dataload.config import DataConfig
+from strata.dataload.graph_spec import CPU_VIDEO_CODECS
 from strata.dataload.loader import TrainLoader
-from strata.dataload.pipeline import CPU_VIDEO_CODECS
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.distributed import World, gather_objects

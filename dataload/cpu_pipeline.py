@@ -17,10 +17,10 @@ from torch import Tensor
 from strata.dataload.augment import ViewParameters
 from strata.dataload.cpu_views import ClipParameters, ViewMaker, clip_parameters
 from strata.dataload.faults import UndecodableError
-from strata.dataload.pipeline import GpuPipeline, GraphSpec, VideoDecoder
+from strata.dataload.graph_spec import GraphSpec
 from strata.dataload.strip_decoder import StripDecoder
 
-__all__ = ["CpuPipeline", "open_pipeline", "window_decoder"]
+__all__ = ["CpuPipeline", "window_decoder"]
 
 
 def window_decoder(spec: GraphSpec) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
@@ -38,6 +38,9 @@ def window_decoder(spec: GraphSpec) -> Callable[[np.ndarray, np.ndarray | None],
     if spec.coded == "strip":
         strips = StripDecoder(spec.strip_frames, spec.height, spec.width)
         return lambda coded, _: strips.decode(coded)
+    # Here, since only videos need DALI.
+    from strata.dataload.pipeline import VideoDecoder
+
     return VideoDecoder(spec).decode
 
 
@@ -169,8 +172,3 @@ def _finish(tasks: Sequence[Future[str | None]], batch: list[Tensor]) -> list[Te
     if faults:
         raise UndecodableError(faults)
     return batch
-
-
-def open_pipeline(spec: GraphSpec) -> CpuPipeline | GpuPipeline:
-    """The pipeline of the device that augments."""
-    return CpuPipeline(spec) if spec.augment == "cpu" else GpuPipeline(spec)

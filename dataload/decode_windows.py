@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from strata.dataload.faults import Fault, SampleFaultError
+from strata.dataload.graph_spec import CPU_VIDEO_CODECS
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError, ShardError, VideoFault
 from strata.format.schema import segment_ext
@@ -156,9 +157,6 @@ def choose_decoder(
     Raises:
         ConfigError: No allowed device can decode the payload.
     """
-    # Here, since only this function needs DALI: reading windows does not.
-    from strata.dataload.pipeline import CPU_VIDEO_CODECS, video_decoder_fault
-
     form = reader.manifest.form
     if form.payload == "jpeg":
         return default
@@ -169,6 +167,9 @@ def choose_decoder(
                 "CPU decodes; use data.decode auto or cpu"
             )
         return "cpu"
+    # Here, since only videos need DALI.
+    from strata.dataload.pipeline import video_decoder_fault
+
     again = "shard the videos again with --payload jpeg"
     if default == "gpu":
         first, _, _ = _read_video(reader, 0, np.array([0]))

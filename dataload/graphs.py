@@ -1,7 +1,7 @@
 """The pipelines of a rank: opened for the views of a batch, and run on its coded frames."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,18 +9,21 @@ from torch import Tensor
 from strata import launch
 from strata.dataload.augment import ViewParameters
 from strata.dataload.config import DataConfig
-from strata.dataload.cpu_pipeline import CpuPipeline, open_pipeline
+from strata.dataload.cpu_pipeline import CpuPipeline
 from strata.dataload.decode_windows import CodedWindows, choose_decoder
 from strata.dataload.faults import SampleFaultError, UndecodableError
-from strata.dataload.pipeline import GpuPipeline, GraphSpec, ViewSlice
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError
 from strata.format.schema import Payload
 from strata.limits import usable_cpus
 
-__all__ = ["GraphMaker", "Pipeline", "one_ahead"]
+if TYPE_CHECKING:
+    from strata.dataload.pipeline import GpuPipeline
 
-Pipeline = CpuPipeline | GpuPipeline
+__all__ = ["GraphMaker", "Pipeline", "one_ahead", "pipeline_class"]
+
+Pipeline: TypeAlias = "CpuPipeline | GpuPipeline"
 ItemT = TypeVar("ItemT")
 
 _CODED: dict[Payload, Literal["strip", "video", "frames"]] = {
@@ -39,6 +42,20 @@ def one_ahead(begun: Iterator[Callable[[], ItemT]]) -> Iterator[ItemT]:
         finish = coming
     if finish is not None:
         yield finish()
+
+
+def pipeline_class(augment: Literal["cpu", "gpu"]) -> "type[CpuPipeline] | type[GpuPipeline]":
+    """The pipeline for the device that augments.
+
+    Raises:
+        ConfigError: It is the GPU, and DALI is missing.
+    """
+    if augment == "cpu":
+        return CpuPipeline
+    # Here, since a CPU does not need DALI.
+    from strata.dataload.pipeline import GpuPipeline
+
+    return GpuPipeline
 
 
 class GraphMaker:
@@ -68,6 +85,7 @@ class GraphMaker:
         self.decode: Literal["cpu", "gpu"] = "gpu" if on_gpu and config.decode != "cpu" else "cpu"
         augments_on_gpu = config.augments_on(device).type == "cuda"
         self.augment: Literal["cpu", "gpu"] = "gpu" if augments_on_gpu else "cpu"
+        self._pipeline = pipeline_class(self.augment)
         self.cached = config.cache != "none"
         if self.augment == "cpu" or self.cached:
             self.decode = "cpu"
@@ -88,7 +106,7 @@ class GraphMaker:
     ) -> Pipeline:
         """Open a pipeline; `GraphSpec` describes the arguments."""
         form = self.reader.manifest.form
-        return open_pipeline(
+        return self._pipeline(
             GraphSpec(
                 batch_size=batch_size,
                 strip_frames=strip_frames,

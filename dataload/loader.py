@@ -17,8 +17,8 @@ from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import CodedWindows, read_windows
 from strata.dataload.faults import Fault, FaultLog, SampleFaultError, replace_faulty
 from strata.dataload.frame_cache import FrameCache
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.graphs import GraphMaker, Pipeline, one_ahead
-from strata.dataload.pipeline import ViewSlice
 from strata.dataload.plan import Plan, evaluation_slots
 from strata.dataload.prefetch import Loader
 from strata.dataload.reader import ShardReader

@@ -1,6 +1,7 @@
 """The DALI graphs: decoding alone, and decoding with the views on a GPU.
 
-This is the only module that imports nvidia.dali. A graph is a pure function of coded samples and
+This is the only module that imports nvidia.dali, and it is imported only where DALI is needed: on a
+GPU, and for videos. A graph is a pure function of coded samples and
 parameters. A sample's window is decoded once and all views are cut from it. On a GPU each view of
 the complete batch is augmented in the same graph: crop, resize and mirror, colour as one affine
 map, blur. On a CPU DALI decodes videos (`VideoDecoder`); strips and views are not its task there
@@ -12,8 +13,7 @@ quarter of the bytes of float32; the model's first operation normalises them.
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from strata.dataload.augment import ViewParameters, blur_window, colour_transforms
 from strata.dataload.faults import UndecodableError
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
 from strata.errors import ConfigError
 from strata.logs import get_logger
 
@@ -35,11 +36,8 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "CPU_VIDEO_CODECS",
     "GpuPipeline",
-    "GraphSpec",
     "VideoDecoder",
-    "ViewSlice",
     "video_decoder_fault",
 ]
 
@@ -47,67 +45,8 @@ logger = get_logger(__name__)
 
 _NO_BLUR_SIGMA = 0.5
 """Sigma for a window of one pixel, where any is the identity; DALI needs one above 0."""
-CPU_VIDEO_CODECS = ("vp9", "mjpeg")
-"""Codecs of shards that DALI decodes without a GPU."""
 _BUILDING = threading.Lock()
 """Held while a graph is defined, which DALI does in state that all threads share."""
-
-
-@dataclass(frozen=True)
-class ViewSlice:
-    """The frames of a strip that are a view: `num_frames` from `start` at distance `step`."""
-
-    start: int
-    num_frames: int
-    step: int = 1
-
-    @property
-    def frames(self) -> slice:
-        """The view's frames among those of the strip."""
-        return slice(self.start, self.start + (self.num_frames - 1) * self.step + 1, self.step)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSpec:
-    """Settings of a pipeline: the views of each batch."""
-
-    batch_size: int
-    """Samples of a batch."""
-    strip_frames: int
-    """Frames of each sample's window."""
-    coded: Literal["strip", "video", "frames"] = "strip"
-    """Whether a sample is a tall JPEG, a video, or decoded frames."""
-    frames_on: Literal["cpu", "gpu"] = "cpu"
-    """Device of decoded frames at the input; if a GPU, the one that augments."""
-    height: int
-    """Rows of a stored frame."""
-    width: int
-    """Columns of a stored frame."""
-    size: int
-    """Rows and columns of a view."""
-    views: tuple[ViewSlice, ...]
-    joined: int = 1
-    """How many of the views, from the first, are one tensor; they have the same length."""
-    photometric: bool
-    """Whether views have colour and blur; in evaluation they do not."""
-    colour_maps: bool = False
-    """Whether colour has gray or differs between frames, so that a GPU needs an affine map per
-    frame instead of one colour twist per clip."""
-    decode: Literal["cpu", "gpu"]
-    augment: Literal["cpu", "gpu"]
-    device_id: int | None
-    """CUDA device that gets the batch, or None without a GPU."""
-    num_threads: int
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of a batch's tensors, all uint8: the joined views, then each other one.
-
-        `[batch_size, joined, T, size, size, 3]`, then `[batch_size, T, size, size, 3]`.
-        """
-        one = [(cut.num_frames, self.size, self.size, 3) for cut in self.views]
-        rest = [(self.batch_size, *shape) for shape in one[self.joined :]]
-        return [(self.batch_size, self.joined, *one[0]), *rest]
 
 
 def _input(name: str, view: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from strata.counter_random import Stream, uniforms
 from strata.dataload.clips import ClipSpec, training_clip, training_window
 from strata.dataload.config import DataConfig
-from strata.dataload.pipeline import ViewSlice
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.plan import Plan
 from strata.dataload.reader import ShardReader
 from strata.errors import ConfigError

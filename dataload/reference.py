@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from strata.dataload.augment import MID_GRAY, RGB_TO_YIQ, ViewParameters, blur_window
-from strata.dataload.pipeline import ViewSlice
+from strata.dataload.graph_spec import ViewSlice
 
 __all__ = ["colour_matrix", "decode_strip", "decode_video", "reference_view", "resize_matrix"]
 

@@ -32,7 +32,7 @@ def write_result(
         protocols: Each protocol in words.
         pairs: One result for each pair of sets.
         path: The file; by default `report_path`.
-        remark: What the page says above the figures.
+        remark: A sentence of the page, above the figures.
     """
     if not session.world.is_first:
         return
@@ -41,7 +41,7 @@ def write_result(
         name=name,
         protocols=protocols,
         is_untrained=isinstance(config, OneNetwork) and config.weights == "untrained",
-        checkpoint=session.found,
+        checkpoint=session.checkpoint,
         checkpoint_digest=hashlib.sha256(session.networks.identity.encode()).hexdigest(),
         step=session.state.step,
         settings=session.settings(),

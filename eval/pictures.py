@@ -52,9 +52,7 @@ def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
     return out.getvalue()
 
 
-def film_strip(
-    reader: ShardReader, sample: int, *, num_frames: int = 6, height: int = 72, quality: int = 75
-) -> bytes:
+def film_strip(reader: ShardReader, sample: int, *, num_frames: int = 6, height: int = 72) -> bytes:
     """Frames evenly spaced along a video, side by side.
 
     Args:
@@ -62,7 +60,6 @@ def film_strip(
         sample: Which video.
         num_frames: How many; all of them where the video has fewer.
         height: Rows of the picture; the width follows from the stored aspect.
-        quality: Of the JPEG, 1 to 95.
 
     Returns:
         A JPEG.
@@ -75,7 +72,7 @@ def film_strip(
     frames = stored_frames(reader, sample, chosen)
     wide = Image.fromarray(np.concatenate(list(frames), axis=1))
     width = max(round(wide.width * height / wide.height), 1)
-    return encode_jpeg(wide.resize((width, height), Image.Resampling.LANCZOS), quality)
+    return encode_jpeg(wide.resize((width, height), Image.Resampling.LANCZOS), 75)
 
 
 def contact_sheet(views: Sequence[tuple[str, np.ndarray]], title: str, columns: int) -> Image.Image:

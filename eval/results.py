@@ -275,7 +275,7 @@ class EvaluationResult:
     pretraining_manifest_digest: str
     pairs: tuple[PairResult, ...]
     remark: str = ""
-    """What the user wants the page to say above the figures."""
+    """The user's sentence on the page, above the figures."""
 
     @property
     def protocol(self) -> str:

@@ -50,7 +50,7 @@ class Session:
         metrics: Metrics,
     ) -> None:
         self.metrics = metrics
-        self.world, self.device, self.found = world, device, found
+        self.world, self.device, self.checkpoint = world, device, found
         self.state: RunState = read_state(found)
         clips = trained_clips(self.state.config)
         self.features = dataclasses.replace(
@@ -68,7 +68,7 @@ class Session:
         name = backbone_config(self.state.config).name
         if wanted not in ("any", name):
             raise CheckpointError(
-                f"{self.found} holds the encoder {name}, --backbone asks for {wanted}; choose "
+                f"{self.checkpoint} holds the encoder {name}, --backbone asks for {wanted}; choose "
                 "another checkpoint, or leave --backbone out"
             )
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from strata.eval.networks import NamedNetwork, Network, untrained_network
 from strata.eval.protocols.features import FeatureConfig
+from strata.eval.sets import SetPair, open_pairs
 from strata.telemetry.metrics import ExporterConfig
 
 __all__ = ["Evaluation", "OneNetwork"]
@@ -45,6 +46,10 @@ class OneNetwork(Evaluation):
     untrained_seeds: tuple[int, ...] = (0,)
     """Seeds of untrained networks that go through the same protocol, to stand beside the figures;
     [] leaves them out."""
+    train: Path | None = None
+    """Shards of the training set: retrieval's gallery."""
+    test: Path | None = None
+    """Shards of the test set: retrieval's queries."""
     backbone: Literal["any", "r3d18", "s3d"] = "any"
     """The encoder that the checkpoint must have; another is refused."""
     data: tuple[Path, ...] = ()
@@ -52,6 +57,10 @@ class OneNetwork(Evaluation):
     shards/hmdb51]: instead of a training and a test set."""
     splits: tuple[int, ...] = (1, 2, 3)
     """Splits of each folder of `data`."""
+
+    def open_pairs(self) -> list[SetPair]:
+        """Open the sets, see `open_pairs`."""
+        return open_pairs(self.data, self.splits, self.train, self.test)
 
     @property
     def measured(self) -> Network:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from strata import commands, launch
-from strata.distributed import World
 from strata.errors import ConfigError, ShardError
 from strata.files import FolderLock
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, NormalForm
@@ -36,6 +35,7 @@ from strata.telemetry.metrics import Metrics
 from strata.telemetry.serve import export_process
 from strata.telemetry.targets import run_name
 from strata.transfer import as_url
+from strata.world import World
 
 __all__ = ["find_sets", "main", "run_command"]
 

@@ -23,7 +23,7 @@ from strata.eval.protocols.features import FeatureConfig, Features, LevelChoice
 from strata.eval.protocols.features import extract_features as extract
 from strata.eval.protocols.linear import LinearConfig, LinearResult
 from strata.eval.protocols.linear import linear_probe as fit_probe
-from strata.eval.protocols.retrieval import RECALL_AT, Centring, recall_at, retrieve
+from strata.eval.protocols.retrieval import Centring, recall_shares
 from strata.train import losses, models
 from strata.train.engine_config import EngineConfig, choose_device
 from strata.train.models.inputs import normalise
@@ -332,8 +332,7 @@ def retrieval(
     Raises:
         ConfigError: A set is empty, or the features are of different widths or not finite.
     """
-    nearest, _ = retrieve(test.videos(level), train.videos(level), centre, max(RECALL_AT))
-    return {f"R@{k}": share for k, share in recall_at(test.labels, train.labels, nearest).items()}
+    return recall_shares(train, test, level, centre)
 
 
 def knn(train: Features, test: Features, *, level: LevelChoice = "high") -> float:

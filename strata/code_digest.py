@@ -9,7 +9,10 @@ from pathlib import Path
 
 __all__ = ["code_digest", "commit"]
 
-_LIBRARIES = ("torch", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy")
+_LIBRARIES = (
+    *("torch", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy"),
+    *("opencv-python-headless", "simplejpeg"),
+)
 
 
 def code_digest() -> str:

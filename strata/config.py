@@ -158,19 +158,34 @@ class _Known:
             return name
         raise ConfigError(f"there is no setting {name}{did_you_mean(name, self.types)}")
 
-    def checked(self, content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-        """A tree of settings in today's names.
+    def checked(self, content: Mapping[Any, Any]) -> dict[str, Any]:
+        """A tree of settings, each with today's name at today's place.
 
         Raises:
-            ConfigError: A key is not a setting.
+            ConfigError: A key is not a setting, or a setting is given twice.
         """
         found: dict[str, Any] = {}
+        self._add(content, "", found)
+        return found
+
+    def _add(self, content: Mapping[Any, Any], prefix: str, found: dict[str, Any]) -> None:
         for key, value in content.items():
             name = self.name_of(f"{prefix}{key}")
             if name in self.groups and isinstance(value, Mapping):
-                value = self.checked(value, f"{name}.")
-            found[name.removeprefix(prefix)] = value
-        return found
+                self._add(value, f"{name}.", found)
+                continue
+            *groups, last = name.split(".")
+            place: Any = found
+            for group in groups:
+                place = place.setdefault(group, {}) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or last in place:
+                raise ConfigError(f"{name} is given twice, maybe once by an earlier name")
+            place[last] = self._off_or_on(name, value)
+
+    def _off_or_on(self, name: str, value: Any) -> Any:
+        """The word of a choice that YAML 1.1 reads as a boolean."""
+        word = "on" if value is True else "off" if value is False else None
+        return word if word in get_args(self.types.get(name)) else value
 
 
 def _with_files(argv: Sequence[str], known: _Known, recipes: str) -> tuple[list[str], list[str]]:

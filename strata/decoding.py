@@ -435,7 +435,7 @@ def _cut(packets: Packets, where: Path | bytes, looks_short: bool) -> tuple[str,
 
 
 def _decoders_reason(error: Exception) -> str:
-    if isinstance(error, av.error.ArgumentError):  # Also what FFmpeg says to too big a picture.
+    if isinstance(error, av.error.ArgumentError):  # Also FFmpeg's error for too large a picture.
         limit = f"a picture has over {MAX_PIXELS:,} pixels"
         return f"{reason_of(error)} (the stream's parameters are unsound, or {limit})"
     return reason_of(error)

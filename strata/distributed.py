@@ -8,7 +8,6 @@ is fatal: there is no fallback to a single process.
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from strata import launch
 from strata.errors import ConfigError, WorldError
 from strata.files import FolderLock
+from strata.world import World, current_world
 
 __all__ = [
     "Ballot",
@@ -44,7 +44,7 @@ __all__ = [
 
 
 _watch: Callable[[], AbstractContextManager[None]] = nullcontext
-_told: list[str] = []
+_added: list[str] = []
 """Environment variables that `join_world` set for DeepSpeed because no launcher did."""
 
 
@@ -52,39 +52,6 @@ def watch_collectives(watch: Callable[[], AbstractContextManager[None]] | None) 
     """Run every collective of a step inside `watch()`, to time it; None stops the timing."""
     global _watch
     _watch = nullcontext if watch is None else watch
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """The rank of this process and the size of its process group."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, the only rank that writes shared files."""
-        return self.rank == 0
-
-
-def current_world() -> World:
-    """Read rank and world size from the environment; without a launcher, rank 0 of 1.
-
-    Where `srun` alone started this process, the variables that the other launchers set are added to
-    the environment: logs, DALI's share of the cores and DeepSpeed read them too.
-
-    Raises:
-        WorldError: RANK and WORLD_SIZE contradict each other or are not numbers.
-    """
-    try:
-        launch.complete()
-        rank, size, local_rank = launch.ranks()
-    except launch.LaunchError as error:
-        raise WorldError(str(error)) from error
-    if not 0 <= rank < size:
-        raise WorldError(f"RANK {rank} is not in a world of {size}; fix the launcher's settings")
-    return World(rank=rank, size=size, local_rank=local_rank)
 
 
 def _store_of_one() -> dict[str, Any]:
@@ -110,14 +77,14 @@ def join_world(device: torch.device, timeout_s: float = 600.0) -> World:
             f"a world of {world.size} needs MASTER_ADDR and MASTER_PORT; "
             "start with deepspeed or torchrun"
         )
-    _told.extend(launch.set_ranks(world.rank, world.size, world.local_rank))
+    _added.extend(launch.set_ranks(world.rank, world.size, world.local_rank))
     if not dist.is_initialized():
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
-                # One process connects to nobody, so it needs no port, which could be in use.
+                # A single process needs no port, which could be in use.
                 **(_store_of_one() if alone else {}),
             )
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -135,8 +102,8 @@ def leave_world() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    launch.unset(_told)
-    _told.clear()
+    launch.unset(_added)
+    _added.clear()
 
 
 def _size() -> int:

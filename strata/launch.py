@@ -26,7 +26,7 @@ __all__ = [
 
 
 class LaunchError(ValueError):
-    """A launcher's variable has another form than its manual says."""
+    """A launcher's variable has another form than in its manual."""
 
 
 def is_launched() -> bool:
@@ -119,7 +119,7 @@ def task_of_job(environment: Mapping[str, str]) -> tuple[int, int, str] | None:
         environment: Of the process.
 
     Returns:
-        Number of the task from 0, number of tasks, and the variables that say so; None without a
+        Number of the task from 0, number of tasks, and the variables that state it; None without a
         launcher.
 
     Raises:
@@ -158,7 +158,7 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Only a step of `srun` has SLURM_STEP_NUM_TASKS: a plain `python` inside a batch script is a
     world of one, however many tasks the job was given. Rank 0 is on the first node of the list, and
     the port follows from the job's and the step's number, so that all ranks agree on both without
-    talking. MASTER_ADDR and MASTER_PORT win where they are set.
+    communication. MASTER_ADDR and MASTER_PORT have precedence where they are set.
 
     Args:
         environment: Of a process of the step.
@@ -167,7 +167,7 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
         Variables to add.
 
     Raises:
-        LaunchError: A variable of Slurm's has another form than its manual says.
+        LaunchError: A variable of Slurm's has another form than in its manual.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
         return {}

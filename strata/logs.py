@@ -25,7 +25,7 @@ __all__ = [
     "warn_once",
 ]
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 class SteadyStream:
@@ -72,11 +72,10 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def set_up_logging(level: int = logging.INFO, *, as_json: bool = False) -> None:
+def set_up_logging(*, as_json: bool = False) -> None:
     """Send records of the `strata` loggers to stderr.
 
     Args:
-        level: Records below it are dropped.
         as_json: One JSON object a line (`time_s`, `event`: the level, `message`), for a command
             whose stderr is JSON lines; otherwise text with time, rank and level.
     """
@@ -86,7 +85,7 @@ def set_up_logging(level: int = logging.INFO, *, as_json: bool = False) -> None:
     handler.addFilter(_RankFilter())
     logger = logging.getLogger("strata")
     logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
@@ -97,8 +96,8 @@ def get_logger(name: str) -> logging.Logger:
 
 def warn_once(logger: logging.Logger, message: str) -> None:
     """Log `message` as a warning, once in a process."""
-    if message not in _said:
-        _said.add(message)
+    if message not in _warned:
+        _warned.add(message)
         logger.warning(message)
 
 
@@ -126,7 +125,7 @@ class JsonLines:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.num_lost = 0
         """Number of records that could not be written."""
-        self._num_told = 0
+        self._num_reported = 0
         size = os.fstat(self._handle).st_size
         # The last line may be truncated if the run before was killed.
         self._cut = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
@@ -141,7 +140,7 @@ class JsonLines:
         except OSError as error:
             self._cut = self._cut or written > 0
             self.num_lost += 1
-            if self.num_lost - self._num_told == 1:
+            if self.num_lost - self._num_reported == 1:
                 get_logger(__name__).warning(
                     "%s cannot be written: %s. The work continues; records are lost until it can",
                     self._path,
@@ -149,13 +148,13 @@ class JsonLines:
                 )
             return
         self._cut = False
-        if self.num_lost > self._num_told:
+        if self.num_lost > self._num_reported:
             get_logger(__name__).warning(
                 "%s can be written again; %d records were lost",
                 self._path,
-                self.num_lost - self._num_told,
+                self.num_lost - self._num_reported,
             )
-            self._num_told = self.num_lost
+            self._num_reported = self.num_lost
 
     def close(self) -> None:
         """Close the file."""

@@ -43,9 +43,7 @@ Digest = msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")
 """Annotation of a field that holds a SHA-256 in hexadecimal: `Annotated[str, Digest]`."""
 
 
-def checked_name(
-    name: object, what: str, where: object, error: type[StrataError], max_length: int = 255
-) -> str:
+def checked_name(name: object, what: str, where: object, error: type[StrataError]) -> str:
     """Return `name` if it is safe as the last part of a path, and raise otherwise.
 
     Safe are ASCII letters, digits, dot, underscore and hyphen, without a dot at the beginning.
@@ -55,17 +53,15 @@ def checked_name(
         what: What it names, for the message: "shard", "checkpoint".
         where: The file or URL that it was read from, for the message.
         error: The error class to raise.
-        max_length: The most characters it may have, at most 255.
 
     Raises:
         StrataError: Of class `error`; the name does not have this form.
     """
-    limit = min(max_length, _MAX_NAME_LENGTH)
-    if isinstance(name, str) and len(name) <= limit and _NAME.fullmatch(name):
+    if isinstance(name, str) and len(name) <= _MAX_NAME_LENGTH and _NAME.fullmatch(name):
         return name
     raise error(
-        f"{where} contains the {what} name {_shown(name)}, which is not allowed: use 1 to {limit} "
-        "ASCII letters, digits, '.', '_' and '-', and no '.' at the beginning"
+        f"{where} contains the {what} name {_shown(name)}, which is not allowed: use 1 to "
+        f"{_MAX_NAME_LENGTH} ASCII letters, digits, '.', '_' and '-', and no '.' at the beginning"
     )
 
 

@@ -2,11 +2,13 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.forked import ForkServer, fork_server
 from tests.support.session import marks, not_proven
 from tests.support.shard_folders import make_shards
 
@@ -56,6 +58,13 @@ def _logging_is_restored():
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Starts scripts in processes forked from one that has imported everything."""
+    yield fork_server()
+    fork_server().kill_all()
 
 
 @pytest.fixture(scope="session")

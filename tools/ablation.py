@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -28,16 +29,17 @@ from strata.tools.ablation_table import Cell, read_json, summarise, write_json
 from strata.tools.launchers import QUIET, program
 from strata.train.config import TrainConfig
 
-__all__ = ["gpu_shares", "main"]
+__all__ = ["following", "gpu_shares", "main"]
 
 _POLL_S = 0.2
 _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hostfile -H".split())
 """Options of DeepSpeed's launcher, which then does not look at CUDA_VISIBLE_DEVICES."""
 _PORTS = 16
 """Between the ports of runs side by side; each local rank of a run has one."""
+_print = partial(print, flush=True)
 
 
-def _keep(config: AblateConfig) -> None:
+def _store_settings(config: AblateConfig) -> None:
     """Store the settings of the grid; refuse a folder that was made with other settings.
 
     Raises:
@@ -95,10 +97,6 @@ class _Signals:
             raise StoppedError(f"stopped by {self.received.name}; the same command resumes it")
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def gpu_shares(runs: int, launcher: Sequence[str]) -> list[dict[str, str]]:
     """Divide the visible GPUs among runs side by side.
 
@@ -148,16 +146,16 @@ class _Runner:
         self._stopped = False
 
     def run(self) -> None:
-        """Run all, in order; as many at once as the grid says."""
+        """Run all, in order; `side_by_side` of them at once."""
         waiting = list(enumerate(self._cells, start=1))
         slots = list(range(len(self._shares)))
         running: dict[Future[bool], tuple[int, Cell]] = {}
         with ThreadPoolExecutor(len(slots)) as pool:
             try:
                 while waiting or running:
-                    while slots and (following := _next(waiting, running.values())):
-                        waiting.remove(following)
-                        slot, (number, cell) = slots.pop(0), following
+                    while slots and (chosen := following(waiting, running.values())):
+                        waiting.remove(chosen)
+                        slot, (number, cell) = slots.pop(0), chosen
                         running[pool.submit(self._run, number, cell, slot)] = (slot, cell)
                     done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -189,9 +187,9 @@ class _Runner:
         """Print all commands."""
         for cell in self._cells:
             for words in self.commands(cell).values():
-                _say(self.shown(words))
+                _print(self.shown(words))
         if self._config.rates.stage_1:
-            _say(gpu_hours(self._config))
+            _print(gpu_hours(self._config))
 
     def _run(self, number: int, cell: Cell, slot: int) -> bool:
         """Run the missing steps of a cell; returns whether all are complete."""
@@ -200,8 +198,11 @@ class _Runner:
         for step, words in self.commands(cell).items():
             if cell.is_complete(step):
                 continue
-            if step != "pretraining" and not cell.is_pretrained():
-                _say(f"{place}: {step}: left out, its pretraining is not complete")
+            if step == "pretraining" and not cell.can_start():
+                _print(f"{place}: {step}: left out, the pretraining of its teacher is not complete")
+                complete = False
+            elif step != "pretraining" and not cell.is_pretrained():
+                _print(f"{place}: {step}: left out, its pretraining is not complete")
                 complete = False
             elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
                 complete = False
@@ -224,7 +225,7 @@ class _Runner:
     def _step(self, place: str, cell: Cell, step: str, words: Sequence[str], slot: int) -> bool:
         """Run one process to its end; returns whether it succeeded."""
         log, shown = cell.log(step), self.shown(words)
-        _say(f"{place}: {step} (output: {log})\n   $ {shown}")
+        _print(f"{place}: {step} (output: {log})\n   $ {shown}")
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with log.open("ab") as output:
@@ -248,9 +249,9 @@ class _Runner:
                 "resumes it"
             )
         ended = "done" if code == 0 else f"failed with exit code {code}"
-        _say(f"{place}: {step} {ended} after {took:.0f} s")
+        _print(f"{place}: {step} {ended} after {took:.0f} s")
         if code:
-            _say(f"   {_last_line(log)}")
+            _print(f"   {_last_line(log)}")
         return code == 0
 
     def _check_stopped(self) -> None:
@@ -272,7 +273,7 @@ class _Runner:
                 return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not logged:
-                    _say(f"   a process of a former start still works ({path}); waiting for it")
+                    _print(f"   a process of a former start still works ({path}); waiting for it")
                 logged = True
                 time.sleep(_POLL_S)
 
@@ -284,7 +285,7 @@ class _Runner:
             except subprocess.TimeoutExpired:
                 if self._signals.received is None and not self._stopped:
                     continue
-            _say("   stopping; a training saves first")
+            _print("   stopping; a training saves first")
             # The group: a launcher alone would leave its ranks behind.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
@@ -304,12 +305,15 @@ class _Runner:
         return summary
 
 
-def _next(
+def following(
     waiting: Sequence[tuple[int, Cell]], running: Iterable[tuple[int, Cell]]
 ) -> tuple[int, Cell] | None:
-    """The first run that can start: an untrained one waits for the checkpoint that it uses."""
+    """The first run that can start: one that uses another's checkpoint waits for it."""
     busy = {cell.source for _, cell in running}
-    return next((each for each in waiting if each[1].source not in busy), None)
+    return next(
+        (each for each in waiting if not busy & {each[1].source, each[1].teacher}),
+        None,
+    )
 
 
 def _script(command: str) -> str:
@@ -319,8 +323,8 @@ def _script(command: str) -> str:
 
 def _last_line(log: Path) -> str:
     """The error line of the last command in a log, or else its last line."""
-    said = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
-    lines = [line for line in said if line.strip()]
+    output = log.read_text(errors="replace").rpartition("\n$ ")[2].splitlines()[1:]
+    lines = [line for line in output if line.strip()]
     errors = [line for line in lines if line.startswith("error")]
     return (errors or lines or ["no output"])[-1].strip()[:500]
 
@@ -339,10 +343,10 @@ def main(argv: Sequence[str]) -> int:
         config.out.mkdir(parents=True, exist_ok=True)
         advice = "wait for it, or choose another --out"
         with FolderLock(config.out, "running a grid", ConfigError, advice):
-            _keep(config)
+            _store_settings(config)
             runner.run()
             summary = runner.write()
-    _say(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
+    _print(f"\n{runner.table}\nwritten to {config.out}/ablation.md and ablation.json")
     missing = [r for r in summary["runs"] if r["status"] != "complete"]
     for run in missing:
         print(f"{run['name']}: {run['reason']}", file=sys.stderr, flush=True)

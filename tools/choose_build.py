@@ -25,9 +25,9 @@ def driver() -> int | None:
     if program is None:
         return None
     asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    found = re.match(r"(\d+)\.", said.stdout)
-    return int(found[1]) if said.returncode == 0 and found else None
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    found = re.match(r"(\d+)\.", answer.stdout)
+    return int(found[1]) if answer.returncode == 0 and found else None
 
 
 def choose(version: int | None) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def answers(address: str) -> bool:
 def main(
     version: Callable[[], int | None] = driver, reachable: Callable[[str], bool] = answers
 ) -> tuple[str, str]:
-    """The extra and PyTorch's address, with a line on stderr that says why."""
+    """The extra and PyTorch's address, with the reason on stderr."""
     extra, reason = choose(version())
     address = PLACE + BUILDS[extra] if extra in BUILDS else "-"
     if address != "-" and not reachable(address):

@@ -111,7 +111,7 @@ def _launch(command: str, argv: Sequence[str]) -> int:
     there is one for each GPU, and on a machine with one GPU or none it is this process.
     """
     script = commands.script(command)
-    count, words = _taken(argv, "--num_gpus")
+    count, words = _num_gpus(argv)
     is_rank = launch.is_launched() or launch.task_of_job(os.environ) is not None
     if count is None and not is_rank and not {*_HELP, "--help-all"} & set(argv):
         import torch
@@ -126,22 +126,22 @@ def _launch(command: str, argv: Sequence[str]) -> int:
     return subprocess.run(started, env=os.environ | QUIET, check=False).returncode
 
 
-def _taken(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of an option, and the other arguments.
+def _num_gpus(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--num_gpus`, and the other arguments.
 
     Raises:
-        ConfigError: The option has no positive number.
+        ConfigError: It is not a positive number.
     """
     value, words, rest = None, [], list(argv)
     while rest:
         word = rest.pop(0)
         name, equals, given = word.partition("=")
-        if name != option:
+        if name != "--num_gpus":
             words.append(word)
             continue
         value = given if equals else (rest.pop(0) if rest else "")
         if not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"strata: {option} is {value or 'empty'}; use 1 or more")
+            raise ConfigError(f"strata: --num_gpus is {value or 'empty'}; use 1 or more")
     return value, words
 
 

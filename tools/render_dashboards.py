@@ -4,7 +4,7 @@ python tools/render_dashboards.py --url http://127.0.0.1:9090 --out pictures
 
 The drawing follows the fields of the JSON that decide what Grafana shows (place, instant or range
 query, reducer, unit, thresholds, overrides, stacking, text of an empty panel, annotations), not
-Grafana's looks. Each picture says so.
+Grafana's looks. The caption of each picture states that.
 """
 
 import itertools

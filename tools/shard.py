@@ -3,10 +3,8 @@
 import sys
 
 from strata.errors import exit_with_one_line
+from strata.preprocess.command import main
 
 if __name__ == "__main__":
-    # Not above: each worker process imports this file too, and needs neither the command nor torch.
-    from strata.preprocess.command import main
-
     with exit_with_one_line():
         main(sys.argv[1:])

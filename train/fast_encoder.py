@@ -113,7 +113,7 @@ class _Compiled:
         # A dynamic shape would give slower code for all shapes; there are two or three.
         self._encoder = torch.compile(encoder, dynamic=False)
         self._started: dict[tuple[object, ...], float] = {}
-        """For each shape: when its first step began; infinity once that is told."""
+        """For each shape: when its first step began; infinity once that is logged."""
 
     def __call__(self, clips: Tensor, mean: Tensor, scale: Tensor, second_of: int) -> Levels:
         shape = (tuple(clips.shape), second_of, torch.is_grad_enabled())

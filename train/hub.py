@@ -39,8 +39,8 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except (*faults, httpx2.HTTPError) as error:
-        said = [text.strip() for text in str(error).splitlines() if text.strip()]
-        line = " ".join(said[:2]).rstrip(".") or type(error).__name__
+        lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+        line = " ".join(lines[:2]).rstrip(".") or type(error).__name__
         raise CheckpointError(
             f"{what}: {line}; check the name, the network and `hf auth whoami`"
         ) from error

@@ -25,7 +25,7 @@ from strata.eval.protocols.named import PROTOCOLS, ProtocolName, protocol_words
 from strata.eval.protocols.pixels import PIXEL_MAPS
 from strata.eval.results import classified
 from strata.eval.session import Session, open_session
-from strata.eval.sets import SetPair, open_pairs
+from strata.eval.sets import SetPair
 from strata.eval.settings import OneNetwork
 from strata.logs import read_json_lines
 
@@ -36,10 +36,6 @@ __all__ = ["FinetuneEvaluation", "LinearEvaluation", "run_finetune", "run_linear
 class FinetuneEvaluation(OneNetwork):
     """Settings of `eval/main.py finetune`."""
 
-    train: Path | None = None
-    """Shards of the training set."""
-    test: Path | None = None
-    """Shards of the test set."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     training: ClassifierConfig = field(default_factory=lambda: PROTOCOLS["supplement"].finetune)
@@ -53,10 +49,6 @@ class FinetuneEvaluation(OneNetwork):
 class LinearEvaluation(OneNetwork):
     """Settings of `eval/main.py linear`."""
 
-    train: Path | None = None
-    """Shards of the training set."""
-    test: Path | None = None
-    """Shards of the test set."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     variant: Literal["augmented", "cached"] = "augmented"
@@ -77,9 +69,9 @@ def run_linear(config: LinearEvaluation) -> None:
     if config.variant == "cached":
         refuse_cached(config.protocol)
     else:
-        _run_classifier("linear", config, config.training, config.train, config.test)
+        _run_classifier("linear", config)
         return
-    pairs = open_pairs(config.data, config.splits, config.train, config.test)
+    pairs = config.open_pairs()
     with open_session(config) as session:
         measured = []
         for pair in pairs:
@@ -100,17 +92,13 @@ def run_finetune(config: FinetuneEvaluation) -> None:
         raise ConfigError("training.train is head; finetuning is for all, use linear")
     if config.weights in PIXEL_MAPS:
         raise ConfigError(f"--weights {config.weights} has no network to finetune; use linear")
-    _run_classifier("finetune", config, config.training, config.train, config.test)
+    _run_classifier("finetune", config)
 
 
 def _run_classifier(
-    kind: Literal["linear", "finetune"],
-    config: FinetuneEvaluation | LinearEvaluation,
-    training: ClassifierConfig,
-    train: Path | None,
-    test: Path | None,
+    kind: Literal["linear", "finetune"], config: FinetuneEvaluation | LinearEvaluation
 ) -> None:
-    pairs = open_pairs(config.data, config.splits, train, test)
+    pairs = config.open_pairs()
     if config.features.level != "high":
         raise ConfigError(
             f"features.level is {config.features.level}; {kind} trains on the high level, other "
@@ -121,14 +109,14 @@ def _run_classifier(
         for pair in pairs:
             # All networks are trained, also after one that --training.max_steps stopped.
             tested = [
-                (network, _train_and_test(kind, session, config, training, pair, network))
+                (network, _train_and_test(kind, session, config, pair, network))
                 for network in config.networks
             ]
             complete = [(network, found) for network, found in tested if found is not None]
             if len(complete) == len(tested):
                 measured.append(joined(complete))
         if len(measured) == len(pairs):
-            text = training_text(kind, session, training)
+            text = training_text(kind, session, config.training)
             report_one(session, report_name(kind, config), kind, text, pairs, measured)
 
 
@@ -136,11 +124,11 @@ def _train_and_test(
     name: str,
     session: Session,
     config: FinetuneEvaluation | LinearEvaluation,
-    training: ClassifierConfig,
     pair: SetPair,
     network: NamedNetwork,
 ) -> Tested | None:
     """Train one network and test it; None where --training.max_steps stopped it before its end."""
+    training = config.training
     if network.which is not None:
         name = f"{name}-{network_name(network.which)}"
     backbone, identity = session.networks.open(network.which)

@@ -10,17 +10,12 @@ from strata.eval.evaluations.cached_probe import (
     joined,
     refuse_cached,
 )
-from strata.eval.evaluations.retrieval import (
-    chance_shares,
-    recall_shares,
-    retrieval_details,
-    retrieval_text,
-)
+from strata.eval.evaluations.retrieval import retrieval_details, retrieval_text
 from strata.eval.networks import NamedNetwork, untrained_network
 from strata.eval.output import write_result
 from strata.eval.protocols.linear import LinearConfig
 from strata.eval.protocols.named import ProtocolName
-from strata.eval.protocols.retrieval import RetrievalConfig
+from strata.eval.protocols.retrieval import RetrievalConfig, chance_shares, recall_shares
 from strata.eval.results import Kind, Measurement, PairResult, Retrieved, Row
 from strata.eval.session import open_session
 from strata.eval.sets import open_pair

@@ -1,7 +1,6 @@
 """Retrieval of test videos among the training videos."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from strata.eval.evaluations.common import level_text, report_name, report_one
@@ -12,19 +11,17 @@ from strata.eval.protocols.retrieval import (
     RECALL_AT,
     Centring,
     RetrievalConfig,
-    chance_recall,
-    recall_at,
+    chance_shares,
+    recall_shares,
     retrieve,
 )
 from strata.eval.results import Figures, Measurement, Retrieved, Row, retrieved
 from strata.eval.session import Session, open_session
-from strata.eval.sets import SetPair, open_pairs
+from strata.eval.sets import SetPair
 from strata.eval.settings import OneNetwork
 
 __all__ = [
     "RetrievalEvaluation",
-    "chance_shares",
-    "recall_shares",
     "retrieval_details",
     "retrieval_text",
     "run_retrieval",
@@ -43,10 +40,6 @@ class RetrievalEvaluation(OneNetwork):
 
     RENAMED: ClassVar = {"gallery": "train", "query": "test"}
 
-    train: Path | None = None
-    """Shards of the training set: the gallery."""
-    test: Path | None = None
-    """Shards of the test set: the queries."""
     protocol: ProtocolName = "supplement"
     """What is set that is not given here, docs/evaluation.md."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -55,7 +48,7 @@ class RetrievalEvaluation(OneNetwork):
 
 def run_retrieval(config: RetrievalEvaluation) -> None:
     """Retrieve each test video's nearest training videos and report R@k."""
-    pairs = open_pairs(config.data, config.splits, config.train, config.test)
+    pairs = config.open_pairs()
     with open_session(config) as session:
         measured = [_measure_retrieval(session, config, pair) for pair in pairs]
         text = retrieval_text(session, config.retrieval.centre)
@@ -85,19 +78,6 @@ def _measure_retrieval(session: Session, config: RetrievalEvaluation, pair: SetP
             }
     rows.append(Row(name="chance", role="chance", shares=chance))
     return Measurement(rows=tuple(rows), variants=variants, details=details)
-
-
-def recall_shares(
-    gallery: Features, queries: Features, level: Any, centre: Centring
-) -> dict[str, float]:
-    """R@k of one level and centring."""
-    nearest, _ = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
-    return {f"R@{k}": v for k, v in recall_at(queries.labels, gallery.labels, nearest).items()}
-
-
-def chance_shares(gallery: Features, queries: Features) -> dict[str, float]:
-    """R@k of drawing videos at random."""
-    return {f"R@{k}": v for k, v in chance_recall(queries.labels, gallery.labels).items()}
 
 
 def retrieval_details(

@@ -18,7 +18,7 @@ from strata.eval.protocols.temporal_cam import (
 )
 from strata.eval.results import Cue, Cues, Measurement, Row
 from strata.eval.session import Session, open_session
-from strata.eval.sets import SetPair, open_pairs
+from strata.eval.sets import SetPair
 from strata.eval.settings import OneNetwork
 from strata.untrusted import file_stem
 
@@ -32,10 +32,6 @@ _CUE_RATE = 12.0
 class TemporalCamEvaluation(OneNetwork):
     """Settings of `eval/main.py temporal_cam`: where an encoder sees the direction of time."""
 
-    train: Path | None = None
-    """Shards of the training set, which the head learns from."""
-    test: Path | None = None
-    """Shards of the test set, which the maps are shown of."""
     features: FeatureConfig = field(default_factory=lambda: FeatureConfig(level="mid"))
     """How a video becomes features; `level` is the map that the head acts upon. mid has 4 time
     steps and 7x7 places for a clip of 16x112x112, high but 2 and 4x4, and low sees little of the
@@ -53,7 +49,7 @@ class TemporalCamEvaluation(OneNetwork):
 
 def run_temporal_cam(config: TemporalCamEvaluation) -> None:
     """Train the head, report how often it is right, and draw its maps. Rank 0 draws."""
-    pairs = open_pairs(config.data, config.splits, config.train, config.test)
+    pairs = config.open_pairs()
     with open_session(config) as session:
         found = [_measure_direction(session, config, pair) for pair in pairs]
         if not session.world.is_first:

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from strata.eval.protocols.features import Features, LevelChoice
 from strata.train.representation.knn import RECALL_AT, chance_recall, nearest_by_cosine, recall_at
 
 __all__ = [
@@ -13,8 +14,8 @@ __all__ = [
     "Centring",
     "RetrievalConfig",
     "centred",
-    "chance_recall",
-    "recall_at",
+    "chance_shares",
+    "recall_shares",
     "retrieve",
 ]
 
@@ -68,3 +69,20 @@ def retrieve(
         ConfigError: See `nearest_by_cosine`.
     """
     return nearest_by_cosine(*centred(queries, gallery, centre), count)
+
+
+def recall_shares(
+    gallery: Features, queries: Features, level: LevelChoice, centre: Centring
+) -> dict[str, float]:
+    """R@k of one level and centring, in [0, 1], by `R@1`, `R@5` and so on.
+
+    Raises:
+        ConfigError: A set is empty, or the features are of different widths or not finite.
+    """
+    nearest, _ = retrieve(queries.videos(level), gallery.videos(level), centre, max(RECALL_AT))
+    return {f"R@{k}": v for k, v in recall_at(queries.labels, gallery.labels, nearest).items()}
+
+
+def chance_shares(gallery: Features, queries: Features) -> dict[str, float]:
+    """R@k of drawing videos at random."""
+    return {f"R@{k}": v for k, v in chance_recall(queries.labels, gallery.labels).items()}

@@ -122,7 +122,7 @@ def open_container(where: Path | bytes, source: str) -> Iterator[InputContainer]
         "max_pixels": str(MAX_PIXELS),
     }
     try:
-        # HMDB51 has clips whose metadata are not UTF-8, and nobody needs them.
+        # HMDB51 has clips whose metadata are not UTF-8; they are not used.
         container = av.open(file, "r", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, OSError) as error:
         raise VideoFault(FaultKind.UNREADABLE, source, _why_not(where, error)) from error
@@ -202,7 +202,7 @@ def _streams_with_packets(where: Path | bytes, source: str, wanted: set[int]) ->
                 if wanted <= found or number == _LOOKED_AT_PACKETS:
                     break
         except (av.error.FFmpegError, OSError):
-            pass  # Decoding meets it again and says where.
+            pass  # Decoding finds the same error and reports where.
     return found
 
 

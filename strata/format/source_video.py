@@ -86,7 +86,7 @@ def decode_frames(
     Args:
         content: The file.
         source: The file as the user would name it.
-        num_frames: How many it has, as `measure_video` says.
+        num_frames: How many it has, by `measure_video`.
         frames: Shape `[N]`, int64, N at least 1, ascending, each once, each in [0, num_frames).
         form: Says size and fit.
 
@@ -115,7 +115,7 @@ def decode_frames(
 
 
 def _packet_times(content: bytes, source: str) -> tuple[list[int], list[int]]:
-    """The times of all pictures and of key frames, ascending; none where packets do not tell."""
+    """The times of all pictures and of key frames, ascending; none where packets lack them."""
     times, keys = [], []
     with open_video(content, source) as (container, stream):
         if stream.codec_context.codec.canonical_name not in PICTURE_A_PACKET:

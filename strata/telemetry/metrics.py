@@ -48,7 +48,7 @@ class ExporterConfig:
     client_authority: Path | None = None
     """PEM file of an authority; scrapes must then bring a certificate of its own (mutual TLS)."""
     file_sd: Path | None = None
-    """Folder in which each process says where to scrape it, for Prometheus's file_sd_configs; on a
+    """Folder in which each process writes its address, for Prometheus's file_sd_configs; on a
     file system that all nodes and Prometheus share. Without one, Prometheus's http_sd_configs find
     all ranks at /targets of rank 0."""
     name: str = ""
@@ -176,14 +176,14 @@ class Metrics:
         """Put a value into a histogram."""
         self._child(name, labels).observe(value)
 
-    def tell(self, listener: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def add_listener(self, listener: Callable[[str, Mapping[str, Any]], None]) -> None:
         """Call `listener(kind, fields)` with every record from now on."""
         self._listeners.append(listener)
 
     def record(self, kind: str, **fields: Any) -> None:
         """Append one JSON line, with the Unix time in seconds and `kind`.
 
-        Where the disk takes none, the work continues and `strata_log_records_lost_total` counts.
+        If the disk is full, the work continues and `strata_log_records_lost_total` counts.
         """
         for listener in self._listeners:
             try:
@@ -204,7 +204,7 @@ class Metrics:
             port: Port to bind; 0 takes a free one.
 
         Returns:
-            The bound port, or None if the port was taken, which is said and is not fatal.
+            The bound port; None if it was taken, which is logged as a warning.
 
         Raises:
             ConfigError: The certificate and the key do not fit.

@@ -30,7 +30,7 @@ class Reading:
 
 
 def families(readings: Iterator[Reading]) -> Iterator[Metric]:
-    """Readings grouped by name, as prometheus_client wants them."""
+    """Readings grouped by name, as prometheus_client takes them."""
     found: dict[str, Any] = {}
     for reading in readings:
         entry = _ENTRIES[reading.name]

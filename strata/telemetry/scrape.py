@@ -1,7 +1,7 @@
 """The server behind /metrics: bounded in connections and in their time, apart from the work.
 
 A thread accepts connections and does nothing else with them; each is served by a thread of its own,
-its TLS handshake too. So a client that says nothing holds up nobody. At most `MAX_CONNECTIONS` are
+its TLS handshake too. So a silent client delays no other. At most `MAX_CONNECTIONS` are
 open at a time, each for at most `CONNECTION_S`; a connection beyond is closed at once. So clients
 cannot take the descriptors that the work needs.
 """
@@ -43,7 +43,7 @@ Application = Callable[..., Any]
 
 
 def tls_context(certificate: Path, key: Path, client_authority: Path | None) -> ssl.SSLContext:
-    """How connections are encrypted, and which clients are let in.
+    """How connections are encrypted, and which clients may connect.
 
     Raises:
         ConfigError: The files do not fit together.
@@ -64,11 +64,11 @@ def tls_context(certificate: Path, key: Path, client_authority: Path | None) -> 
 
 class _SilentHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no news."""
+        """Nothing: scrapes are not logged."""
 
 
 class ScrapeServer(ThreadingMixIn, WSGIServer):
-    """Answers `/metrics` from threads of its own, from its making until `close`.
+    """Answers `/metrics` in threads of its own until `close`.
 
     Args:
         host: Address to bind.
@@ -107,7 +107,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
         self.set_app(
             application if credentials is None else _with_password(application, credentials)
         )
-        # A client that leaves between poll and accept must not hold up the thread.
+        # A client that leaves between poll and accept must not block the thread.
         self.socket.setblocking(False)
         self._thread = threading.Thread(
             target=self.serve_forever, args=(_POLL_S,), name="strata-scrapes", daemon=True
@@ -144,7 +144,7 @@ class ScrapeServer(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The handshake and the answer; what goes wrong concerns the client alone."""
+        """The handshake and the answer; an error affects this client only."""
         connection, began = request, time.monotonic()
         self._last_begun = began
         try:
@@ -225,6 +225,6 @@ def _with_password(application: Application, credentials: str) -> Application:
         if hmac.compare_digest(given, wanted.encode()):
             return application(environ, start_response)
         start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="strata"')])
-        return [b"user and password, please\n"]
+        return [b"user and password are required\n"]
 
     return guarded

@@ -1,16 +1,26 @@
-"""One process's metrics from start to end: served, listed for Prometheus, taken off again."""
+"""A process's metrics from start to end: served, and listed for Prometheus meanwhile."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from strata.distributed import World, gather_objects
 from strata.telemetry.catalogue import Role
 from strata.telemetry.host import HostCollector, ProcessCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from strata.telemetry.targets import Target, TargetFile, only_run
+from strata.world import World
 
 __all__ = ["export", "export_process"]
+
+
+def _every(target: Target | None, world: World) -> list[Target | None]:
+    """The targets of all ranks."""
+    if world.size == 1:
+        return [target]
+    # Here, so that a process without peers does not import torch.
+    from strata.distributed import gather_objects
+
+    return gather_objects(target)
 
 
 @contextmanager
@@ -35,8 +45,7 @@ def export(
         if port is not None:
             target = Target.of(config, port, run=run, rank=world.rank, role=role)
         if config.port:
-            every = [each for each in gather_objects(target) if each is not None]
-            metrics.list_targets(Target.listed(every))
+            metrics.list_targets(Target.listed([t for t in _every(target, world) if t is not None]))
         listed = TargetFile(config, target)
         try:
             yield metrics
@@ -48,7 +57,7 @@ def export(
             raise
         except Exception as error:
             # It stays, so that `up` falls to 0 and an alert fires, with this reason.
-            listed.say_why(error)
+            listed.add_reason(error)
             raise
         finally:
             metrics.close()

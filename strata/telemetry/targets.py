@@ -1,4 +1,4 @@
-"""Who a process is for Prometheus: its labels, and where it is to be scraped.
+"""A process as a target of Prometheus: its labels, and where it is scraped.
 
 A run is called by its path below `monitor.root`, so two runs have one name only if it is set, or if
 paths of two machines are alike; where targets share a folder, a second run of a name is refused.
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from strata.distributed import World, broadcast_object
 from strata.errors import ConfigError
 from strata.files import FolderLock, write_atomic
 from strata.logs import get_logger
 from strata.telemetry.catalogue import Role
 from strata.telemetry.metrics import ExporterConfig
+from strata.world import World
 
 __all__ = ["Target", "TargetFile", "only_run", "run_name"]
 
@@ -69,9 +69,14 @@ def only_run(config: ExporterConfig, run: str, role: Role, world: World) -> Iter
             except ConfigError as error:
                 wrong = str(error)
             except OSError as error:
-                # Monitoring is not worth the run; that there is no target file is reported.
+                # Monitoring must not end the run. `TargetFile` logs that there is no target file.
                 logger.debug("%s cannot be locked: %s", config.file_sd, error)
-        if wrong := broadcast_object(wrong):
+        if world.size > 1:
+            # Here, so that a process without peers does not import torch.
+            from strata.distributed import broadcast_object
+
+            wrong = broadcast_object(wrong)
+        if wrong:
             raise ConfigError(wrong)
         yield
 
@@ -148,7 +153,7 @@ class TargetFile:
             return
         self._path = path
 
-    def say_why(self, error: BaseException) -> None:
+    def add_reason(self, error: BaseException) -> None:
         """Add the error that ends this process as the label `ended`, for the alert's text."""
         if self._path is None:
             return

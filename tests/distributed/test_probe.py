@@ -9,8 +9,9 @@ import torch
 from strata.dataload.reader import ShardReader
 from strata.distributed import World
 from strata.eval.protocols.features import FeatureConfig, extract_features
-from strata.eval.protocols.retrieval import recall_at, retrieve
+from strata.eval.protocols.retrieval import retrieve
 from strata.train.models.backbones import Backbone, BackboneConfig, build_backbone
+from strata.train.representation.knn import recall_at
 from strata.train.representation.online_retrieval import OnlineProbe, ProbeConfig
 from tests.support.rank_processes import run_ranks
 from tests.support.shard_folders import make_shards

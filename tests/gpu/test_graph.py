@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from strata.dataload.config import DataConfig
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
-from strata.dataload.pipeline import GpuPipeline, ViewSlice, video_decoder_fault
+from strata.dataload.pipeline import GpuPipeline, video_decoder_fault
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_strip, decode_video, reference_view

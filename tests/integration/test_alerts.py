@@ -18,8 +18,8 @@ import yaml
 from strata.tools.dashboards import dashboards
 from strata.tools.render_dashboards import literal
 from tests.support.commands import TINY, free_port
+from tests.support.forked import ForkServer, Rank
 from tests.support.prometheus import Prometheus, stop
-from tests.support.training_processes import ForkServer, Rank
 
 STALLED_S = 4.0
 _WAIT_S = 120.0
@@ -67,14 +67,11 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(
+    server: ForkServer, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("alerts")
     prometheus = Prometheus(folder, interval="1s", hold="2s")
-    try:
-        server = ForkServer(folder)
-    except BaseException:
-        stop(prometheus.process)
-        raise
     tiny = folder / "tiny.yaml"
     tiny.write_text(yaml.safe_dump(TINY))
 
@@ -101,7 +98,6 @@ def fleet(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
         }
         yield Fleet(prometheus, runs, folder / "targets")
     finally:
-        server.close()
         stop(prometheus.process)
 
 

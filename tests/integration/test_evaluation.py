@@ -63,7 +63,6 @@ def test_splits_and_their_mean_in_one_command(
         pretrained,
         tmp_path / "report.json",
         *("--data", f"[{sets}]", "--splits", "[1,2]", *more.get(name, ())),
-        launcher=name == "finetune",
     )
     first, second = record["results"]
     assert [r["split"] for r in record["results"]] == ["1", "2"]
@@ -95,7 +94,7 @@ def test_any_number_of_ranks_gives_the_same_report(pretrained: Path, sets: Path,
     alone = evaluate("retrieval", pretrained, tmp_path / "one.json", *pair)
     # 22 and 11 videos do not divide by 3: ranks get unequal shares.
     out = tmp_path / "three.json"
-    three = evaluate("retrieval", pretrained, out, *pair, launcher=True, ranks=3)
+    three = evaluate("retrieval", pretrained, out, *pair, ranks=3)
     assert [r["figures"] for r in three["results"]] == [r["figures"] for r in alone["results"]]
     assert [r["details"] for r in three["results"]] == [r["details"] for r in alone["results"]]
 

@@ -3,7 +3,6 @@
 import json
 import time
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,8 @@ from safetensors.torch import load_file
 from strata.errors import ConfigError
 from strata.train.representation.online_retrieval import ProbeConfig
 from tests.support.commands import TINY, free_port, records, scrape, succeed
+from tests.support.forked import ForkServer
 from tests.support.shard_folders import make_shards
-from tests.support.training_processes import ForkServer
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,16 @@
-"""Training as a user starts it: resume to the bit, two ranks, metrics, errors of one line."""
+"""Training as a user starts it: what a run writes, metrics, errors of one line."""
 
 import json
-import math
 import shutil
-import subprocess
-import sys
 import time
 import urllib.error
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from tests.support.commands import (
-    ROOT,
     TINY,
     fail_with_one_line,
     free_port,
@@ -23,6 +18,7 @@ from tests.support.commands import (
     scrape,
     succeed,
 )
+from tests.support.forked import ForkServer
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +40,6 @@ def whole(tiny: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for made in run.rglob("*.safetensors"):
         assert made.stat().st_mode & 0o777 == (run / "log.jsonl").stat().st_mode & 0o777
     return run
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    name = (run / "checkpoints" / "latest").read_text().strip()
-    return load_file(run / "checkpoints" / name / "model.safetensors")
-
-
-def losses(run: Path) -> dict[int, dict[str, float]]:
-    return {r["step"]: r["losses"] for r in records(run, "step")}
 
 
 def test_both_stages_run(whole: Path):
@@ -90,61 +77,23 @@ def test_a_run_writes_config_log_and_checkpoints(whole: Path):
     assert start["plan"]["stages"]["2"]["flops_per_step"] > 1e9
 
 
-# In the middle of an epoch, and at the switch of stages, where new heads wake.
-@pytest.mark.parametrize("stop", [6, 9])
-def test_stop_and_resume_has_the_bits_of_the_uninterrupted_run(
-    stop: int, whole: Path, tiny: Path, shards: Path, tmp_path: Path
+def test_metrics_are_served_while_training(
+    server: ForkServer, tiny: Path, shards: Path, tmp_path: Path
 ):
-    run = tmp_path / "run"
-    command = ("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
-    succeed(*command, "--stop_after_steps", str(stop))
-    succeed(*command, "--resume", "auto")
-    assert losses(run) == losses(whole)
-    mine, theirs = last_weights(run), last_weights(whole)
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
-
-
-def test_two_ranks_share_the_batch_and_resume(tiny: Path, shards: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    command = ("train/main.py", "--config", tiny, "--data.shards", shards / "train", "--run", run)
-    succeed(*command, "--stop_after_steps", "3", launcher=True, ranks=2)
-    succeed(*command, "--stop_after_steps", "8", "--resume", "auto", launcher=True, ranks=2)
-    mine = losses(run)
-    assert sorted(mine) == list(range(1, 9))
-    # That two ranks compute one rank's objective is proven in tests/distributed.
-    assert all(math.isfinite(value) for step in mine.values() for value in step.values())
-    (state,) = (run / "checkpoints" / "step-000000008").glob("state.json")
-    assert json.loads(state.read_text())["world_size"] == 2
-
-
-def test_metrics_are_served_while_training(tiny: Path, shards: Path, tmp_path: Path):
     port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train/main.py",
-            *("--config", str(tiny), "--data.shards", str(shards / "train")),
-            *("--run", str(tmp_path / "run"), "--monitor.port", str(port)),
-            *("--schedule.epochs", "200"),
-        ],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
+    trainer = server.fork(
+        *("train/main.py", "--config", tiny, "--data.shards", shards / "train"),
+        *("--run", tmp_path / "run", "--monitor.port", str(port), "--schedule.epochs", "200"),
     )
-    try:
-        found: dict[str, float] = {}
-        deadline = time.monotonic() + 90
-        while found.get("strata_step", 0) < 8 and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.2)
-            try:
-                found = scrape(port)
-            except (urllib.error.URLError, ConnectionError):
-                continue
-    finally:
-        process.kill()
-        process.wait()
+    found: dict[str, float] = {}
+    deadline = time.monotonic() + 90
+    while found.get("strata_step", 0) < 8:
+        assert time.monotonic() < deadline
+        assert not trainer.over.is_set(), trainer.text()
+        time.sleep(0.1)
+        with suppress(urllib.error.URLError, ConnectionError):
+            found = scrape(port)
+    trainer.kill()
     steps = found["strata_steps_total"]
     assert found["strata_samples_total"] == 4 * steps
     assert found["strata_frames_decoded_total"] == 4 * 32 * steps

@@ -18,8 +18,8 @@ from strata.logs import JsonLines, read_json_lines, set_up_logging
 from strata.telemetry.metrics import ExporterConfig, Metrics
 from strata.telemetry.serve import export_process
 from tests.support.commands import ROOT, TINY, free_port
+from tests.support.forked import ForkServer
 from tests.support.shard_folders import moving_picture
-from tests.support.training_processes import ForkServer
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_listener_on_a_full_disk_costs_figures_only(caplog: pytest.LogCaptureF
         raise OSError(errno.ENOSPC, "No space left on device")
 
     metrics = Metrics()
-    metrics.tell(listener)
+    metrics.add_listener(listener)
     metrics.record("step", step=1)
     metrics.record("step", step=2)
     assert caplog.text.count("figures cannot be written") == 1
@@ -104,13 +104,6 @@ def test_a_target_file_that_cannot_be_written_is_reported(caplog: pytest.LogCapt
     with export_process(config, role="evaluate", run="a", world=World(), places={}):
         pass
     assert "Prometheus does not find this process" in caplog.text
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
 
 
 def test_a_run_whose_log_cannot_grow_trains_to_its_end(

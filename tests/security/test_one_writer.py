@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,7 +15,7 @@ import yaml
 from strata.errors import ConfigError
 from strata.files import FolderLock
 from tests.support.commands import ROOT, TINY, fail_with_one_line
-from tests.support.training_processes import ForkServer, Rank
+from tests.support.forked import ForkServer, Rank
 
 HOLD = """
 import sys, time
@@ -151,13 +150,6 @@ def test_one_of_many_gets_a_stale_lock(tmp_path: Path):
     got[0].__exit__(None, None, None)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("outputs"))
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def training(tmp_path: Path, shards: Path) -> list[str | Path]:
     path = tmp_path / "tiny.yaml"
@@ -173,14 +165,13 @@ def wait_for_first_step(run: Path, group: list[Rank]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_training_of_a_run_ends_with_code_2_on_every_rank(
-    ranks: int, server: ForkServer, training: list[str | Path], tmp_path: Path
+    server: ForkServer, training: list[str | Path], tmp_path: Path
 ):
     first = server.start(*training, "--schedule.epochs", "200")
     wait_for_first_step(tmp_path / "run", first)
     log = (tmp_path / "run" / "log.jsonl").read_text()
-    said = server.finish(*training, "--resume", "auto", ranks=ranks, code=2)
+    said = server.finish(*training, "--resume", "auto", ranks=2, code=2)
     assert f"is in use: process {first[0].pid} on" in said
     assert "another --run" in said
     assert "Traceback" not in said

@@ -1,16 +1,15 @@
-"""Run the commands of the README as a user does, each in its own process."""
+"""Run the commands of the README, each in its own process."""
 
 import json
-import os
 import re
-import socket
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support.forked import ROOT, fork_server, free_port
+
+__all__ = ["ROOT", "TINY", "fail_with_one_line", "free_port", "records", "run", "scrape", "succeed"]
 
 TINY = {
     "data": {"batch_size": 4, "size": 32, "threads": 1},
@@ -27,39 +26,32 @@ TINY = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def run(script: str | Path, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a script as `python SCRIPT ...` does, or as a launcher does on several CPU ranks.
+
+    The process is forked from one that has imported everything. `tests/integration/test_launch.py`,
+    `test_demo.py` and `test_help.py` start the same scripts from nothing and by every launcher.
+    """
+    server = fork_server()
+    if ranks == 1:
+        group = [server.fork(script, *words, apart=True)]
+    else:
+        group = server.start(*words, script=script, ranks=ranks)
+    codes = [rank.wait() for rank in group]
+    said = "".join(rank.text() for rank in group)
+    errors = group[0].errors.read_text() if ranks == 1 else ""
+    return subprocess.CompletedProcess([script, *words], max(codes, key=abs), said, errors)
 
 
-def run(*words: str | Path, launcher: bool = False, ranks: int = 1) -> subprocess.CompletedProcess:
-    """Run `python ...`, or `deepspeed ...` with the given number of CPU ranks."""
-    command = [sys.executable]
-    if launcher:
-        # The installed script fails in a path with a space; the module does not.
-        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command += ["--master_port", str(free_port())]
-    return subprocess.run(
-        [*command, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def succeed(*words: str | Path, launcher: bool = False, ranks: int = 1) -> str:
-    done = run(*words, launcher=launcher, ranks=ranks)
+def succeed(script: str | Path, *words: str | Path, ranks: int = 1) -> str:
+    done = run(script, *words, ranks=ranks)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def fail_with_one_line(*words: str | Path) -> str:
+def fail_with_one_line(script: str | Path, *words: str | Path) -> str:
     """Run a command that must end with exit code 2 and one error line, and return the line."""
-    done = run(*words)
+    done = run(script, *words)
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]

@@ -8,7 +8,8 @@ from PIL import Image
 
 from strata.dataload.augment import ViewParameters, centre_crop
 from strata.dataload.cpu_pipeline import CpuPipeline
-from strata.dataload.pipeline import GpuPipeline, GraphSpec, ViewSlice
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
+from strata.dataload.pipeline import GpuPipeline
 from tests.support.shard_folders import moving_picture
 
 HEIGHT, WIDTH, FRAMES, SIZE = 64, 96, 8, 48

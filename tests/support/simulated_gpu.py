@@ -91,9 +91,9 @@ def install() -> None:
 
 def main(folder: Path) -> None:
     """Start the runs and a Prometheus in a folder, wait, and draw."""
+    from tests.support.forked import ForkServer
     from tests.support.prometheus import Prometheus, stop
     from tests.support.shard_folders import make_shards
-    from tests.support.training_processes import ForkServer
 
     folder.mkdir(parents=True)
     for name, videos in (("train", 24), ("test", 12)):
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
     schedule = TINY["schedule"] | {"second_stage_epoch": 30, "lr_drop_epochs": [60]}
     changed = {"schedule": schedule, "monitor": TINY["monitor"] | {"verdict_s": 5}}
     settings.write_text(yaml.safe_dump(TINY | changed))
-    prometheus, server = Prometheus(folder), ForkServer(folder)
+    prometheus, server = Prometheus(folder), ForkServer()
     try:
         for run, seed in (("first", "0"), ("second", "1")):
             server.start(

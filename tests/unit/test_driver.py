@@ -1,17 +1,23 @@
-"""A driver that is too old is one clear message, and `make setup` chooses builds that fit."""
+"""A driver that is too old, or no DALI, is one clear message; `make setup` chooses builds."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pynvml
 import pytest
 import torch
 
 from strata import driver
+from strata.dataload.config import DataConfig
+from strata.dataload.graphs import pipeline_class
 from strata.distributed import World
 from strata.errors import ConfigError
+from strata.format.schema import NormalForm
 from strata.tools import choose_build
 from strata.train.engine_config import EngineConfig, choose_device
+from tests.support.loader_batches import batches
+from tests.support.shard_folders import HEIGHT, WIDTH, make_shards
 
 
 def with_driver(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
@@ -67,8 +73,31 @@ def test_both_tables_of_drivers_agree():
     assert theirs == driver.OLDEST_DRIVER
 
 
-def test_without_dali_one_line_says_what_to_install():
-    code = "import sys; sys.modules['nvidia.dali'] = None; import strata; strata.clips"
+def test_without_dali_strips_are_loaded_and_the_rest_says_what_to_install(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "strata.dataload.pipeline", raising=False)
+    config = DataConfig(shards=shards / "train", batch_size=4, size=32, threads=1)
+    assert len(batches(config, count=1)) == 1
+    advice = r"install strata-video\[cuda13\], \[cuda12\], or \[cpu\]"
+    with pytest.raises(ConfigError, match=advice):
+        pipeline_class("gpu")
+
+
+def test_without_dali_the_command_ends_with_one_line(tmp_path: Path):
+    form = NormalForm(width=WIDTH, height=HEIGHT, payload="mp4", codec="mjpeg", quantizer=3)
+    make_shards(tmp_path / "set", num_videos=4, num_classes=2, shard_size=4, seed=3, form=form)
+    main = Path(__file__).parents[2] / "train" / "main.py"
+    words = [str(main), "--data.shards", str(tmp_path / "set"), "--run", str(tmp_path / "run")]
+    words += ["--data.batch_size=4", "--model.width=8", "--engine.device=cpu"]
+    code = (
+        "import runpy, sys; sys.modules['nvidia.dali'] = None; "
+        f"sys.argv = {words}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error (rank 0): NVIDIA DALI cannot be imported")
     assert "install strata-video[cuda13], [cuda12], or [cpu]" in last

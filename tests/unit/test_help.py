@@ -140,9 +140,19 @@ def test_retrieval_takes_the_names_of_the_other_evaluations_and_its_earlier_ones
 
 def test_an_earlier_name_in_a_file_is_read(tmp_path: Path):
     path = tmp_path / "config.yaml"
-    path.write_text("run: a\ndata: {shards: b}\nprobe: {gallery: c, query: null}\n")
-    read = parse_config(TrainConfig, ["--config", str(path)], prog="x", description="")
-    assert read.probe.train == Path("c")
+
+    def read(text: str) -> TrainConfig:
+        path.write_text(f"run: a\ndata: {{shards: b}}\n{text}\n")
+        return parse_config(TrainConfig, ["--config", str(path)], prog="x", description="")
+
+    assert read("probe: {gallery: c, query: null}").probe.train == Path("c")
+    # A setting that moved to another group, and a word that YAML reads as a boolean.
+    assert read("model: {width: 8, fold_stem: false}").engine.fold_stem == "off"
+    assert read("engine: {compile: on}").engine.compile == "on"
+    with pytest.raises(ConfigError, match=r"engine\.fold_stem is True; use auto, off, pixels"):
+        read("model: {fold_stem: true}")
+    with pytest.raises(ConfigError, match=r"engine\.fold_stem is given twice"):
+        read("model: {fold_stem: false}\nengine: {fold_stem: off}")
 
 
 def test_recipes_are_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from strata.dataload.clips import training_window
 from strata.dataload.config import DataConfig
 from strata.dataload.cpu_pipeline import window_decoder
 from strata.dataload.decode_windows import CodedWindows, read_windows
-from strata.dataload.pipeline import GraphSpec
+from strata.dataload.graph_spec import GraphSpec
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.format.schema import checksum, segment_ext

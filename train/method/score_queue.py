@@ -23,7 +23,6 @@ class ScoreQueue(nn.Module):
     Args:
         num_rows: Q, the length of the queue.
         num_prototypes: K.
-        num_views: V.
 
     Raises:
         ConfigError: The queue has no rows.
@@ -32,14 +31,12 @@ class ScoreQueue(nn.Module):
     scores: Tensor
     filled: Tensor
 
-    def __init__(
-        self, num_rows: int = 1024, num_prototypes: int = 1000, num_views: int = 2
-    ) -> None:
+    def __init__(self, num_rows: int = 1024, num_prototypes: int = 1000) -> None:
         super().__init__()
         if num_rows < 1:
             raise ConfigError(f"score queue: {num_rows} rows; use at least the global batch")
         # Infinity in empty rows: a wrong read shows, and unlike NaN it equals itself.
-        self.register_buffer("scores", torch.full((num_rows, num_views, num_prototypes), torch.inf))
+        self.register_buffer("scores", torch.full((num_rows, 2, num_prototypes), torch.inf))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         # The same count on the host, so that reading it does not wait for the device.
         self._num_filled = 0

@@ -56,30 +56,17 @@ def draw_permutations(uniforms_N2: Tensor, num_steps: int) -> Tensor:
     return orders_NT
 
 
-def time_orders(
-    num_clips: int,
-    num_steps: int,
-    *,
-    reverse: bool,
-    permutations_NT: Tensor | None,
-    device: torch.device | str | None = None,
-) -> Tensor:
+def time_orders(num_clips: int, num_steps: int, permutations_NT: Tensor | None = None) -> Tensor:
     """The orders of time steps of a level: the original, then the altered ones.
 
     Args:
         num_clips: N.
         num_steps: T.
-        reverse: Whether to add the reversal.
         permutations_NT: `[N, T]`, the shuffled orders; None for no shuffle.
-        device: Device of the result.
 
     Returns:
-        `[A, N, T]`, int64: the identity, then the reversal and the permutations if requested.
+        `[A, N, T]`, int64, on the CPU: the identity, the reversal and, if given, the permutations.
     """
-    identity = torch.arange(num_steps, device=device).expand(num_clips, -1)
-    orders = [identity]
-    if reverse:
-        orders.append(identity.flip(1))
-    if permutations_NT is not None:
-        orders.append(permutations_NT.to(identity.device))
-    return torch.stack(orders)
+    identity = torch.arange(num_steps).expand(num_clips, -1)
+    shuffled = [] if permutations_NT is None else [permutations_NT]
+    return torch.stack([identity, identity.flip(1), *shuffled])

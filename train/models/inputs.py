@@ -36,19 +36,18 @@ def mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, 1 / (torch.tensor(IMAGENET_STD, device=device) * 255)
 
 
-def normalise(clips: Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(clips: Tensor, in_channels: int) -> Tensor:
     """Convert decoded clips to the input of the first convolution.
 
     Args:
         clips: `[N, T, H, W, 3]`, uint8.
         in_channels: 3, or 4 to add a plane of zeros.
-        dtype: The dtype of the result.
 
     Returns:
-        `[N, in_channels, T, H, W]`, normalised by ImageNet's mean and deviation; channels stay last
-        in memory, so nothing is transposed.
+        `[N, in_channels, T, H, W]`, float32, normalised by ImageNet's mean and deviation; channels
+        stay last in memory, so nothing is transposed.
     """
-    return scaled(clips, *mean_and_scale(clips.device), in_channels, dtype)
+    return scaled(clips, *mean_and_scale(clips.device), in_channels, torch.float32)
 
 
 def scaled(

@@ -28,19 +28,25 @@ _DATA_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """One rank's seconds in an interval."""
+    """One rank's seconds in an interval; those of `PARTS` add up to the interval."""
 
     data_s: float
+    """Seconds in which the device (or CPU) was idle because the batch was not ready."""
     compute_s: float
+    """Seconds of forward, backward and update, without communication."""
     communication_s: float
+    """Seconds in collectives, including the wait for slower ranks."""
     host_s: float
+    """The remaining seconds: Python, reports, late kernel launches."""
     checkpoint_s: float
+    """Seconds in which training waited for a checkpoint."""
     optimizer_s: float
     """The part of `compute_s` in the optimizer's update."""
-    read_s: float
+    read_s: float = 0.0
     """Seconds of the loader's thread to read coded bytes."""
-    graph_s: float
+    graph_s: float = 0.0
     """Seconds of the loader's thread to decode and augment."""
+    num_steps: float = 0.0
 
     @property
     def wall_s(self) -> float:
@@ -51,6 +57,15 @@ class RankTimes:
     def own_s(self) -> float:
         """Seconds without communication: the time that this rank would need alone."""
         return self.wall_s - self.communication_s
+
+    @property
+    def data_wait_ratio(self) -> float:
+        """Share of the interval spent waiting for the loader."""
+        return self.data_s / (self.wall_s or 1.0)
+
+    def rate(self, items_per_step: int) -> float:
+        """Items per second."""
+        return items_per_step * self.num_steps / self.wall_s if self.wall_s > 0 else 0.0
 
     def values(self) -> list[float]:
         """The times as numbers, to be gathered from the ranks."""

@@ -7,13 +7,13 @@ on the host. Measuring does not make the host wait for the device.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
+from strata.train.monitor.bottleneck import RankTimes
 from strata.train.monitor.progress import Progress
 
-__all__ = ["PEAK_FLOPS", "Clock", "IntervalTimes", "peak_flops"]
+__all__ = ["PEAK_FLOPS", "Clock", "peak_flops"]
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -40,39 +40,6 @@ def peak_flops(device_name: str) -> float | None:
     """Peak bf16 operations per second of a GPU by its name; None if it is not in the table."""
     words = f" {device_name} ".replace("-", " ")
     return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntervalTimes:
-    """Seconds of each part of an interval; the parts and `host_s` add up to `wall_s`."""
-
-    wall_s: float
-    num_steps: int
-    data_wait_s: float
-    """Seconds in which the device (or CPU) was idle because the batch was not ready."""
-    compute_s: float
-    """Seconds of forward, backward and update, without communication."""
-    optimizer_s: float
-    """Of `compute_s`, the update."""
-    communication_s: float
-    """Seconds in collectives, including the wait for slower ranks."""
-    checkpoint_s: float
-    """Seconds in which training waited for a checkpoint."""
-
-    @property
-    def host_s(self) -> float:
-        """The remaining seconds: Python, reports, late kernel launches."""
-        used = self.data_wait_s + self.compute_s + self.communication_s + self.checkpoint_s
-        return max(self.wall_s - used, 0.0)
-
-    @property
-    def data_wait_ratio(self) -> float:
-        """Share of the interval spent waiting for the loader."""
-        return self.data_wait_s / self.wall_s if self.wall_s > 0 else 0.0
-
-    def rate(self, items_per_step: int) -> float:
-        """Items per second."""
-        return items_per_step * self.num_steps / self.wall_s if self.wall_s > 0 else 0.0
 
 
 class Clock:
@@ -193,8 +160,8 @@ class Clock:
             self._host_s = before
             self._start += time.perf_counter() - start
 
-    def interval(self) -> IntervalTimes:
-        """Return the times since the last call and start the next interval.
+    def interval(self) -> RankTimes:
+        """Return the times since the last call, without the loader's, and start the next interval.
 
         Call it after the host waited for the device: all events must be complete.
         """
@@ -209,14 +176,15 @@ class Clock:
             self._optimizer = []
             # The host waits for other ranks while the device still has work.
             outside_s = min(outside_s, idle_s)
-        times = IntervalTimes(
-            wall_s=now - self._start,
-            num_steps=self._num_steps,
-            data_wait_s=wait_s,
-            compute_s=max(step_s - inside_s, 0.0),
-            optimizer_s=optimizer_s,
-            communication_s=inside_s + outside_s,
-            checkpoint_s=host["checkpoint"],
+        parts = {
+            "data_s": wait_s,
+            "compute_s": max(step_s - inside_s, 0.0),
+            "communication_s": inside_s + outside_s,
+            "checkpoint_s": host["checkpoint"],
+        }
+        host_s = max(now - self._start - sum(parts.values()), 0.0)
+        times = RankTimes(
+            **parts, host_s=host_s, optimizer_s=optimizer_s, num_steps=self._num_steps
         )
         self._start, self._num_steps = now, 0
         self._host_s = dict.fromkeys(host, 0.0)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from strata.train.monitor.bottleneck import (
     Utilisation,
     find_bottleneck,
 )
-from strata.train.monitor.clock import Clock, IntervalTimes, peak_flops
+from strata.train.monitor.clock import Clock, peak_flops
 from strata.train.monitor.cost_model import step_cost
 from strata.train.monitor.health import health_series
 from strata.train.monitor.progress import ACTIVITIES
@@ -81,7 +82,7 @@ def _open_run(config: TrainConfig, world: World, opened: ExitStack) -> Metrics:
             metrics.add("strata_restarts_total", starts)
         if world.is_first:
             for sink in _loggers(config):
-                metrics.tell(sink)
+                metrics.add_listener(sink)
                 opened.callback(sink.close)
     except ConfigError as error:
         wrong = str(error)
@@ -134,7 +135,10 @@ class RunMonitor:
         self._config, self._world, self._device = config, world, device
         self._metrics, self._clock = metrics, clock
         # Counted at start: in the loop this time would count as the host's.
-        self._flops_per_sample = {s: step_cost(config, videos=2, stage=s).flops / 2 for s in (1, 2)}
+        videos = config.data.batch_size // world.size
+        self._flops_per_sample = {
+            stage: step_cost(config, videos=videos, stage=stage).flops / videos for stage in (1, 2)
+        }
         self._peak: float | None = None
         self._gpu: GpuCollector | None = None
         self._loader_s = {"read": 0.0, "graph": 0.0}
@@ -203,11 +207,11 @@ class RunMonitor:
             metrics.add("strata_loader_seconds_total", seconds, part=part)
             self._loader_s[part] += seconds
 
-    def report(self, times: IntervalTimes, stage: int) -> None:
+    def report(self, times: RankTimes, stage: int) -> None:
         """Set the metrics of an interval's times; all ranks call it at the same step.
 
         Args:
-            times: Times of this rank.
+            times: Of this rank, by its clock.
             stage: Stage of the interval's last step.
         """
         metrics = self._metrics
@@ -216,16 +220,7 @@ class RunMonitor:
         metrics.set("strata_model_flops_per_second", flops)
         if self._peak is not None:
             metrics.set("strata_mfu_ratio", flops / self._peak)
-        mine = RankTimes(
-            data_s=times.data_wait_s,
-            compute_s=times.compute_s,
-            communication_s=times.communication_s,
-            host_s=times.host_s,
-            checkpoint_s=times.checkpoint_s,
-            optimizer_s=times.optimizer_s,
-            read_s=self._loader_s["read"],
-            graph_s=self._loader_s["graph"],
-        )
+        mine = replace(times, read_s=self._loader_s["read"], graph_s=self._loader_s["graph"])
         metrics.set("strata_own_step_seconds", mine.own_s / max(times.num_steps, 1))
         self._loader_s = {"read": 0.0, "graph": 0.0}
         # Replaced in one piece, so that a scrape sees all parts of an interval or none.
@@ -275,7 +270,7 @@ class RunMonitor:
             bound_by = "stalled" if stalled or found is None else found.bound_by
             for name in (*PARTS, "stalled"):
                 yield Reading("strata_bound", float(name == bound_by), {"by": name})
-        # What was measured before a stall says nothing about it.
+        # Measurements from before a stall do not describe it.
         if found is None or stalled:
             return
         for part in DATA_PARTS:

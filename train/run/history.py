@@ -83,7 +83,7 @@ class History:
         """Whether a checkpoint has its completeness marker."""
         return (self.root / name / COMPLETE).is_file()
 
-    def line(self, name: str) -> list[str]:
+    def lineage(self, name: str) -> list[str]:
         """A checkpoint and its ancestors, the newest first."""
         found = []
         following: str | None = name
@@ -108,8 +108,8 @@ class History:
                 f"{self.root / _LATEST} names {self.latest}, which the run did not write; write "
                 "the name of an existing folder"
             )
-        line = self.line(self.latest) if self._recorded else list(reversed(self._continues))
-        found = next(filter(self.is_complete, line), None)
+        lineage = self.lineage(self.latest) if self._recorded else list(reversed(self._continues))
+        found = next(filter(self.is_complete, lineage), None)
         if found is None:
             raise CheckpointError(
                 f"{self.root / _LATEST} names {self.latest}, and neither it nor an older one is "
@@ -152,7 +152,7 @@ class History:
         """
         if self.latest is None:
             raise AssertionError("the pointer is moved before anything is removed")
-        kept = {self.latest, *self.line(self.latest)[:keep]}
+        kept = {self.latest, *self.lineage(self.latest)[:keep]}
         if keep_every:
             kept |= {n for n in self._continues if int(n.removeprefix("step-")) % keep_every == 0}
         gone = [name for name in self._continues if name not in kept]
@@ -169,7 +169,7 @@ class History:
         left = {}
         for name in self._continues:
             if name not in gone:
-                left[name] = next((n for n in self.line(name)[1:] if n not in gone), None)
+                left[name] = next((n for n in self.lineage(name)[1:] if n not in gone), None)
         self._continues = left
         self._write()
 

@@ -7,7 +7,7 @@ from strata.logs import get_logger
 from strata.telemetry.metrics import Metrics
 from strata.train.config import TrainConfig
 from strata.train.method.schedules import Phase
-from strata.train.monitor.clock import IntervalTimes
+from strata.train.monitor.bottleneck import RankTimes
 from strata.train.monitor.health import IDENTITY_MASS, graph_in_words
 from strata.train.run.checkpoint import RunState
 
@@ -37,7 +37,7 @@ class StepReport:
         *,
         losses: Mapping[str, float],
         health: Mapping[str, float],
-        times: IntervalTimes,
+        times: RankTimes,
         grad_norm: float | None,
     ) -> None:
         """Write one report.

@@ -13,8 +13,8 @@ from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, refuse_mixed_payloads
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.loader import Batch, EvaluationLoader
-from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.dataload.reference import decode_video, reference_view
@@ -157,7 +157,7 @@ def test_a_gpu_without_video_decoder_is_logged_once_or_rejected(
 ):
     """The GPU's answer is simulated here; tests/gpu uses a real one."""
     monkeypatch.setattr("strata.dataload.pipeline.video_decoder_fault", lambda *_: "no libnvcuvid")
-    monkeypatch.setattr("strata.logs._said", set())
+    monkeypatch.setattr("strata.logs._warned", set())
     gpu = torch.device("cuda", 0)
     vp9, h264 = ShardReader(folders["vp9"]), ShardReader(folders["h264"])
     assert [choose_decoder(vp9, "auto", gpu, "gpu") for _ in range(2)] == ["cpu", "cpu"]

@@ -15,8 +15,8 @@ from strata.dataload.augment import centre_crop, draw_view
 from strata.dataload.clips import ClipSpec, evaluation_clips, training_window
 from strata.dataload.config import DataConfig
 from strata.dataload.decode_windows import choose_decoder, read_windows
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
-from strata.dataload.pipeline import ViewSlice
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import ClassificationRecipe, open_plan
 from strata.dataload.reference import reference_view

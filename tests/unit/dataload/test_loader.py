@@ -14,8 +14,8 @@ from strata.counter_random import Stream, uniforms
 from strata.dataload.augment import draw_view
 from strata.dataload.clips import ClipSpec, training_window
 from strata.dataload.config import DataConfig
+from strata.dataload.graph_spec import ViewSlice
 from strata.dataload.loader import Batch, EvaluationLoader, TrainLoader
-from strata.dataload.pipeline import ViewSlice
 from strata.dataload.prefetch import Prefetcher
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan

@@ -11,7 +11,8 @@ from strata.dataload.augment import AugmentSpec, ViewParameters, draw_view
 from strata.dataload.cpu_pipeline import CpuPipeline
 from strata.dataload.cpu_views import ClipParameters, ViewMaker
 from strata.dataload.faults import UndecodableError
-from strata.dataload.pipeline import GpuPipeline, GraphSpec, ViewSlice
+from strata.dataload.graph_spec import GraphSpec, ViewSlice
+from strata.dataload.pipeline import GpuPipeline
 from strata.dataload.reference import decode_strip, reference_view
 from tests.support.graph_cases import (
     CASES,

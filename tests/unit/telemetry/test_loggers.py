@@ -37,7 +37,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
 
 def run(logger: WandbLogger | MlflowLogger, first: int, last: int) -> None:
     metrics = Metrics()
-    metrics.tell(logger)
+    metrics.add_listener(logger)
     metrics.record("start", step=first)
     for step in range(first + 1, last + 1):
         losses = {"instance": 0.5 + step}

@@ -214,7 +214,7 @@ def test_target_files_list_processes_for_prometheus(tmp_path: Path):
         **{"run": "x/run", "node": "n7", "rank": "1", "role": "train"},
         "__scheme__": "http",
     }
-    files[1].say_why(NotFiniteError("a loss is NaN"))
+    files[1].add_reason(NotFiniteError("a loss is NaN"))
     ended = [e["labels"].get("ended") for e in map(read_target, made)]
     assert sorted(filter(None, ended)) == ["NotFiniteError"]
     for file in files:

@@ -27,7 +27,7 @@ def read(folder: Path) -> dict[str, dict[int, float]]:
 def run(folder: Path, first: int, last: int, loss: float) -> None:
     """A run of so many steps, as the loop records it."""
     metrics, board = Metrics(), TensorBoard(folder)
-    metrics.tell(board)
+    metrics.add_listener(board)
     metrics.record("start", step=first)
     for step in range(first + 1, last + 1):
         losses = {"instance": loss + step, "total": 2.0}

@@ -7,7 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from strata.errors import ConfigError
 from strata.eval.protocols.features import Features
-from strata.eval.protocols.retrieval import CENTRINGS, chance_recall, recall_at, retrieve
+from strata.eval.protocols.retrieval import CENTRINGS, retrieve
+from strata.train.representation.knn import chance_recall, recall_at
 
 
 def by_scikit_learn(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from strata.errors import ConfigError
 from strata.tools.benchmarks.device import main
 from tests.support.commands import succeed
 
-PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "whole")
+PARTS = ("ceilings", "decode", "graph", "loader", "step", "precision", "training")
 
 
 def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
@@ -41,12 +41,12 @@ def test_every_part_gives_a_rate(shards: Path, tmp_path: Path) -> None:
     # Rounded, and still the same direction; not fp32 once more.
     assert 0.5 < rounded["cosine"] < 1 - 1e-7
     assert 0.5 < rounded["rest_cosine"] < 1 - 1e-7
-    assert "precision, bf16, stage 1, batch 4: against fp32's gradient the encoder's has" in output
-    (whole,) = by_part["whole"]
-    assert whole["of_step_alone"] == pytest.approx(
-        whole["samples_per_s"] / by_part["step"][0]["samples_per_s"]
+    assert "precision, bf16, stage 1, batch 4: the encoder's gradient has cosine" in output
+    (training,) = by_part["training"]
+    assert training["of_step_alone"] == pytest.approx(
+        training["samples_per_s"] / by_part["step"][0]["samples_per_s"]
     )
-    assert sum(whole["shares"].values()) == pytest.approx(1, abs=0.02)
+    assert sum(training["shares"].values()) == pytest.approx(1, abs=0.02)
     assert "| step | plain, stage 1, batch 4 |" in output
     assert "of the step alone; data wait" in output
     with Image.open(picture) as image:

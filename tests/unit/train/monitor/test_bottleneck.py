@@ -101,7 +101,7 @@ def test_the_clock_attributes_each_second_once(monkeypatch: pytest.MonkeyPatch):
     assert clock.last_step_s == 15
     found = clock.interval()
     assert (found.wall_s, found.num_steps) == (57, 2)
-    assert found.data_wait_s == 6
+    assert found.data_s == 6
     assert found.compute_s == 18
     assert found.optimizer_s == 8
     assert found.communication_s == 7

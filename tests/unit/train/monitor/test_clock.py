@@ -29,7 +29,7 @@ def test_a_pause_is_left_out_of_the_interval(monkeypatch: pytest.MonkeyPatch):
     times = clock.interval()
     assert times.num_steps == 2
     assert times.wall_s == 1 + 2 + 4 + 32 + 64
-    assert times.data_wait_s == 1 + 32
+    assert times.data_s == 1 + 32
     assert times.compute_s == 2 + 64
     assert times.communication_s == 4
     assert times.host_s == 0
