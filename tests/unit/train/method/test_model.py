@@ -315,7 +315,7 @@ def test_views_keep_their_places_in_the_shared_pass():
         one = model(short[rows], long[rows], *orders, SECOND)
         torch.testing.assert_close(out.instance[rows], one.instance)
         torch.testing.assert_close(out.altered["mid"][rows], one.altered["mid"])
-    apart = model.backbone(normalise_clips(long, 3, torch.float64))
+    apart = model.backbone(normalise_clips(long, 3).double())
     steps = model.retrieval_heads["mid"](model.motion["mid"](apart.mid)[0])
     torch.testing.assert_close(out.long_steps["mid"], steps)
 
