@@ -569,7 +569,7 @@ def test_features_that_are_zero_stay_finite():
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="leaves 2 time steps at the mid level, too few to shuf"):
         VideoModel(BackboneConfig(width=8), recipe(), clip_frames=8)
-    with pytest.raises(ConfigError, match="first stage needs instance, prototype or distillation above 0"):
+    with pytest.raises(ConfigError, match="needs instance, prototype or distillation above"):
         TermWeights(instance=0.0, prototype=0.0)
     with pytest.raises(ConfigError, match="graph_low is -1; use 0 or more"):
         TermWeights(graph_low=-1)
