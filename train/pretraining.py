@@ -296,16 +296,7 @@ def open_pretraining(
 ) -> Trainer[Pretraining]:
     """Make a pretraining run at its first step.
 
-    Args:
-        config: The run's settings.
-        world: This rank and its peers; the process group is formed.
-        device: Where to compute.
-        reader: The opened data set.
-        metrics: Receives the metrics.
-        probe: Measures retrieval of the encoder between epochs.
-        teacher: As `Pretraining` takes it.
-        lock: The lock of the run's folder, on rank 0.
-        augment_choice: As `Pretraining` takes it.
+    The arguments are those of `Pretraining`; `lock` is that of the run's folder, on rank 0.
 
     Raises:
         ConfigError: The data set is smaller than a batch, or the device lacks a feature.
