@@ -9,7 +9,7 @@ from strata.errors import VideoFault
 from strata.preprocess.datasets.folder import SourceSet
 from strata.preprocess.datasets.listing import some_of
 from strata.preprocess.plan import plan_shards
-from strata.preprocess.sample import Done, Member, make_sample, task_of
+from strata.preprocess.sample import Sample
 from strata.preprocess.settings import ShardSettings
 
 __all__ = ["estimate_table"]
@@ -106,17 +106,11 @@ def _time_sample(sets: Sequence[SourceSet], settings: ShardSettings) -> _Timed:
     step = max(len(chosen) // _SAMPLE_VIDEOS, 1)
     for source, classes in chosen[::step][:_SAMPLE_VIDEOS]:
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        sample = Sample(source, classes, settings)
         try:
-            for message in make_sample(
-                task_of(source, classes),
-                settings.form,
-                settings.read_back,
-                damaged=settings.damaged,
-            ):
-                if isinstance(message, Member):
-                    timed.shard_bytes += -(-len(message.content) // 512) * 512 + 512
-                elif isinstance(message, Done):
-                    timed.frames += message.num_frames
+            for _, content in sample.members():
+                timed.shard_bytes += -(-len(content) // 512) * 512 + 512
+            timed.frames += sample.num_frames
         except VideoFault:
             timed.rejected += 1
         timed.seconds += time.perf_counter() - start_s

@@ -1,35 +1,42 @@
 """Executors of tasks, with one interface: processes of this machine, or a Ray cluster.
 
-A task is a function of a module and one argument, both pickled. A process that dies costs its task
-alone. Python's own pools cannot say which task a dead process had and need /dev/shm, so the local
-one is made of pipes.
+A task is a function of a module and its arguments, all pickled. Python's own process pools cannot
+say which task a dead process had and need /dev/shm, so here each process has a thread of a
+`ThreadPoolExecutor`, which hands it one task at a time through a pipe.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from strata.errors import ConfigError, StrataError
 
 __all__ = [
-    "Died",
+    "OUT_OF_MEMORY",
     "Executor",
-    "Failed",
     "LocalExecutor",
     "Outcome",
     "RayExecutor",
+    "WorkerDied",
     "WorkerError",
-    "run_alone",
+    "outcome_of",
 ]
+
+OUT_OF_MEMORY = errno.ENOMEM
+"""`WorkerDied.code` of a process that reached its bound of memory."""
 
 
 class WorkerError(RuntimeError):
@@ -37,51 +44,27 @@ class WorkerError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The task raised an error."""
-
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Died:
+class WorkerDied:
     """The process ended while it had the task."""
 
     code: int | None
-    """Exit code, negative for a signal; None if it is not known."""
+    """Exit code, negative for a signal; `OUT_OF_MEMORY`; None if it is not known."""
 
 
 Outcome = Any
-"""What the task returned, or `Failed`, or `Died`."""
+"""What the task returned, or the error that it raised, or `WorkerDied`."""
 
 
-class Executor(Protocol):
-    """Interface of what runs tasks; a context manager that cancels what is not finished."""
-
-    slots: int
-    """Tasks that are worth having submitted at a time."""
-
-    def submit(self, key: int, call: Callable[[Any], Any], argument: Any) -> None:
-        """Queue a task."""
-        ...
-
-    def results(self, timeout_s: float) -> Sequence[tuple[int, Outcome]]:
-        """Wait for finished tasks; returns their keys and outcomes, in any order, or nothing."""
-        ...
-
-    def __enter__(self) -> "Executor": ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def outcome_of(call: Callable[[Any], Any], argument: Any) -> Outcome:
+def outcome_of(call: Callable[..., Any], arguments: Sequence[Any]) -> Outcome:
     """Run a task in this process; errors that no user can cause keep their traceback."""
     try:
-        return call(argument)
+        return call(*arguments)
     except (StrataError, OSError, WorkerError) as error:
-        return Failed(error)
+        return error
+    except MemoryError:
+        return WorkerDied(OUT_OF_MEMORY)
     except Exception:  # The boundary of the process: the driver raises it.
-        return Failed(WorkerError(traceback.format_exc()))
+        return WorkerError(traceback.format_exc())
 
 
 def _end_with_parent() -> None:
@@ -92,10 +75,24 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection) -> None:
+def _bound_memory(num_bytes: int) -> None:
+    """Make allocations of this process fail beyond so many bytes more than it has now.
+
+    Private memory counts, not libraries and files that are only mapped.
+    """
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    bound = pages * resource.getpagesize() + num_bytes
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most == resource.RLIM_INFINITY or bound < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+
+
+def _serve(connection: Connection, memory_bytes: int) -> None:
     """The body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if memory_bytes:
+        _bound_memory(memory_bytes)
     try:
         while True:
             connection.send(outcome_of(*connection.recv()))
@@ -103,96 +100,116 @@ def _serve(connection: Connection) -> None:
         return
 
 
-class _Worker:
-    """A worker process and the key of its task."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection: Connection
-        self.connection, theirs = context.Pipe()
-        # Not a daemon, which could not start a process for a video that kills its own.
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,))
-        self.process.start()
-        theirs.close()
-        self.key: int | None = None
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
-
-
 class LocalExecutor:
     """Processes of this machine, started when there is work for them.
 
+    A context manager, as `RayExecutor`, that cancels what is not finished.
+
     Args:
         workers: Most processes.
+        memory_bytes: Bound of the memory of each beyond what it has at start; 0 for none.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, memory_bytes: int = 0) -> None:
         self.slots = 2 * workers
-        self._most = workers
-        self._queue: deque[tuple[int, Callable[[Any], Any], Any]] = deque()
-        self._workers: list[_Worker] = []
+        """Tasks that are worth having submitted at a time."""
+        self._memory_bytes = memory_bytes
+        self._threads = ThreadPoolExecutor(workers)
+        self._own = threading.local()
+        self._processes: set[BaseProcess] = set()
+        # A start also waits for other children that ended, and would take their exit codes.
+        self._lock = threading.Lock()
+        self._closed = False
 
-    def submit(self, key: int, call: Callable[[Any], Any], argument: Any) -> None:
+    def submit(
+        self, call: Callable[..., Any], arguments: Sequence[Any], *, alone: bool = False
+    ) -> "Future[Any]":
         """Queue a task.
 
-        Raises:
-            ConfigError: A process cannot be started.
+        Args:
+            call: A function of a module.
+            arguments: Its arguments.
+            alone: Whether to start a new process for it.
+
+        Returns:
+            A future for `outcome`.
         """
-        self._queue.append((key, call, argument))
-        self._hand_out()
+        return self._threads.submit(self._run, call, arguments, alone)
 
-    def _hand_out(self) -> None:
-        while self._queue:
-            worker = next((w for w in self._workers if w.key is None), None)
-            if worker is None:
-                if len(self._workers) == self._most:
-                    return
-                worker = self._start()
-                self._workers.append(worker)
-            worker.key, *task = self._queue.popleft()
-            try:
-                worker.connection.send(task)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # It died idle; reading from it raises EOFError.
+    def outcome(self, future: "Future[Any]") -> Outcome:
+        """The outcome of a finished task.
 
-    def _start(self) -> _Worker:
+        Raises:
+            ConfigError: No process can be started.
+        """
+        return future.result()
+
+    def _run(self, call: Callable[..., Any], arguments: Sequence[Any], alone: bool) -> Outcome:
+        own = self._own
+        if alone and hasattr(own, "process"):
+            own.process.kill()
+            self._end()
+        if not hasattr(own, "process"):
+            own.process, own.connection = self._start()
         try:
-            return _Worker()
-        except OSError as error:
-            raise ConfigError(
-                f"worker process {len(self._workers) + 1} cannot be started "
-                f"({error.strerror or error}); use fewer --workers, or raise the limits of memory, "
-                "processes (ulimit -u) and open files (ulimit -n)"
-            ) from error
+            own.connection.send((call, arguments))
+            return own.connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return WorkerDied(self._end())
 
-    def results(self, timeout_s: float) -> list[tuple[int, Outcome]]:
-        """Wait for finished tasks."""
-        busy = {w.connection: w for w in self._workers if w.key is not None}
-        found: list[tuple[int, Outcome]] = []
-        for connection in wait(list(busy), timeout_s):
-            worker = busy[connection]  # pyright: ignore[reportArgumentType]
-            key, worker.key = worker.key, None
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        # Not a daemon, which may have no children: tasks of Ray run in a child of its process.
+        process = context.Process(target=_serve, args=(theirs, self._memory_bytes))
+        with self._lock, theirs:
+            if self._closed:
+                raise RuntimeError("a task after the end")
             try:
-                outcome = worker.connection.recv()
-            except (EOFError, ConnectionResetError):
-                worker.process.join()
-                outcome = Died(worker.process.exitcode)
-                self._workers.remove(worker)
-                worker.stop()
-            if key is not None:
-                found.append((key, outcome))
-        self._hand_out()
-        return found
+                process.start()
+            except OSError as error:
+                raise ConfigError(
+                    f"worker process {len(self._processes) + 1} cannot be started "
+                    f"({error.strerror or error}); use fewer --workers, or raise the limits of "
+                    "memory, processes (ulimit -u) and open files (ulimit -n)"
+                ) from error
+            self._processes.add(process)
+        return process, connection
+
+    def _end(self) -> int | None:
+        """Wait for the end of this thread's process; returns its exit code."""
+        process: BaseProcess = self._own.process
+        with self._lock:
+            process.join()
+            self._processes.remove(process)
+        self._own.connection.close()
+        del self._own.process
+        return process.exitcode
 
     def __enter__(self) -> "LocalExecutor":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.stop()
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join()
+
+
+@cache
+def _executor_of_node(memory_bytes: int) -> LocalExecutor:
+    return LocalExecutor(1, memory_bytes)
+
+
+def _run_on_node(
+    call: Callable[..., Any], arguments: Sequence[Any], alone: bool, memory_bytes: int
+) -> Outcome:
+    """Run a task in a child of one of Ray's processes, so that a death has its exit code."""
+    executor = _executor_of_node(memory_bytes)
+    return executor.submit(call, arguments, alone=alone).result()
 
 
 class RayExecutor:
@@ -201,12 +218,13 @@ class RayExecutor:
     Args:
         address: As `ray.init` takes it: `auto` for the cluster that this machine belongs to, a
             host and port, `local` for one that is started here.
+        memory_bytes: Bound of the memory of each task, which Ray also reserves; 0 for none.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, memory_bytes: int = 0) -> None:
         # Ray would report its use to its makers.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -224,53 +242,43 @@ class RayExecutor:
                 f"no Ray cluster at {address} ({error}); start one with `ray start --head`, or "
                 "correct --ray_address"
             ) from error
-        self.slots = self._two_for_each_cpu()
+        self._memory_bytes = memory_bytes
         # Ray runs a task again if its node or process is lost; a second loss is the driver's.
-        self._remote: Any = ray.remote(num_cpus=1, max_retries=1)(outcome_of)
-        self._pending: dict[Any, int] = {}
+        options = {"num_cpus": 1, "max_retries": 1, "memory": memory_bytes or None}
+        self._remote: Any = ray.remote(**options)(_run_on_node)
 
-    def _two_for_each_cpu(self) -> int:
+    @property
+    def slots(self) -> int:
+        """Two for each CPU; nodes come and go."""
         return 2 * max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
 
-    def submit(self, key: int, call: Callable[[Any], Any], argument: Any) -> None:
-        """Queue a task."""
-        self._pending[self._remote.remote(call, argument)] = key
+    def submit(
+        self, call: Callable[..., Any], arguments: Sequence[Any], *, alone: bool = False
+    ) -> "Future[Any]":
+        """Queue a task, as `LocalExecutor.submit`."""
+        return self._remote.remote(call, arguments, alone, self._memory_bytes).future()
 
-    def results(self, timeout_s: float) -> list[tuple[int, Outcome]]:
-        """Wait for finished tasks.
+    def outcome(self, future: "Future[Any]") -> Outcome:
+        """The outcome of a finished task.
 
         Raises:
             ConfigError: A node cannot run the task.
         """
-        self.slots = self._two_for_each_cpu()  # Nodes come and go.
-        self._ray.wait(list(self._pending), timeout=timeout_s)
-        ready, _ = self._ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
-        return [(self._pending.pop(reference), self._outcome(reference)) for reference in ready]
-
-    def _outcome(self, reference: Any) -> Outcome:
         try:
-            return self._ray.get(reference)
+            return future.result()
         except self._ray.exceptions.RayTaskError as error:
             raise ConfigError(
                 f"a node of the cluster cannot run Strata ({error.cause}); install the same "
                 "version on all nodes"
             ) from error
         except self._ray.exceptions.RayError:
-            return Died(None)
+            return WorkerDied(None)
 
     def __enter__(self) -> "RayExecutor":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for reference in self._pending:
-            self._ray.cancel(reference, force=True)
-        self._ray.shutdown()
+        self._ray.shutdown()  # Ends the processes of this job on all nodes.
 
 
-def run_alone(call: Callable[[Any], Any], argument: Any) -> Outcome:
-    """Run a task in a process of its own and wait for it."""
-    with LocalExecutor(1) as executor:
-        executor.submit(0, call, argument)
-        while not (found := executor.results(60.0)):
-            continue
-    return found[0][1]
+Executor = LocalExecutor | RayExecutor

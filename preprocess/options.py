@@ -80,6 +80,8 @@ class _SetOptions(NormalForm):
     """Of the cluster; auto: the one that this machine belongs to, local: one is started here."""
     workers: int = ShardSettings.workers
     """Processes of the local executor; 0 is one for each CPU."""
+    worker_memory: float = ShardSettings.worker_memory
+    """GB that a worker may use, a video that needs more is rejected; 0 is no bound."""
     timeout_s: float = ShardSettings.timeout_s
     """Seconds without a packet, a frame or a segment after which a video counts as hung."""
     dry_run: bool = False
@@ -367,6 +369,7 @@ def parse_command(argv: Sequence[str]) -> ShardCommand:
         executor=options.executor,
         ray_address=options.ray_address,
         workers=options.workers or _share_of_cpus(),
+        worker_memory=options.worker_memory,
         slice_index=slice_index,
         slice_count=slice_count,
         timeout_s=options.timeout_s,

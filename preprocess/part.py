@@ -5,48 +5,39 @@ joined in order, with the end of an archive, are the shard. So the bytes are the
 in whatever order the parts are made.
 """
 
-import dataclasses
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import IO
+from typing import IO, NamedTuple
 
 import av.logging
 import msgspec
 import xxhash
 from PIL import features
 
-from strata.decoding import Damaged
 from strata.errors import FaultKind, ShardError, VideoFault
 from strata.format.manifest import canonical_json
-from strata.format.schema import (
-    NormalForm,
-    SourceRow,
-)
+from strata.format.schema import SourceRow
 from strata.format.shard_tar import MemberPlace, append_members
 from strata.preprocess.container import stamp_of
-from strata.preprocess.executors import Died, Failed, WorkerError, run_alone
+from strata.preprocess.datasets.folder import Source, sample_key
+from strata.preprocess.executors import OUT_OF_MEMORY, WorkerError
 from strata.preprocess.places import open_place
-from strata.preprocess.sample import (
-    Done,
-    Task,
-    is_media_fault,
-    keep_freed_memory,
-    make_sample,
-)
-from strata.preprocess.settings import ReadBack
+from strata.preprocess.sample import Sample, is_media_fault, keep_freed_memory
+from strata.preprocess.settings import ShardSettings
 from strata.transfer import as_url
 
 __all__ = [
     "PROGRESS_FOLDER",
     "PartRecord",
     "PartTask",
+    "Range",
     "encoder_versions",
+    "fault_of_death",
     "make_part",
-    "make_video_alone",
-    "part_name",
     "pieces",
 ]
 
@@ -54,9 +45,18 @@ PROGRESS_FOLDER = ".progress"
 """Folder of parts and records in that of a set, until its manifest is written."""
 
 
-def part_name(index: int, first: int, last: int) -> str:
-    """The file of a part, in the set's folder; its record has `.json` behind it."""
-    return f"{PROGRESS_FOLDER}/shard-{index:06d}.{first:06d}-{last:06d}.part"
+class Range(NamedTuple):
+    """The places of a shard that a part has."""
+
+    shard: int
+    first: int
+    last: int
+    """Exclusive."""
+
+    @property
+    def name(self) -> str:
+        """The file of the part, in the set's folder; its record has `.json` behind it."""
+        return f"{PROGRESS_FOLDER}/shard-{self.shard:06d}.{self.first:06d}-{self.last:06d}.part"
 
 
 @cache
@@ -75,23 +75,16 @@ class PartTask:
 
     location: str
     """Folder of the set."""
-    shard: int
-    first: int
-    """Place of the first video."""
-    videos: tuple[Task, ...]
+    range: Range
+    sources: tuple[Source, ...]
+    """One for each place."""
+    classes: tuple[str, ...]
+    """Class names by label."""
     plan: str
     """Digest of all names and settings, for the record."""
     encoder: dict[str, str]
     """Versions of libraries, the same for all parts of a set."""
-    form: NormalForm
-    read_back: ReadBack
-    damaged: Damaged
-    timeout_s: float
-
-    @property
-    def name(self) -> str:
-        """Name of the part file."""
-        return part_name(self.shard, self.first, self.first + len(self.videos))
+    settings: ShardSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +113,7 @@ def make_part(task: PartTask) -> PartRecord:
         WorkerError: A bug of the program, with the name of the video.
         ShardError: This machine has other versions of FFmpeg or libjpeg.
         OSError: The part cannot be written.
+        MemoryError: A video needs more than `settings.worker_memory`.
     """
     if task.encoder != encoder_versions():
         raise ShardError(
@@ -128,12 +122,15 @@ def make_part(task: PartTask) -> PartRecord:
         )
     keep_freed_memory()
     av.logging.set_level(av.logging.PANIC)  # Errors are raised as exceptions.
-    place = open_place(task.location)
-    made = _Made([], [], [])
+    place, name = open_place(task.location), task.range.name
+    rows, samples, stamps = list[SourceRow](), list[tuple[MemberPlace, ...]](), list[str]()
     try:
-        with place.writing(task.name) as file:
-            for video in task.videos:
-                _add_video(task, video, file, made)
+        with place.writing(name) as file:
+            for source in task.sources:
+                row, stamp, members = _add_video(task, source, file, len(samples))
+                rows.append(row)
+                stamps.append(stamp)
+                samples += [members] if members else []
             checksum, num_bytes = xxhash.xxh3_128(), file.tell()
             file.seek(0)
             for piece in pieces(file):
@@ -142,108 +139,105 @@ def make_part(task: PartTask) -> PartRecord:
         signal.setitimer(signal.ITIMER_REAL, 0)
     record = PartRecord(
         plan=task.plan,
-        stamps=tuple(made.stamps),
-        rows=tuple(made.rows),
-        samples=tuple(made.samples),
+        stamps=tuple(stamps),
+        rows=tuple(rows),
+        samples=tuple(samples),
         num_bytes=num_bytes,
         checksum=checksum.hexdigest(),
     )
-    with place.writing(f"{task.name}.json") as file:
-        file.write(canonical_json(msgspec.to_builtins(record)))
+    place.write(f"{name}.json", canonical_json(msgspec.to_builtins(record)))
     return record
 
 
-@dataclass
-class _Made:
-    rows: list[SourceRow]
-    samples: list[tuple[MemberPlace, ...]]
-    stamps: list[str]
+def _add_video(
+    task: PartTask, source: Source, file: IO[bytes], position: int
+) -> tuple[SourceRow, str, tuple[MemberPlace, ...]]:
+    """Append the members of a video, or nothing if it is rejected.
 
+    Returns:
+        Its row, its stamp and its members' places.
+    """
+    path, settings = source.path, task.settings
+    if path is None:
+        raise AssertionError(f"{source.name} is not on disk")
 
-def _add_video(task: PartTask, video: Task, file: IO[bytes], made: _Made) -> None:
-    """Append the members of a video, or nothing if it is rejected, and its row."""
+    slack_s, due_s = settings.timeout_s / 64, 0.0
 
     def pulse() -> None:
-        signal.setitimer(signal.ITIMER_REAL, task.timeout_s)
+        # Called several times a frame, so the kernel is called only now and then.
+        nonlocal due_s
+        if (now_s := time.monotonic()) >= due_s:
+            signal.setitimer(signal.ITIMER_REAL, settings.timeout_s + slack_s)
+            due_s = now_s + slack_s
 
-    start, fault, row = file.tell(), video.fault, None
-    done = Done(0)
-
-    def members() -> Iterator[tuple[str, bytes]]:
-        nonlocal done
-        for message in make_sample(video, task.form, task.read_back, pulse, task.damaged):
-            pulse()
-            if isinstance(message, Done):
-                done = message
-            else:
-                yield message.ext, message.content
-
-    stamp = video.stamp
+    start, stamp, fault = file.tell(), source.stamp, source.fault
     if fault is None:
         try:
             pulse()
-            stamp = stamp_of(video.path)
-            places = append_members(file, video.key, members())  # pyright: ignore[reportArgumentType]
+            stamp, key = stamp_of(path), sample_key(source.name)
+            sample = Sample(source, task.classes, settings, pulse)
+            places = append_members(file, key, sample.members())  # pyright: ignore[reportArgumentType]
             # A store gives an object as it was at one time.
-            if as_url(video.path) is None and stamp_of(video.path) != stamp:
-                raise VideoFault(FaultKind.UNREADABLE, video.name, "it changed while it was read")
+            if as_url(path) is None and stamp_of(path) != stamp:
+                raise VideoFault(FaultKind.UNREADABLE, source.name, "it changed while it was read")
             row = SourceRow(
-                source=video.name,
+                source=source.name,
                 status="written",
-                key=video.key,
-                label=video.label,
-                num_frames=done.num_frames,
-                position=len(made.samples),
-                notes=list(done.notes) or None,
+                key=key,
+                label=source.label,
+                num_frames=sample.num_frames,
+                position=position,
+                notes=sample.notes or None,
             )
-            made.samples.append(tuple(places))
-        except VideoFault as error:
-            fault = error.kind, error.detail
+            return row, stamp, tuple(places)
         except Exception as error:
-            if is_media_fault(error):
-                fault = FaultKind.CRASH, f"{type(error).__name__}: {error}"
-            elif isinstance(error, OSError):
-                raise
-            else:
-                raise WorkerError(
-                    f"{video.name}: a bug of the program, not a fault of the video; finished "
-                    f"shards are kept\n{traceback.format_exc()}"
-                ) from error
-    if fault is not None:
-        file.seek(start)
-        file.truncate()
-        row = SourceRow(
-            source=video.name,
-            status="rejected",
-            label=video.label,
-            reason=fault[0].value,
-            detail=fault[1],
-        )
-    if row is None:
-        raise AssertionError("neither a sample nor a fault")
-    made.rows.append(row)
-    made.stamps.append(stamp)
+            if settings.worker_memory and any(isinstance(e, MemoryError) for e in _chain(error)):
+                raise MemoryError(source.name) from error
+            fault = _fault_of(error, source.name)
+    file.seek(start)
+    file.truncate()
+    row = SourceRow(
+        source=source.name,
+        status="rejected",
+        label=source.label,
+        reason=fault[0].value,
+        detail=fault[1],
+    )
+    return row, stamp, ()
 
 
-def make_video_alone(task: PartTask) -> PartRecord:
-    """Make a part of one video in a process of its own; if that dies, the video is rejected.
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
-    Raises:
-        As `make_part`.
+
+def _fault_of(error: Exception, name: str) -> tuple[FaultKind, str]:
+    """Reason and detail of a rejection after an error; other errors are raised."""
+    if isinstance(error, VideoFault):
+        return error.kind, error.detail
+    if is_media_fault(error):
+        return FaultKind.CRASH, f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        raise error
+    raise WorkerError(
+        f"{name}: a bug of the program, not a fault of the video; finished shards are kept\n"
+        f"{traceback.format_exc()}"
+    ) from error
+
+
+def fault_of_death(code: int, settings: ShardSettings) -> tuple[FaultKind, str]:
+    """Reason and detail of the rejection of a video whose process ended.
+
+    Args:
+        code: That of `WorkerDied`.
+        settings: Those of the run.
     """
-    (video,) = task.videos
-    outcome = run_alone(make_part, task)
-    if isinstance(outcome, Failed):
-        raise outcome.error
-    if not isinstance(outcome, Died):
-        return outcome
-    if outcome.code == -signal.SIGALRM:
-        detail = f"no packet, frame or segment in {task.timeout_s:.0f} s"
-        fault = FaultKind.TIMEOUT, detail
-    else:
-        fault = FaultKind.CRASH, f"the codec ended its process ({outcome.code})"
-    video = dataclasses.replace(video, fault=fault, stamp=stamp_of(video.path))
-    return make_part(dataclasses.replace(task, videos=(video,)))
+    if code == OUT_OF_MEMORY:
+        return FaultKind.MEMORY, f"it needs more than --worker_memory {settings.worker_memory:g} GB"
+    if code == -signal.SIGALRM:
+        return FaultKind.TIMEOUT, f"no packet, frame or segment in {settings.timeout_s:.0f} s"
+    return FaultKind.CRASH, f"the codec ended its process ({code})"
 
 
 def pieces(file: IO[bytes]) -> Iterator[bytes]:

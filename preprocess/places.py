@@ -1,22 +1,37 @@
 """Storage of a set's shards and parts; a file appears only when it is complete."""
 
 import errno
-import fcntl
+import itertools
 import os
+import re
+import secrets
 import shutil
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
 from strata.errors import ShardError
-from strata.files import open_atomic
+from strata.files import FolderLock, open_atomic
 from strata.format.manifest import read_manifest
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest
+from strata.logs import get_logger
 from strata.transfer import Store, as_url
 
 __all__ = ["Place", "open_place"]
+
+logger = get_logger(__name__)
+
+_RENEW_S = 10.0
+"""Seconds between renewals of a lease."""
+_STALE_S = 60.0
+"""Seconds without a renewal after which its holder is taken for dead."""
+_ENDED = b"ended"
+"""Content of a lease whose holder has ended."""
 
 
 class Place:
@@ -83,21 +98,14 @@ class Place:
             else:
                 path.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold a lock, so that one process of a machine does this work.
+    def locked(self, name: str) -> AbstractContextManager[object]:
+        """Hold a lock, so that one process does this work; one that is dead loses it.
 
         Raises:
             ShardError: Another process has it.
         """
-        with (self._folder / name).open("wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ShardError(
-                    f"another process is sharding into {self.location}; wait for it"
-                ) from error
-            yield
+        path = self._folder / name
+        return FolderLock(path.parent, "sharding", ShardError, "wait for it", path.name)
 
     def manifest(self) -> Manifest:
         """Read the manifest.
@@ -110,8 +118,6 @@ class Place:
 
 class RemotePlace(Place):
     """A folder of an object store. A file is uploaded completely from an unnamed local one.
-
-    There is no lock: two runs of one command write the same bytes.
 
     Args:
         url: Its URL.
@@ -147,8 +153,64 @@ class RemotePlace(Place):
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold no lock."""
-        yield
+        """Hold a lease: an object that its holder renews and that is taken over if it does not.
+
+        Leases are numbered and the highest one counts. The next is written only if it is absent,
+        which a store decides for one of several writers.
+        """
+        number = max(self._leases(name), default=0)
+        if number:
+            self._wait_for_end(f"{name}.{number}")
+        own = f"{name}.{number + 1}"
+        owner = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
+        is_own = self._store.create(own, owner.encode())
+        leases = self._leases(name)
+        if not is_own or max(leases) > number + 1:
+            raise self._in_use("another process")
+        self.remove(f"{name}.{k}" for k in leases if k <= number)
+        over = threading.Event()
+
+        def renew() -> None:
+            for count in itertools.count():
+                ended = over.wait(_RENEW_S)
+                try:
+                    if max(self._leases(name), default=0) > number + 1:
+                        logger.warning("%s was taken over: this process was too slow", own)
+                        return
+                    # Not removed at the end: the numbers must not begin again while others look.
+                    self.write(own, _ENDED if ended else f"{owner}, {count}".encode())
+                except ShardError as error:
+                    logger.warning("the lease cannot be renewed: %s", error)
+                if ended:
+                    return
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _leases(self, name: str) -> list[int]:
+        folder, _, file = name.rpartition("/")
+        matches = (re.fullmatch(rf"{re.escape(file)}\.(\d+)", n) for n in self.names(folder))
+        return [int(match[1]) for match in matches if match]
+
+    def _wait_for_end(self, lease: str) -> None:
+        """Return at once if the lease's holder has ended, or when it seems to be dead."""
+        first = self.read(lease)
+        deadline = time.monotonic() + _STALE_S
+        while (content := self.read(lease)) not in (None, _ENDED):
+            if content != first:
+                raise self._in_use(bytes(content or b"").decode(errors="replace").partition(",")[0])
+            if time.monotonic() > deadline:
+                logger.warning("%s is not renewed: its process is taken for dead", lease)
+                return
+            time.sleep(_RENEW_S / 10)
+
+    def _in_use(self, holder: str) -> ShardError:
+        return ShardError(f"{holder} is sharding into {self.location}; wait for it")
 
     def manifest(self) -> Manifest:
         """Download the manifest and read it."""

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,13 +17,14 @@ from strata.format.schema import INDEX_SUFFIX, MANIFEST_NAME, SHARD_SUFFIX, Norm
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.datasets.listing import is_ignored
 from strata.preprocess.join import ShardRecord, record_name
-from strata.preprocess.part import PROGRESS_FOLDER, PartRecord, encoder_versions
+from strata.preprocess.part import PROGRESS_FOLDER, PartRecord, Range, encoder_versions
 from strata.preprocess.places import Place
 from strata.preprocess.settings import ShardSettings
 from strata.untrusted import checked_name, decode_json
 
 __all__ = [
     "PLAN_NAME",
+    "Finished",
     "Plan",
     "claim_folder",
     "is_finished",
@@ -30,12 +32,11 @@ __all__ = [
     "plan_shards",
     "ranges_of_slice",
     "read_json",
-    "read_part",
-    "read_record",
-    "sizes_of",
 ]
 
-RecordT = TypeVar("RecordT")
+T = TypeVar("T")
+RecordT = TypeVar("RecordT", PartRecord, ShardRecord)
+_PART_NAME = re.compile(r"shard-(\d+)\.(\d+)-(\d+)\.part")
 
 PLAN_NAME = f"{PROGRESS_FOLDER}/plan.json"
 """File of the plan, in the set's folder, until the manifest is written."""
@@ -100,23 +101,23 @@ def make_plan(source_set: SourceSet, settings: ShardSettings) -> tuple[Plan, lis
         classes=tuple(source_set.classes),
         settings={**stored, "plan": digest(True)},
         names=digest(False),
-        shards=tuple((len(shard), sizes_of(s.stamp for s in shard)) for shard in shards),
+        shards=tuple((len(shard), _sizes_of(s.stamp for s in shard)) for shard in shards),
         absent=tuple((s.name, s.label) for s in source_set.sources if s.path is None),
     )
     return plan, shards
 
 
-def sizes_of(stamps: Iterable[str]) -> str:
-    """A digest of the sizes that stamps of sources begin with."""
+def _sizes_of(stamps: Iterable[str]) -> str:
+    """A digest of the sizes that stamps of sources begin with; empty if one is not known."""
     sizes = [stamp.partition(":")[0] for stamp in stamps]
-    return hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
+    return "" if "" in sizes else hashlib.sha256(canonical_json(sizes)).hexdigest()[:16]
 
 
-def ranges_of_slice(plan: Plan, settings: ShardSettings) -> list[tuple[int, int, int]]:
-    """Shard, first place and last place (exclusive) of each part of a slice."""
+def ranges_of_slice(plan: Plan, settings: ShardSettings) -> list[Range]:
+    """The parts of a slice."""
     size = settings.samples_per_part
     parts = [
-        (index, first, min(first + size, length))
+        Range(index, first, min(first + size, length))
         for index, (length, _) in enumerate(plan.shards)
         for first in range(0, length, size)
     ]
@@ -158,70 +159,97 @@ def claim_folder(place: Place, plan: Plan) -> None:
     Raises:
         ShardError: It holds other files, or the work of another plan.
     """
-    content = canonical_json(dataclasses.asdict(plan))
-    old = place.read(PLAN_NAME)
-    if old is None:
-        foreign = any(not is_ignored(name) for name in place.names("", folders=True))
-        # Another slice may have started between the two checks.
-        old = place.read(PLAN_NAME)
-        if foreign and old is None:
-            raise ShardError(
-                f"{place.location} holds files that sharding did not write; choose another --out"
-            )
-        if old is None:
-            place.write(PLAN_NAME, content)
-            return
-    if old == content:
-        return
-    if decode_json(old, Plan, f"{place.location}/{PLAN_NAME}", ShardError).names != plan.names:
+    # In this order: another slice may start at the same time.
+    foreign = any(not is_ignored(name) for name in place.names("", folders=True))
+    old = read_json(place, PLAN_NAME, Plan)
+    if old is None and foreign:
+        raise ShardError(
+            f"{place.location} holds files that sharding did not write; choose another --out"
+        )
+    if old is not None and old.names != plan.names:
         raise ShardError(
             f"{place.location} holds an unfinished run over other videos or with other settings; "
             "remove it or choose another --out"
         )
-    # Some videos changed: what was made of them is made again.
-    place.write(PLAN_NAME, content)
+    # If some videos changed, what was made of them is made again.
+    if old != plan:
+        place.write(PLAN_NAME, canonical_json(dataclasses.asdict(plan)))
 
 
-def read_record(
-    place: Place, found: dict[str, int], tars: dict[str, int], index: int, plan: Plan
-) -> ShardRecord | None:
-    """The record of a finished shard, if its files exist and its videos have the same sizes.
+class Finished:
+    """The finished shards and parts of a set.
 
-    Raises:
-        ShardError: It was made by a run with other videos or settings, or is damaged.
-    """
-    name = record_name(index)
-    if Path(name).name not in found:
-        return None
-    record = read_json(place, name, ShardRecord)
-    if record is None:
-        return None
-    _check_plan(record.plan, plan, name)
-    entry = record.entry
-    if entry is not None:
-        tar = checked_name(entry.name, "shard", name, ShardError)
-        if tars.get(tar) != entry.num_bytes:
-            return None
-        if tar.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX not in tars:
-            return None
-    return record if record.sizes == plan.shards[index][1] else None
-
-
-def read_part(place: Place, found: dict[str, int], name: str, plan: Plan) -> PartRecord | None:
-    """The record of a finished part, if its file exists.
+    Args:
+        place: Where they are.
+        plan: Of the set.
 
     Raises:
-        ShardError: It was made by a run with other videos or settings, or is damaged.
+        ShardError: From `shard` and `parts`: a record comes from a run with other videos or
+            settings, or is damaged.
     """
-    file = Path(name).name
-    part = read_json(place, f"{name}.json", PartRecord) if f"{file}.json" in found else None
-    if part is None or found.get(file) != part.num_bytes:
-        return None
-    _check_plan(part.plan, plan, f"{name}.json")
-    return part
+
+    def __init__(self, place: Place, plan: Plan) -> None:
+        self._place, self._plan = place, plan
+        self.files = place.names("")
+        """Sizes of the files in the set's folder."""
+        self._found = place.names(PROGRESS_FOLDER)
+        matches = (_PART_NAME.fullmatch(name) for name in sorted(self._found))
+        ranges = (Range(*map(int, match.groups())) for match in matches if match)
+        self._parts = {(part.shard, part.first): part for part in ranges}
+
+    def shard(self, index: int) -> ShardRecord | None:
+        """The record of a shard, if its files exist and its videos have the sizes of the plan."""
+        name = record_name(index)
+        record = self._record(name, ShardRecord)
+        if record is None or not self._has_sizes(index, record.stamps):
+            return None
+        if record.entry is not None:
+            tar = checked_name(record.entry.name, "shard", name, ShardError)
+            if self.files.get(tar) != record.entry.num_bytes:
+                return None
+            if tar.removesuffix(SHARD_SUFFIX) + INDEX_SUFFIX not in self.files:
+                return None
+        return record
+
+    def parts(self, wanted: Range) -> list[tuple[Range, PartRecord]]:
+        """Parts that together have a range, in order; none if it has a gap."""
+        parts, at = list[tuple[Range, PartRecord]](), wanted.first
+        while at < wanted.last:
+            part = self._parts.get((wanted.shard, at))
+            record = self._record(f"{part.name}.json", PartRecord) if part else None
+            if part is None or record is None or not at < part.last <= wanted.last:
+                return []
+            if self._found.get(Path(part.name).name) != record.num_bytes:
+                return []
+            parts.append((part, record))
+            at = part.last
+        return parts
+
+    def all_parts(self, index: int) -> list[tuple[Range, PartRecord]]:
+        """The parts of a shard, also of several slices; none if one lacks or has another size."""
+        parts = self.parts(Range(index, 0, self._plan.shards[index][0]))
+        stamps = [stamp for _, record in parts for stamp in record.stamps]
+        return parts if self._has_sizes(index, stamps) else []
+
+    def _has_sizes(self, index: int, stamps: Sequence[str]) -> bool:
+        sizes, planned = _sizes_of(stamps), self._plan.shards[index][1]
+        # A video that is gone by now has no size.
+        return not sizes or not planned or sizes == planned
+
+    def _record(self, name: str, kind: type[RecordT]) -> RecordT | None:
+        if Path(name).name not in self._found:
+            return None
+        record = read_json(self._place, name, kind)
+        if record is not None and record.plan != self._plan.names:
+            raise ShardError(
+                f"{name} comes from a slice that saw other videos or had other settings; all "
+                "slices need the same command and the same videos: remove what that slice wrote, "
+                "run it again"
+            )
+        return record
 
 
-def read_json(place: Place, name: str, kind: type[RecordT]) -> RecordT | None:
+def read_json(place: Place, name: str, kind: type[T]) -> T | None:
     """Read a record of ours; None if it is missing.
 
     Raises:
@@ -230,11 +258,3 @@ def read_json(place: Place, name: str, kind: type[RecordT]) -> RecordT | None:
     content = place.read(name)
     where = f"{place.location}/{name}"
     return None if content is None else decode_json(content, kind, where, ShardError)
-
-
-def _check_plan(names: str, plan: Plan, where: str) -> None:
-    if names != plan.names:
-        raise ShardError(
-            f"{where} comes from a slice that saw other videos or had other settings; all slices "
-            "need the same command and the same videos: remove what that slice wrote, run it again"
-        )

@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from strata.format.schema import SourceRow
 from strata.logs import progress_bar
 from strata.telemetry.metrics import Metrics
 
@@ -25,16 +26,12 @@ class Progress:
     def __init__(self, metrics: Metrics | None = None) -> None:
         self._metrics = metrics
 
-    def done(self, num_frames: int) -> None:
-        """Count a source that is done: written with so many frames, or rejected with 0."""
-        if num_frames and self._metrics is not None:
-            self._metrics.add("strata_videos_sharded_total", 1, outcome="written")
-            self._metrics.add("strata_frames_sharded_total", num_frames)
-
-    def rejected(self, source: str, reason: str, detail: str) -> None:
-        """Report a rejected source."""
+    def done(self, row: SourceRow) -> None:
+        """Count a source that is written or rejected."""
         if self._metrics is not None:
-            self._metrics.add("strata_videos_sharded_total", 1, outcome="rejected")
+            self._metrics.add("strata_videos_sharded_total", 1, outcome=row.status)
+            if row.num_frames:
+                self._metrics.add("strata_frames_sharded_total", row.num_frames)
 
     def tick(self) -> None:
         """Called about once a second, whether a source is done or not."""
@@ -49,14 +46,12 @@ class _Bar(Progress):
         self._num_rejected = 0
         self._bar = progress_bar(total=total, initial=initial, desc=name, unit="video")
 
-    def done(self, num_frames: int) -> None:
-        super().done(num_frames)
+    def done(self, row: SourceRow) -> None:
+        super().done(row)
+        if row.status == "rejected":
+            self._num_rejected += 1
+            self._bar.set_postfix({"rejected": self._num_rejected}, refresh=False)
         self._bar.update()
-
-    def rejected(self, source: str, reason: str, detail: str) -> None:
-        super().rejected(source, reason, detail)
-        self._num_rejected += 1
-        self._bar.set_postfix({"rejected": self._num_rejected})
 
     def tick(self) -> None:
         if sys.stderr.isatty():
@@ -75,53 +70,39 @@ class JsonLog(Progress):
         initial: Sources done before.
         every_s: Seconds between lines of progress.
         metrics: The counters, if there are any.
-        file: Where to write; stderr by default.
     """
 
     def __init__(
-        self,
-        name: str,
-        total: int,
-        initial: int,
-        *,
-        every_s: float,
-        metrics: Metrics | None = None,
-        file: IO[str] | None = None,
+        self, name: str, total: int, initial: int, every_s: float, metrics: Metrics | None = None
     ) -> None:
         super().__init__(metrics)
         self._name, self._total, self._done, self._initial = name, total, initial, initial
-        self._every_s, self._file = every_s, file
-        self._num_rejected = 0
-        self._start_s = self._reported_s = time.monotonic()
-        self._report_progress("start")
+        self._every_s, self._num_rejected = every_s, 0
+        self._start_s = time.monotonic()
+        self._report("start")
 
-    def done(self, num_frames: int) -> None:
-        """Count a source, and report if an interval has passed."""
-        super().done(num_frames)
+    def done(self, row: SourceRow) -> None:
+        """Count a source, and report it immediately if it is rejected."""
+        super().done(row)
         self._done += 1
+        if row.status == "rejected":
+            self._num_rejected += 1
+            self._write(event="rejected", source=row.source, reason=row.reason, detail=row.detail)
         self.tick()
 
     def tick(self) -> None:
         """Report if an interval has passed: a long video must not look like a hung run."""
         if time.monotonic() - self._reported_s >= self._every_s:
-            self._report_progress("progress")
-
-    def rejected(self, source: str, reason: str, detail: str) -> None:
-        """Report a rejected source immediately."""
-        super().rejected(source, reason, detail)
-        self._num_rejected += 1
-        self._write(event="rejected", source=source, reason=reason, detail=detail)
+            self._report("progress")
 
     def close(self) -> None:
         """Report the final counts."""
-        self._report_progress("end")
+        self._report("end")
 
-    def _report_progress(self, event: str) -> None:
+    def _report(self, event: str) -> None:
         self._reported_s = time.monotonic()
         elapsed_s = self._reported_s - self._start_s
-        fresh = self._done - self._initial
-        rate = fresh / elapsed_s if fresh and elapsed_s else 0.0
-        left_s = round((self._total - self._done) / rate, 1) if rate else None
+        rate = (self._done - self._initial) / elapsed_s if elapsed_s else 0.0
         self._write(
             event=event,
             done=self._done,
@@ -129,12 +110,12 @@ class JsonLog(Progress):
             rejected=self._num_rejected,
             elapsed_s=round(elapsed_s, 3),
             videos_per_s=round(rate, 3),
-            left_s=left_s,
+            left_s=round((self._total - self._done) / rate, 1) if rate else None,
         )
 
     def _write(self, **fields: Any) -> None:
         line = {"time_s": round(time.time(), 3), "set": self._name, **fields}
-        print(json.dumps(line), file=self._file or sys.stderr, flush=True)
+        print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -151,7 +132,7 @@ def open_progress(
         case "bar":
             progress: Progress = _Bar(name, total, initial, metrics)
         case "json":
-            progress = JsonLog(name, total, initial, every_s=every_s, metrics=metrics)
+            progress = JsonLog(name, total, initial, every_s, metrics)
         case "none":
             progress = Progress(metrics)
     try:

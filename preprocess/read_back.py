@@ -6,6 +6,7 @@ coefficients, and the error of a mean of pixels is bounded by the means of the b
 """
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -94,13 +95,15 @@ def verify_strip(
     return offsets, lengths
 
 
-def _quantisation_steps(picture: Image.Image) -> dict[int, list[int]]:
+def _quantisation_steps(picture: Image.Image) -> dict[int, tuple[int, ...]]:
     if not isinstance(picture, JpegImagePlugin.JpegImageFile):
         raise ShardError(f"{picture.format} instead of JPEG")
-    return picture.quantization  # pyright: ignore[reportAttributeAccessIssue] # types-Pillow lacks it
+    tables = picture.quantization  # pyright: ignore[reportAttributeAccessIssue] # types-Pillow lacks it
+    return {number: tuple(table) for number, table in tables.items()}
 
 
-def _bound_of_means(steps: list[int], side: int) -> float:
+@cache
+def _bound_of_means(steps: tuple[int, ...], side: int) -> float:
     """Bound on the change of the mean of `side` x `side` pixels of a block by quantisation."""
     frequency, place = np.mgrid[:8, :8]
     basis = np.cos((2 * place + 1) * frequency * np.pi / 16) / 2

@@ -8,50 +8,39 @@ number of workers or the order of work, and a resumed run makes only the missing
 
 import dataclasses
 import os
-import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from strata.errors import ShardError
-from strata.format.manifest import (
-    build_manifest,
-    manifest_json,
-    rows_json,
-)
-from strata.format.schema import (
-    MANIFEST_NAME,
-    SAMPLES_NAME,
-    Manifest,
-    ShardEntry,
-    SourceRow,
-)
+from strata.format.manifest import build_manifest, manifest_json, rows_json
+from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest, ShardEntry, SourceRow
 from strata.logs import get_logger
 from strata.preprocess.datasets.folder import Source, SourceSet
 from strata.preprocess.executors import (
-    Died,
     Executor,
-    Failed,
     LocalExecutor,
     Outcome,
     RayExecutor,
+    WorkerDied,
 )
-from strata.preprocess.join import JoinTask, ShardRecord, join_parts, record_name, shard_name
+from strata.preprocess.join import ShardRecord, join_parts, record_name, shard_name
 from strata.preprocess.part import (
     PROGRESS_FOLDER,
     PartRecord,
     PartTask,
+    Range,
     encoder_versions,
+    fault_of_death,
     make_part,
-    make_video_alone,
-    part_name,
 )
 from strata.preprocess.places import Place, open_place
 from strata.preprocess.plan import (
     PLAN_NAME,
+    Finished,
     Plan,
     claim_folder,
     is_finished,
@@ -59,15 +48,10 @@ from strata.preprocess.plan import (
     plan_shards,
     ranges_of_slice,
     read_json,
-    read_part,
-    read_record,
-    sizes_of,
 )
 from strata.preprocess.progress import LogKind, Progress, open_progress
-from strata.preprocess.sample import task_of
 from strata.preprocess.settings import ShardSettings
 from strata.telemetry.metrics import Metrics
-from strata.untrusted import decode_json
 
 __all__ = ["merge_set", "plan_shards", "shard_set", "shard_slice"]
 
@@ -76,7 +60,7 @@ logger = get_logger(__name__)
 _READERS = 32
 """Records that are read at a time, from a store that takes a while to answer."""
 _MOST_DEATHS = 3
-"""Times that the process of a task may die; for a video that ends its own process, see `part`."""
+"""Times that the process of a task may die; a video that ends its own is rejected before."""
 
 
 def shard_set(
@@ -143,13 +127,13 @@ def shard_slice(
         claim_folder(place, plan)
         slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
         with place.locked(f"{PROGRESS_FOLDER}/lock-{slice_name}"):
-            builds = _Builds(place, plan, shards, source_set.classes, settings)
-            total, left = builds.count()
+            work = _Work(place, plan, shards, source_set.classes, settings)
+            total = sum(part.last - part.first for part in ranges_of_slice(plan, settings))
             with (
-                open_progress(log, source_set.split, total, total - left, metrics) as progress,
+                open_progress(log, source_set.split, total, total - work.left, metrics) as progress,
                 _executor(settings) as executor,
             ):
-                builds.run(executor, progress)
+                work.run(executor, progress)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return True
@@ -158,32 +142,22 @@ def shard_slice(
 def _executor(settings: ShardSettings) -> Executor:
     match settings.executor:
         case "local":
-            return LocalExecutor(settings.num_workers)
+            return LocalExecutor(settings.num_workers, settings.worker_bytes)
         case "ray":
-            return RayExecutor(settings.ray_address)
+            return RayExecutor(settings.ray_address, settings.worker_bytes)
 
 
 @dataclass
 class _Job:
-    """A task and how often the process that had it died."""
+    """A task, and how often a process that had it died."""
 
-    call: Callable[[Any], Any]
-    task: PartTask | JoinTask
+    shard: int
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
     num_deaths: int = 0
 
 
-@dataclass
-class _Shard:
-    """A shard under way."""
-
-    index: int
-    num_missing: int
-    """Videos that no part has yet, also those of other slices."""
-    parts: dict[int, tuple[str, PartRecord]]
-    """Finished parts by their first place."""
-
-
-class _Builds:
+class _Work:
     """Makes the missing parts of a slice and joins them.
 
     Args:
@@ -199,62 +173,55 @@ class _Builds:
         place: Place,
         plan: Plan,
         shards: Sequence[Sequence[Source]],
-        classes: Sequence[str],
+        classes: tuple[str, ...],
         settings: ShardSettings,
     ) -> None:
         self._place, self._plan, self._settings = place, plan, settings
         self._sources, self._classes = shards, classes
-        self._shards: dict[int, _Shard] = {}
+        self._parts: dict[int, list[tuple[Range, PartRecord]]] = defaultdict(list)
+        """Finished parts of shards that are not joined yet."""
         self._urgent: deque[_Job] = deque()
-        self._ranges = ranges_of_slice(plan, settings)
-        self._missing: list[tuple[int, int, int]] = []
-        self._find_finished()
+        self._missing = self._keep_finished()
+        self.left = sum(part.last - part.first for part in self._missing)
+        """Videos that had no part at the start."""
 
-    def count(self) -> tuple[int, int]:
-        """Videos of this slice, and those of them that have no part yet."""
-        return tuple(  # pyright: ignore[reportReturnType]
-            sum(last - first for _, first, last in ranges)
-            for ranges in (self._ranges, self._missing)
-        )
+    def _keep_finished(self) -> list[Range]:
+        """Keep the parts and shards of an earlier run whose videos have not changed.
 
-    def _find_finished(self) -> None:
-        """Keep the parts and shards of an earlier run whose videos have not changed."""
-        found, tars = self._place.names(PROGRESS_FOLDER), self._place.names("")
+        Returns:
+            The parts that are missing.
+        """
+        finished, missing = Finished(self._place, self._plan), list[Range]()
+        wanted = ranges_of_slice(self._plan, self._settings)
 
         def is_joined(index: int) -> bool:
-            record = read_record(self._place, found, tars, index, self._plan)
-            stamps = tuple(s.stamp for s in self._sources[index])
-            return record is not None and record.stamps == stamps
+            record = finished.shard(index)
+            return record is not None and record.stamps == self._stamps(index)
 
-        indices = sorted({index for index, _, _ in self._ranges})
         with ThreadPoolExecutor(_READERS) as pool:
+            indices = sorted({part.shard for part in wanted})
             joined = dict(zip(indices, pool.map(is_joined, indices), strict=True))
-        for index, first, last in self._ranges:
-            if joined[index]:
-                continue
-            self._shards.setdefault(index, _Shard(index, len(self._sources[index]), {}))
-            name = part_name(index, first, last)
-            part = read_part(self._place, found, name, self._plan)
-            if part is not None and part.stamps == tuple(
-                s.stamp for s in self._sources[index][first:last]
-            ):
-                self._put(index, first, name, part)
-            else:
-                self._missing.append((index, first, last))
+            wanted = [part for part in wanted if not joined[part.shard]]
+            for part, found in zip(wanted, pool.map(finished.parts, wanted), strict=True):
+                stamps = tuple(stamp for _, record in found for stamp in record.stamps)
+                if stamps == self._stamps(*part):
+                    self._put(found)
+                else:
+                    missing.append(part)
+        return missing
 
-    def _task(self, index: int, first: int, last: int) -> PartTask:
-        settings = self._settings
+    def _stamps(self, index: int, first: int = 0, last: int | None = None) -> tuple[str, ...]:
+        return tuple(source.stamp for source in self._sources[index][first:last])
+
+    def _task(self, part: Range) -> PartTask:
         return PartTask(
             location=self._place.location,
-            shard=index,
-            first=first,
-            videos=tuple(task_of(s, self._classes) for s in self._sources[index][first:last]),
+            range=part,
+            sources=tuple(self._sources[part.shard][part.first : part.last]),
+            classes=self._classes,
             plan=self._plan.names,
             encoder=encoder_versions(),
-            form=settings.form,
-            read_back=settings.read_back,
-            damaged=settings.damaged,
-            timeout_s=settings.timeout_s,
+            settings=self._settings,
         )
 
     def run(self, executor: Executor, progress: Progress) -> None:
@@ -265,81 +232,70 @@ class _Builds:
             WorkerError: A bug of the program.
             OSError: A part or shard cannot be written.
         """
-        todo = (_Job(make_part, self._task(*part)) for part in self._missing)
-        active: dict[int, _Job] = {}
-        number = 0
+        todo = (_Job(part.shard, make_part, (self._task(part),)) for part in self._missing)
+        active: dict[Future[Any], _Job] = {}
         while True:
             while len(active) < executor.slots:
                 job = self._urgent.popleft() if self._urgent else next(todo, None)
                 if job is None:
                     break
-                number += 1
-                active[number] = job
-                executor.submit(number, job.call, job.task)
+                alone = job.num_deaths > 0
+                active[executor.submit(job.call, job.arguments, alone=alone)] = job
             if not active:
                 return
-            for key, outcome in executor.results(1.0):
-                self._take(active.pop(key), outcome, progress)
+            for future in wait(active, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                self._take(active.pop(future), executor.outcome(future), progress)
             progress.tick()
 
     def _take(self, job: _Job, outcome: Outcome, progress: Progress) -> None:
-        task = job.task
-        if isinstance(outcome, Failed):
-            raise outcome.error
-        if isinstance(outcome, Died):
-            self._retry(job, outcome)
-        elif isinstance(task, PartTask):
-            self._put(task.shard, task.first, task.name, outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if isinstance(outcome, WorkerDied):
+            self._retry(job, outcome.code)
+        elif isinstance(outcome, PartRecord):
+            self._put([(job.arguments[0].range, outcome)])
             for row in outcome.rows:
-                if row.status == "rejected":
-                    progress.rejected(row.source, row.reason or "", row.detail or "")
-                progress.done(row.num_frames)
+                progress.done(row)
 
-    def _retry(self, job: _Job, died: Died) -> None:
+    def _retry(self, job: _Job, code: int | None) -> None:
         """Make the part again, each video in a process of its own, to find the one that kills."""
-        task = job.task
-        if job.call is make_part and isinstance(task, PartTask):
-            names = f"{task.videos[0].name} ... {task.videos[-1].name}"
-            logger.warning(
-                "a worker process ended (%s) while it had %d videos, %s: each is tried again in a "
-                "process of its own",
-                died.code,
-                len(task.videos),
-                names,
-            )
-            for k, video in enumerate(task.videos):
-                single = dataclasses.replace(task, first=task.first + k, videos=(video,))
-                self._urgent.append(_Job(make_video_alone, single))
-            return
         job.num_deaths += 1
         if job.num_deaths == _MOST_DEATHS:
             raise ShardError(
-                f"worker processes ended {_MOST_DEATHS} times ({died.code}) at shard {task.shard}; "
+                f"worker processes ended {_MOST_DEATHS} times ({code}) at shard {job.shard}; "
                 "look for the kernel's reason (dmesg: out of memory) and run the same command "
                 "again, it continues where it stopped"
             )
+        task = job.arguments[0]
+        if isinstance(task, PartTask) and job.num_deaths == 1:
+            logger.warning(
+                "a worker process ended (%s) while it had %d videos, %s ... %s: each is tried "
+                "again in a process of its own",
+                code,
+                len(task.sources),
+                task.sources[0].name,
+                task.sources[-1].name,
+            )
+            for place, source in enumerate(task.sources, task.range.first):
+                part = Range(task.range.shard, place, place + 1)
+                single = dataclasses.replace(task, range=part, sources=(source,))
+                self._urgent.append(_Job(job.shard, make_part, (single,), 1))
+            return
+        if isinstance(task, PartTask) and code is not None:
+            fault = fault_of_death(code, self._settings)
+            source = dataclasses.replace(task.sources[0], fault=fault)
+            job.arguments = (dataclasses.replace(task, sources=(source,)),)
         self._urgent.append(job)
 
-    def _put(self, index: int, first: int, name: str, part: PartRecord) -> None:
-        shard = self._shards[index]
-        shard.parts[first] = name, part
-        shard.num_missing -= len(part.rows)
-        if shard.num_missing == 0:
-            parts = tuple(part for _, part in sorted(shard.parts.items()))
-            self._urgent.append(_Job(join_parts, _join_task(self._place, index, self._plan, parts)))
-            del self._shards[index]
-
-
-def _join_task(
-    place: Place, index: int, plan: Plan, parts: tuple[tuple[str, PartRecord], ...]
-) -> JoinTask:
-    return JoinTask(
-        location=place.location,
-        shard=index,
-        plan=plan.names,
-        sizes=plan.shards[index][1],
-        parts=parts,
-    )
+    def _put(self, found: Sequence[tuple[Range, PartRecord]]) -> None:
+        """Keep finished parts of a shard, and join it if they are all of it."""
+        index = found[0][0].shard
+        parts = self._parts[index]
+        parts += found
+        if sum(len(record.rows) for _, record in parts) == len(self._sources[index]):
+            del self._parts[index]
+            arguments = self._place.location, sorted(parts)
+            self._urgent.append(_Job(index, join_parts, arguments))
 
 
 def merge_set(folder: Path) -> Manifest:
@@ -355,21 +311,17 @@ def merge_set(folder: Path) -> Manifest:
         ShardError: A part is missing, or comes from a run with other videos or settings.
     """
     place = open_place(folder)
-    content = place.read(PLAN_NAME)
-    if content is None:
+    plan = read_json(place, PLAN_NAME, Plan)
+    if plan is None:
         return place.manifest()
-    plan = decode_json(content, Plan, f"{place.location}/{PLAN_NAME}", ShardError)
-    found, tars = place.names(PROGRESS_FOLDER), place.names("")
+    finished = Finished(place, plan)
     try:
+        indices = range(len(plan.shards))
         with ThreadPoolExecutor(_READERS) as pool:
-            records = list(
-                pool.map(
-                    lambda index: read_record(place, found, tars, index, plan),
-                    range(len(plan.shards)),
-                )
-            )
-        for index, record in enumerate(records):
-            if record is None and _join(place, found, index, plan):
+            records = list(pool.map(finished.shard, indices))
+        for index in indices:
+            if records[index] is None and (parts := finished.all_parts(index)):
+                join_parts(place.location, parts)
                 # As it was stored: the manifest keeps the order of its fields.
                 records[index] = read_json(place, record_name(index), ShardRecord)
         lacking = [shard_name(index) for index, record in enumerate(records) if record is None]
@@ -380,7 +332,7 @@ def merge_set(folder: Path) -> Manifest:
                 "or without --slice, and bring all slices' files together"
             )
         manifest = _manifest(plan, [record for record in records if record is not None])
-        place.remove(name for name in tars if name.endswith(".tmp"))
+        place.remove(name for name in finished.files if name.endswith(".tmp"))
         place.write(SAMPLES_NAME, rows_json(manifest))
         # Its presence marks the data set as complete.
         place.write(MANIFEST_NAME, manifest_json(manifest))
@@ -409,29 +361,6 @@ def _manifest(plan: Plan, records: Iterable[ShardRecord]) -> Manifest:
         settings=plan.settings,
         rows=rows,
     )
-
-
-def _join(place: Place, found: dict[str, int], index: int, plan: Plan) -> bool:
-    """Join a shard of which several slices have parts; returns whether they cover it."""
-    length, sizes = plan.shards[index]
-    pattern = re.compile(rf"(shard-{index:06d}\.(\d+)-(\d+)\.part)\.json")
-    lasts: dict[int, tuple[int, str]] = {}
-    for name in sorted(found):
-        if match := pattern.fullmatch(name):
-            lasts[int(match[2])] = int(match[3]), f"{PROGRESS_FOLDER}/{match[1]}"
-    parts, at = [], 0
-    while at < length and at in lasts:
-        at, name = lasts[at]
-        part = read_part(place, found, name, plan)
-        if part is None:
-            return False
-        parts.append((name, part))
-    stamps = [stamp for _, part in parts for stamp in part.stamps]
-    # A video that is gone by now has no size.
-    if at != length or ("" not in stamps and sizes_of(stamps) != sizes):
-        return False
-    join_parts(_join_task(place, index, plan, tuple(parts)))
-    return True
 
 
 def _cannot_write(folder: Path, error: OSError) -> ShardError:

@@ -2,15 +2,11 @@
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from av.error import FFmpegError
 
-from strata.decoding import Damaged
-from strata.errors import FaultKind
 from strata.format.open_video import no_pulse
 from strata.format.schema import (
     FACTS_EXT,
@@ -28,70 +24,10 @@ from strata.preprocess.container import SourceContent, open_source
 from strata.preprocess.datasets.folder import Source, sample_key
 from strata.preprocess.encode_mp4 import encode_mp4, verify_mp4
 from strata.preprocess.read_back import verify_strip
-from strata.preprocess.settings import ReadBack
+from strata.preprocess.settings import ReadBack, ShardSettings
 from strata.preprocess.transcode import FrameSource, encode_strip
 
-__all__ = [
-    "Done",
-    "Member",
-    "Task",
-    "is_media_fault",
-    "keep_freed_memory",
-    "make_sample",
-    "make_segment",
-    "task_of",
-]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One video to transcode."""
-
-    path: Path
-    name: str
-    """Its name in the manifest."""
-    file_name: str
-    """Relative to the videos' folder, as found on disk."""
-    key: str
-    label: int
-    class_name: str | None
-    stamp: str = ""
-    """Size and time of change when it was listed."""
-    fault: tuple[FaultKind, str] | None = None
-    """Reason and detail of a rejection that is known already."""
-
-
-def task_of(source: Source, classes: Sequence[str]) -> Task:
-    """The task for a source that is on the disk."""
-    if source.path is None:
-        raise AssertionError(f"{source.name} is not on disk")
-    return Task(
-        path=source.path,
-        name=source.name,
-        file_name=source.file or source.name,
-        key=sample_key(source.name),
-        label=source.label,
-        class_name=classes[source.label] if source.label != NO_LABEL else None,
-        stamp=source.stamp,
-        fault=source.fault,
-    )
-
-
-@dataclass(frozen=True)
-class Member:
-    """One finished member of a sample."""
-
-    ext: str
-    content: bytes
-
-
-@dataclass(frozen=True)
-class Done:
-    """The sample is complete."""
-
-    num_frames: int
-    notes: tuple[str, ...] = ()
-    """Remarks about the video, for the manifest."""
+__all__ = ["Sample", "is_media_fault", "keep_freed_memory", "make_segment"]
 
 
 _SAMPLED_EVERY = 8
@@ -132,85 +68,102 @@ def make_segment(
             raise AssertionError("foreign samples are indexed, not made")
 
 
-def make_sample(
-    task: Task,
-    form: NormalForm,
-    read_back: ReadBack,
-    pulse: Callable[[], None] = no_pulse,
-    damaged: Damaged = "reject",
-) -> Iterator[Member | Done]:
-    """Transcode and verify one video; yield each member as soon as it is finished.
+class Sample:
+    """Transcodes and verifies one video.
 
     Memory holds the frames of at most one segment, however long the video is.
 
     Args:
-        task: The video.
-        form: The normal form.
-        read_back: Which frames are decoded back and compared.
+        source: The video, which is on the disk.
+        classes: Class names by label.
+        settings: The form, which frames are read back, and what becomes of damaged videos.
         pulse: Called at each progress: a piece of the file was read, a packet read, a frame
-            decoded.
-        damaged: What to do with a video of which some frames are damaged or missing.
-
-    Raises:
-        VideoFault: The video cannot be used.
+            decoded, a segment finished.
     """
-    with open_source(task.path, task.name, pulse) as content:
-        frames = FrameSource(content.where, task.name, form, damaged=damaged, pulse=pulse)
-        yield from _members(task, form, read_back, frames, content)
 
+    def __init__(
+        self,
+        source: Source,
+        classes: Sequence[str],
+        settings: ShardSettings,
+        pulse: Callable[[], None] = no_pulse,
+    ) -> None:
+        self._source, self._classes, self._settings = source, classes, settings
+        self._pulse = pulse
+        self.num_frames = 0
+        """Known after the last member."""
+        self.notes: list[str] = []
+        """Remarks about the video, for the manifest; known after the last member."""
 
-def _members(
-    task: Task, form: NormalForm, read_back: ReadBack, frames: FrameSource, content: SourceContent
-) -> Iterator[Member | Done]:
-    offsets: list[np.ndarray] = []
-    lengths: list[np.ndarray] = []
-    checksums: list[np.ndarray] = []
-    heads: list[int] = []
-    for number, planes in enumerate(frames.segments()):
-        segment, places = make_segment(planes, form, frames.rate, task.name, read_back)
-        offsets.append(places[0])
-        lengths.append(places[1])
-        of_frames, of_head = segment_checksums(segment, *places, form.payload)
-        checksums.append(of_frames)
-        heads.append(of_head)
-        yield Member(segment_ext(number, form.payload), segment)
-    source = frames.facts
-    if source is None:
-        raise AssertionError("frames without facts")
-    facts = SampleFacts(
-        key=task.key,
-        source=task.file_name,
-        source_sha256=content.sha256,
-        source_bytes=content.num_bytes,
-        label=task.label,
-        class_name=task.class_name,
-        num_frames=frames.num_frames,
-        fps=round(float(frames.rate), 6),
-        resampled=frames.resampled,
-        deinterlaced=frames.deinterlaced,
-        source_width=source.width,
-        source_height=source.height,
-        source_codec=source.codec,
-        source_pixel_format=source.pixel_format,
-        rotation_degrees=frames.rotation_degrees,
-        mirrored=frames.orientation.mirrored,
-    ).to_json()
-    table = FrameTable(
-        label=task.label,
-        height=form.height,
-        width=form.width,
-        frames_per_segment=form.frames_per_segment,
-        offsets=np.concatenate(offsets),
-        lengths=np.concatenate(lengths),
-        checksums=Checksums(
-            frames=np.concatenate(checksums),
-            heads=np.array(heads, np.uint32),
-            facts=checksum(facts),
-        ),
-    )
-    yield Member(FRAMES_EXT, table.to_bytes())
-    yield Member(FACTS_EXT, facts)
-    yield Done(frames.num_frames, tuple(frames.notes))
+    def members(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the extension and the content of each member as soon as it is finished.
+
+        Raises:
+            VideoFault: The video cannot be used.
+        """
+        source, settings = self._source, self._settings
+        if source.path is None:
+            raise AssertionError(f"{source.name} is not on disk")
+        with open_source(source.path, source.name, self._pulse) as content:
+            frames = FrameSource(
+                content.where,
+                source.name,
+                settings.form,
+                damaged=settings.damaged,
+                pulse=self._pulse,
+            )
+            yield from self._members(frames, content)
+
+    def _members(self, frames: FrameSource, content: SourceContent) -> Iterator[tuple[str, bytes]]:
+        source, form, read_back = self._source, self._settings.form, self._settings.read_back
+        offsets, lengths, checksums = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        heads: list[int] = []
+        for number, planes in enumerate(frames.segments()):
+            segment, places = make_segment(planes, form, frames.rate, source.name, read_back)
+            offsets.append(places[0])
+            lengths.append(places[1])
+            of_frames, of_head = segment_checksums(segment, *places, form.payload)
+            checksums.append(of_frames)
+            heads.append(of_head)
+            self._pulse()
+            yield segment_ext(number, form.payload), segment
+        found = frames.facts
+        if found is None:
+            raise AssertionError("frames without facts")
+        facts = SampleFacts(
+            key=sample_key(source.name),
+            source=source.file or source.name,
+            source_sha256=content.sha256,
+            source_bytes=content.num_bytes,
+            label=source.label,
+            class_name=self._classes[source.label] if source.label != NO_LABEL else None,
+            num_frames=frames.num_frames,
+            fps=round(float(frames.rate), 6),
+            resampled=frames.resampled,
+            deinterlaced=frames.deinterlaced,
+            source_width=found.width,
+            source_height=found.height,
+            source_codec=found.codec,
+            source_pixel_format=found.pixel_format,
+            rotation_degrees=frames.rotation_degrees,
+            mirrored=frames.orientation.mirrored,
+        ).to_json()
+        table = FrameTable(
+            label=source.label,
+            height=form.height,
+            width=form.width,
+            frames_per_segment=form.frames_per_segment,
+            offsets=np.concatenate(offsets),
+            lengths=np.concatenate(lengths),
+            checksums=Checksums(
+                frames=np.concatenate(checksums),
+                heads=np.array(heads, np.uint32),
+                facts=checksum(facts),
+            ),
+        )
+        yield FRAMES_EXT, table.to_bytes()
+        yield FACTS_EXT, facts
+        self.num_frames, self.notes = frames.num_frames, frames.notes
 
 
 def keep_freed_memory() -> None:

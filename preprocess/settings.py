@@ -13,6 +13,8 @@ __all__ = ["ReadBack", "ShardSettings"]
 ReadBack = Literal["all", "sampled"]
 """Which frames of a JPEG sample are decoded back and compared before it is written."""
 
+_LEAST_MEMORY = 0.25
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings:
@@ -35,6 +37,9 @@ class ShardSettings:
     """Of the cluster, as `ray.init` takes it."""
     workers: int = 0
     """Processes; 0 for one on each CPU that this process may use, by affinity and quota."""
+    worker_memory: float = 0.0
+    """GB (10^9 bytes) of memory that a worker may take after its start, of which 0.15 are for
+    libraries and small videos; 0 for no bound."""
     timeout_s: float = 300.0
     """Seconds without a packet, a frame or a segment after which a video counts as hung; a long or
     slow video does not."""
@@ -59,6 +64,11 @@ class ShardSettings:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; use 1 or more, or 0 for all CPUs")
+        if self.worker_memory and self.worker_memory < _LEAST_MEMORY:
+            raise ConfigError(
+                f"worker_memory is {self.worker_memory} GB; use {_LEAST_MEMORY} or more, or 0 for "
+                "no bound"
+            )
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout is {self.timeout_s} s; use more than 0")
         if not 0 <= self.slice_index < self.slice_count:
@@ -68,3 +78,8 @@ class ShardSettings:
     def num_workers(self) -> int:
         """Processes to start."""
         return self.workers or usable_cpus()
+
+    @property
+    def worker_bytes(self) -> int:
+        """Bound of the memory of a worker; 0 for none."""
+        return int(self.worker_memory * 10**9)

@@ -124,6 +124,8 @@ class FaultKind(StrEnum):
     """Decoding or encoding exceeded its time limit."""
     CRASH = "crash"
     """Decoding or encoding crashed its process."""
+    MEMORY = "memory"
+    """Decoding or encoding needed more memory than a worker may use."""
     DUPLICATE = "duplicate"
     """A video with the same bytes was already listed under another name."""
     CONFLICT = "conflict"

@@ -95,37 +95,6 @@ class _GivenUpError(Exception):
     """The store was closed during a request."""
 
 
-class _Watch(Callback):
-    """Aborts a transfer that is larger than expected or too slow.
-
-    Args:
-        limit: Maximum number of bytes.
-        grace_s: Seconds after which the mean rate is checked.
-        closed: Set when the file is not needed any more.
-    """
-
-    def __init__(self, limit: int, grace_s: float, closed: threading.Event) -> None:
-        super().__init__()
-        self._limit, self._grace_s, self._closed = limit, grace_s, closed
-        self._received, self._start_s = 0, time.monotonic()
-
-    def set_size(self, size: int | None) -> None:
-        """Called with the size before the first bytes, if the store knows it."""
-        if size is not None and size > self._limit:
-            raise WrongContentError(f"{size} bytes are announced, {self._limit} are expected")
-
-    def relative_update(self, inc: int = 1) -> None:
-        """Called after each received piece."""
-        self._received += inc
-        elapsed_s = time.monotonic() - self._start_s
-        if self._closed.is_set():
-            raise _GivenUpError
-        if self._received > self._limit:
-            raise WrongContentError(f"more than the {self._limit} expected bytes arrived")
-        if elapsed_s > self._grace_s + self._received / _SLOWEST:
-            raise _TooSlowError(f"only {self._received} bytes in {elapsed_s:.0f} s")
-
-
 class Store:
     """The files below a URL.
 
@@ -185,12 +154,26 @@ class Store:
         Raises:
             ShardError: The file cannot be read, or its content is wrong.
         """
+        grace_s = _GRACE * self._timeout_s
 
         def fetch() -> None:
+            start_s = time.monotonic()
+
+            def watch(announced: int | None, received: int) -> None:
+                elapsed_s = time.monotonic() - start_s
+                if self._closed.is_set():
+                    raise _GivenUpError
+                if (announced or 0) > limit:
+                    raise WrongContentError(
+                        f"{announced} bytes are announced, {limit} are expected"
+                    )
+                if received > limit:
+                    raise WrongContentError(f"more than the {limit} expected bytes arrived")
+                if elapsed_s > grace_s + received / _SLOWEST:
+                    raise _TooSlowError(f"only {received} bytes in {elapsed_s:.0f} s")
+
             with _part_of(target) as part:
-                watch = _Watch(limit, _GRACE * self._timeout_s, self._closed)
-                within = self._within(_GRACE * self._timeout_s + limit / _SLOWEST)
-                self._fs.get_file(f"{self._path}/{name}", str(part), callback=watch, **within)
+                self._get(name, str(part), watch, **self._within(grace_s + limit / _SLOWEST))
                 size = part.stat().st_size
                 if size > limit:
                     raise WrongContentError(f"{size} bytes arrived, at most {limit} are expected")
@@ -242,7 +225,7 @@ class Store:
 
         def request() -> bool:
             pulse()
-            self._fs.get_file(f"{self._path}/{name}", _path_of(target), callback=_Pulses(pulse))
+            self._get(name, _path_of(target), lambda announced, received: pulse())
             target.seek(0)
             return True
 
@@ -266,6 +249,30 @@ class Store:
 
         self._persist(f"{self._url}/{name}", request)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small file unless it exists; one of several writers succeeds.
+
+        Returns:
+            Whether it has this content.
+
+        Raises:
+            ShardError: The store does not answer, or cannot write on a condition.
+        """
+        path = f"{self._path}/{name}"
+
+        def request() -> bool:
+            try:
+                self._fs.pipe_file(path, content, mode="create")
+            except Exception:  # Stores have their own errors for it.
+                self._fs.invalidate_cache()
+                if not self._fs.exists(path):
+                    raise
+                # An earlier attempt may have written it although its answer was lost.
+                return self._fs.cat_file(path) == content
+            return True
+
+        return self._persist(f"{self._url}/{name}", request)
+
     def remove(self, names: Sequence[str]) -> None:
         """Remove files and folders; those that are gone already are no error."""
         for name in names:
@@ -274,6 +281,13 @@ class Store:
                 lambda name=name: self._fs.rm(f"{self._path}/{name}", recursive=True),
                 missing_ok=True,
             )
+
+    def _get(
+        self, name: str, path: str, watch: Callable[[int | None, int], None], **options: Any
+    ) -> None:
+        """Download a file; `watch` gets the announced and the received bytes after each piece."""
+        callback = Callback(hooks={"watch": watch})
+        self._fs.get_file(f"{self._path}/{name}", path, callback=callback, **options)
 
     def _refresh(self) -> dict[str, bool]:
         """Makes S3's client ask the store again."""
@@ -318,18 +332,6 @@ class Store:
                 except BlockingIOError:
                     continue  # Another process is writing it.
                 path.unlink(missing_ok=True)
-
-
-class _Pulses(Callback):
-    """Reports that a transfer makes progress."""
-
-    def __init__(self, pulse: Callable[[], None]) -> None:
-        super().__init__()
-        self._pulse = pulse
-
-    def relative_update(self, inc: int = 1) -> None:
-        """Called after each piece."""
-        self._pulse()
 
 
 def _path_of(file: IO[bytes]) -> str:

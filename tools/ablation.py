@@ -29,7 +29,7 @@ from strata.tools.ablation_table import Cell, read_json, summarise, write_json
 from strata.tools.launchers import QUIET, program
 from strata.train.config import TrainConfig
 
-__all__ = ["gpu_shares", "main"]
+__all__ = ["following", "gpu_shares", "main"]
 
 _POLL_S = 0.2
 _CHOOSE_GPUS = frozenset("--num_gpus --num_nodes --include -i --exclude -e --hostfile -H".split())
@@ -153,9 +153,9 @@ class _Runner:
         with ThreadPoolExecutor(len(slots)) as pool:
             try:
                 while waiting or running:
-                    while slots and (following := _next(waiting, running.values())):
-                        waiting.remove(following)
-                        slot, (number, cell) = slots.pop(0), following
+                    while slots and (chosen := following(waiting, running.values())):
+                        waiting.remove(chosen)
+                        slot, (number, cell) = slots.pop(0), chosen
                         running[pool.submit(self._run, number, cell, slot)] = (slot, cell)
                     done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -198,7 +198,10 @@ class _Runner:
         for step, words in self.commands(cell).items():
             if cell.is_complete(step):
                 continue
-            if step != "pretraining" and not cell.is_pretrained():
+            if step == "pretraining" and not cell.can_start():
+                _print(f"{place}: {step}: left out, the pretraining of its teacher is not complete")
+                complete = False
+            elif step != "pretraining" and not cell.is_pretrained():
                 _print(f"{place}: {step}: left out, its pretraining is not complete")
                 complete = False
             elif not self._step(place, cell, step, [*words, *self._port(step, words, slot)], slot):
@@ -302,12 +305,15 @@ class _Runner:
         return summary
 
 
-def _next(
+def following(
     waiting: Sequence[tuple[int, Cell]], running: Iterable[tuple[int, Cell]]
 ) -> tuple[int, Cell] | None:
-    """The first run that can start: an untrained one waits for the checkpoint that it uses."""
+    """The first run that can start: one that uses another's checkpoint waits for it."""
     busy = {cell.source for _, cell in running}
-    return next((each for each in waiting if each[1].source not in busy), None)
+    return next(
+        (each for each in waiting if not busy & {each[1].source, each[1].teacher}),
+        None,
+    )
 
 
 def _script(command: str) -> str:

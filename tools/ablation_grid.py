@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-_DECIDED = ("run", "seed", "resume", "plan_only")
+_DECIDED = ("run", "seed", "resume", "plan_only", "method.teacher")
 """Settings of a pretraining that the grid decides."""
 _DECIDED_OF_EVALUATIONS = (
     "checkpoint",
@@ -39,7 +39,10 @@ _DECIDED_OF_EVALUATIONS = (
     "query",
 )
 """Settings of an evaluation that the grid decides."""
-_FREE = ("run", "seed", "resume", "data.shards", "checkpoint", "out", "monitor.", "checkpoint.")
+_FREE = (
+    *("run", "seed", "resume", "data.shards", "method.teacher", "checkpoint", "out"),
+    *("monitor.", "checkpoint."),
+)
 """Settings that do not change what a figure means: they may differ when a grid is resumed."""
 
 
@@ -54,12 +57,14 @@ class RowConfig:
     untrained: str = ""
     """Instead of a pretraining: another row, whose network is evaluated with new random weights
     from the seed. The baseline."""
+    teacher: str = ""
+    """Another row, whose encoder of the same split and seed teaches this one (method.teacher)."""
     pixels: Literal["", "thumbnails", "motion"] = ""
     """With untrained: instead of that row's network none, but 8x8 maps of the clips' pixels."""
 
     def __post_init__(self) -> None:
-        if self.untrained and (self.set or self.pretrain is not None):
-            raise ConfigError("a row with untrained has no set and no pretrain of its own")
+        if self.untrained and (self.set or self.teacher or self.pretrain is not None):
+            raise ConfigError("a row with untrained has no set, teacher or pretrain of its own")
         if self.pixels and not self.untrained:
             raise ConfigError(
                 f"a row with pixels {self.pixels} takes size and frames of its clips from another "
@@ -168,11 +173,14 @@ class AblateConfig:
                     f"the name {name!r} becomes that of a folder; use letters, digits and _.+- only"
                 )
         for name, row in self.rows.items():
-            other = self.rows.get(row.untrained)
-            if row.untrained and (other is None or other.untrained):
-                raise ConfigError(
-                    f"row {name}: untrained is {row.untrained!r}; name a row that is pretrained"
-                )
+            for what in ("untrained", "teacher"):
+                used = getattr(row, what)
+                other = self.rows.get(used)
+                if used and (other is None or other.untrained or other.teacher):
+                    raise ConfigError(
+                        f"row {name}: {what} is {used!r}; name a row that is pretrained without "
+                        "a teacher"
+                    )
         for what in ("seeds", "splits"):
             values = getattr(self, what)
             if len(set(values)) < len(values):
@@ -187,8 +195,10 @@ class AblateConfig:
     def cells(self) -> list[Cell]:
         """All runs, seed by seed, so that the first seed gives a complete table."""
         rows = self.out / "rows"
-        # What is untrained needs another row's checkpoint for its configuration.
-        ordered = sorted(self.rows, key=lambda name: bool(self.rows[name].untrained))
+        # What is untrained or taught needs another row's checkpoint.
+        ordered = sorted(
+            self.rows, key=lambda name: bool(self.rows[name].untrained or self.rows[name].teacher)
+        )
         cells = []
         for seed in self.seeds:
             for split in self.splits or (None,):
@@ -200,6 +210,9 @@ class AblateConfig:
                         split=split,
                         folder=rows / name / place,
                         source=rows / (self.rows[name].untrained or name) / place,
+                        teacher=rows / teacher / place
+                        if (teacher := self.rows[name].teacher)
+                        else None,
                     )
                     for name in ordered
                     # Pixels are the same whatever the seed.
@@ -233,6 +246,7 @@ def pretraining(config: AblateConfig, cell: Cell) -> list[str]:
         *("--config", str(row.pretrain or config.pretrain)),
         *("--data.shards", config.training_set(cell)),
         *_words({**config.set, **row.set}),
+        *([] if cell.teacher is None else ["--method.teacher", str(cell.teacher / "run")]),
         *("--seed", str(cell.seed), "--run", str(cell.run), "--resume", "auto"),
     ]
 
@@ -270,7 +284,11 @@ def resolved(config: AblateConfig) -> dict[str, Any]:
     cells = list(first.values())
     for cell in cells:
         row = config.rows[cell.row]
-        rows[cell.row] = {"untrained": row.untrained, "pixels": row.pixels}
+        rows[cell.row] = {
+            "untrained": row.untrained,
+            "teacher": row.teacher,
+            "pixels": row.pixels,
+        }
         if not row.untrained:
             prog = f"row {cell.row}: train/main.py"
             built = parse_config(TrainConfig, pretraining(config, cell), prog=prog, description="")

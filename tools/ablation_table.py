@@ -32,6 +32,8 @@ class Cell:
     """Its own: outcomes, output of its processes, reports."""
     source: Path
     """Folder of the cell whose checkpoint is evaluated: its own, unless it is untrained."""
+    teacher: Path | None = None
+    """Folder of the cell whose encoder teaches this one."""
 
     @property
     def name(self) -> str:
@@ -66,7 +68,15 @@ class Cell:
 
     def is_pretrained(self) -> bool:
         """Whether the checkpoint to evaluate is that of a complete pretraining."""
-        return _state(self.source).get("pretraining", {}).get("exit_code") == 0
+        return _is_pretrained(self.source)
+
+    def can_start(self) -> bool:
+        """Whether the pretraining that teaches this one is complete, if it needs one."""
+        return self.teacher is None or _is_pretrained(self.teacher)
+
+
+def _is_pretrained(folder: Path) -> bool:
+    return _state(folder).get("pretraining", {}).get("exit_code") == 0
 
 
 def _state(folder: Path) -> dict[str, Any]:

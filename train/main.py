@@ -29,6 +29,7 @@ from strata.errors import EXIT_PREEMPTED, ConfigError, run_rank
 from strata.logs import set_up_logging
 from strata.train.config import TrainConfig
 from strata.train.engine_config import choose_device
+from strata.train.method.teacher import Teacher
 from strata.train.monitor.run_monitor import serve_run
 from strata.train.pretraining import open_pretraining
 from strata.train.representation.online_retrieval import OnlineProbe
@@ -49,12 +50,13 @@ def main(argv: Sequence[str]) -> int:
     if config.probe.every_epochs:
         clip_frames = config.data.clips.clip_frames
         probe = OnlineProbe(config.probe, size=config.data.size, clip_frames=clip_frames)
+    teacher = None if config.method.teacher is None else Teacher(config.method.teacher)
     device = choose_device(config.engine, current_world())
     if config.plan_only:
         _print_plan(config, device, reader)
         return 0
     world = join_world(device, config.engine.world_timeout_s)
-    agree(_facts(config, reader) | ({} if probe is None else probe.digests()))
+    agree(_facts(config, reader, teacher) | ({} if probe is None else probe.digests()))
     alone = only_writer(config.run, "training", world, advice="wait for it, or use another --run")
     with alone as lock, serve_run(config, world) as metrics:
         config, choice = settle_augment(config, reader, world=world, device=device)
@@ -65,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
             reader=reader,
             metrics=metrics,
             probe=probe,
+            teacher=teacher,
             lock=lock,
             augment_choice=choice,
         )
@@ -126,12 +129,13 @@ def _write_config(config: TrainConfig) -> None:
         raise ConfigError(f"{path} cannot be written: {error}; free space") from error
 
 
-def _facts(config: TrainConfig, reader: ShardReader) -> dict[str, str]:
-    """Facts that must be equal on all ranks; the path of the shards may differ by node."""
+def _facts(config: TrainConfig, reader: ShardReader, teacher: Teacher | None) -> dict[str, str]:
+    """Facts that must be equal on all ranks; the paths of files may differ by node."""
     facts = {f"setting {k}": repr(v) for k, v in dotted(plain(config)).items()}
-    for name in ("data.shards", "probe.train", "probe.test"):
+    for name in ("data.shards", "probe.train", "probe.test", "method.teacher"):
         del facts[f"setting {name}"]
-    return facts | {"data manifest": reader.manifest.digest, "code version": code_digest()}
+    digests = {"data manifest": reader.manifest.digest, "code version": code_digest()}
+    return facts | digests | {"teacher": "none" if teacher is None else teacher.digest}
 
 
 def _print_plan(config: TrainConfig, device: torch.device, reader: ShardReader) -> None:

@@ -25,6 +25,7 @@ from strata.train.loop import LoopConfig, Trainer
 from strata.train.method.model import VideoModel
 from strata.train.method.objective import LossTerms, Method
 from strata.train.method.schedules import Phase, phase_at
+from strata.train.method.teacher import Teacher
 from strata.train.monitor.clock import Clock
 from strata.train.monitor.run_monitor import RunMonitor
 from strata.train.representation.online_retrieval import OnlineProbe
@@ -52,7 +53,11 @@ class Pretraining(Task[VideoModel]):
         reader: The opened data set.
         metrics: Receives the metrics.
         probe: Measures retrieval of the encoder between epochs.
+        teacher: The encoder that teaches, if the method has one.
         augment_choice: Where views are augmented, if that was measured; for the start-up page.
+
+    Raises:
+        ConfigError: The teacher is of another width.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Pretraining(Task[VideoModel]):
         reader: ShardReader,
         metrics: Metrics,
         probe: OnlineProbe | None = None,
+        teacher: Teacher | None = None,
         augment_choice: AugmentChoice | None = None,
     ) -> None:
         self._augment_choice = augment_choice
@@ -73,6 +79,10 @@ class Pretraining(Task[VideoModel]):
         self._metrics, self._probe = metrics, probe
         torch.manual_seed(config.seed)
         self.model = VideoModel(config.model, config.method, config.data.clips.clip_frames)
+        self._teacher = teacher
+        if teacher is not None:
+            teacher.check(self.model)
+            teacher.to(device)
         self.engine = Engine(
             self.model,
             self.model.groups(),
@@ -145,7 +155,8 @@ class Pretraining(Task[VideoModel]):
         long = None if batch.long is None else batch.long[part]
         out = self.engine(batch.short[part], long, *orders, phase)
         health = (step + 1) % config.monitor.health_every == 0
-        terms = self.method.losses(out, phase, with_health=health)
+        teacher = None if self._teacher is None else self._teacher.features(batch.short[part])
+        terms = self.method.losses(out, phase, with_health=health, teacher=teacher)
         self.engine.step(
             terms.total, lr_factor=phase.lr_factor, frozen=self.model.frozen_groups(phase)
         )
@@ -228,7 +239,7 @@ class Pretraining(Task[VideoModel]):
         )
         return {
             "loss": f"{losses['total']:.3f}",
-            "ins": f"{losses['instance']:.3f}",
+            **({"ins": f"{losses['instance']:.3f}"} if "instance" in losses else {}),
             "stage": str(phase.stage),
             "wait": f"{times.data_wait_ratio:.0%}",
         }
@@ -279,20 +290,13 @@ def open_pretraining(
     reader: ShardReader,
     metrics: Metrics,
     probe: OnlineProbe | None = None,
+    teacher: Teacher | None = None,
     lock: FolderLock | None = None,
     augment_choice: AugmentChoice | None = None,
 ) -> Trainer[Pretraining]:
     """Make a pretraining run at its first step.
 
-    Args:
-        config: The run's settings.
-        world: This rank and its peers; the process group is formed.
-        device: Where to compute.
-        reader: The opened data set.
-        metrics: Receives the metrics.
-        probe: Measures retrieval of the encoder between epochs.
-        lock: The lock of the run's folder, on rank 0.
-        augment_choice: As `Pretraining` takes it.
+    The arguments are those of `Pretraining`; `lock` is that of the run's folder, on rank 0.
 
     Raises:
         ConfigError: The data set is smaller than a batch, or the device lacks a feature.
@@ -306,6 +310,7 @@ def open_pretraining(
         reader=reader,
         metrics=metrics,
         probe=probe,
+        teacher=teacher,
         augment_choice=augment_choice,
     )
     return Trainer(
@@ -316,6 +321,7 @@ def open_pretraining(
             epoch_step=0,
             manifest_digest=reader.manifest.digest,
             plan_digest=plan.digest,
+            teacher_digest="" if teacher is None else teacher.digest,
             world_size=world.size,
             config=plain(config),
         ),

@@ -1,4 +1,4 @@
-"""Named, unit-suffixed metrics to JSON lines and Prometheus; one exporter a process.
+"""Named, unit-suffixed metrics to JSON lines and Prometheus.
 
 Collectors belong to a `Metrics` object with a registry of its own, so importing this file registers
 nothing. strata/telemetry/catalogue.toml lists all metrics.
@@ -24,7 +24,6 @@ from strata.errors import ConfigError
 from strata.logs import JsonLines, get_logger, warn_once
 from strata.ranges import check_range
 from strata.telemetry.catalogue import CATALOGUE, Metric, Role
-from strata.telemetry.scrape import ScrapeServer, tls_context
 
 __all__ = ["CATALOGUE", "ExporterConfig", "Metric", "Metrics"]
 
@@ -120,7 +119,6 @@ class Metrics:
                 self._make(entry)
         self._jsonl = None if jsonl is None else JsonLines(jsonl)
         self._listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
-        self._server: ScrapeServer | None = None
         self.finished = False
         """Whether the work is complete."""
         self.set("strata_build_info", 1, version=strata.__version__)
@@ -196,58 +194,13 @@ class Metrics:
             if self._jsonl.num_lost > lost:
                 self.add("strata_log_records_lost_total", 1)
 
-    def serve(self, config: ExporterConfig, port: int) -> int | None:
-        """Answer `/metrics` in a thread.
-
-        Args:
-            config: Address, TLS and password.
-            port: Port to bind; 0 takes a free one.
-
-        Returns:
-            The bound port; None if it was taken, which is logged as a warning.
-
-        Raises:
-            ConfigError: The certificate and the key do not fit.
-        """
-        tls = None
-        if config.certificate is not None and config.key is not None:
-            tls = tls_context(config.certificate, config.key, config.client_authority)
-        try:
-            self._server = ScrapeServer(config.host, port, self.registry, tls, config.credentials())
-        except OSError as error:
-            logger.warning(
-                "metrics are not served: %s:%d: %s. The work continues; choose another "
-                "--monitor.port to see them",
-                config.host,
-                port,
-                error,
-            )
-            return None
-        return self._server.server_port
-
-    def list_targets(self, listed: str) -> None:
-        """Answer `/targets` with a list in the form of Prometheus's http_sd_configs."""
-        if self._server is not None:
-            self._server.targets = listed.encode()
-
     def finish(self) -> None:
         """Report that all work is complete."""
         self.finished = True
         self.set("strata_finished", 1)
 
-    def wait_for_scrape(self) -> None:
-        """Wait for one more scrape, which sees the last values, if something scrapes this process.
-
-        At most `LAST_SCRAPE_S`.
-        """
-        if self._server is not None:
-            self._server.wait_for_scrape()
-
     def close(self) -> None:
-        """Stop answering and close the file."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        """Close the file."""
         if self._jsonl is not None:
             self._jsonl.close()
             self._jsonl = None

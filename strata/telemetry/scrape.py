@@ -14,7 +14,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -23,8 +22,9 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from strata.errors import ConfigError
 from strata.logs import get_logger
+from strata.telemetry.metrics import ExporterConfig
 
-__all__ = ["CONNECTION_S", "LAST_SCRAPE_S", "MAX_CONNECTIONS", "ScrapeServer", "tls_context"]
+__all__ = ["CONNECTION_S", "LAST_SCRAPE_S", "MAX_CONNECTIONS", "ScrapeServer", "open_server"]
 
 logger = get_logger(__name__)
 
@@ -42,12 +42,45 @@ _PAUSE_S = 0.1
 Application = Callable[..., Any]
 
 
-def tls_context(certificate: Path, key: Path, client_authority: Path | None) -> ssl.SSLContext:
+def open_server(
+    registry: CollectorRegistry, config: ExporterConfig, port: int
+) -> "ScrapeServer | None":
+    """Answer `/metrics` in threads.
+
+    Args:
+        registry: What is rendered.
+        config: Address, TLS and password.
+        port: Port to bind; 0 takes a free one.
+
+    Returns:
+        The server; None if the port was taken, which is logged as a warning.
+
+    Raises:
+        ConfigError: The certificate and the key do not fit.
+    """
+    tls = _tls_context(config)
+    try:
+        return ScrapeServer(config.host, port, registry, tls, config.credentials())
+    except OSError as error:
+        logger.warning(
+            "metrics are not served: %s:%d: %s. The work continues; choose another "
+            "--monitor.port to see them",
+            config.host,
+            port,
+            error,
+        )
+        return None
+
+
+def _tls_context(config: ExporterConfig) -> ssl.SSLContext | None:
     """How connections are encrypted, and which clients may connect.
 
     Raises:
         ConfigError: The files do not fit together.
     """
+    certificate, key, client_authority = config.certificate, config.key, config.client_authority
+    if certificate is None or key is None:
+        return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key)

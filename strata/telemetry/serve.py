@@ -7,6 +7,7 @@ from pathlib import Path
 from strata.telemetry.catalogue import Role
 from strata.telemetry.host import HostCollector, ProcessCollector
 from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.scrape import open_server
 from strata.telemetry.targets import Target, TargetFile, only_run
 from strata.world import World
 
@@ -40,17 +41,20 @@ def export(
         ConfigError: Another live run of the same name is in the folder of targets.
     """
     with only_run(config, run, role, world):
-        port = metrics.serve(config, config.port + world.local_rank) if config.port else None
-        target = None
-        if port is not None:
-            target = Target.of(config, port, run=run, rank=world.rank, role=role)
+        server = target = None
         if config.port:
-            metrics.list_targets(Target.listed([t for t in _every(target, world) if t is not None]))
+            server = open_server(metrics.registry, config, config.port + world.local_rank)
+            if server is not None:
+                port = server.server_port
+                target = Target.of(config, port, run=run, rank=world.rank, role=role)
+            every = [each for each in _every(target, world) if each is not None]
+            if server is not None:
+                server.targets = Target.listed(every).encode()
         listed = TargetFile(config, target)
         try:
             yield metrics
-            if metrics.finished:
-                metrics.wait_for_scrape()
+            if metrics.finished and server is not None:
+                server.wait_for_scrape()
             listed.remove()
         except KeyboardInterrupt:
             listed.remove()
@@ -60,6 +64,8 @@ def export(
             listed.add_reason(error)
             raise
         finally:
+            if server is not None:
+                server.close()
             metrics.close()
 
 

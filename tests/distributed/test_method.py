@@ -13,6 +13,7 @@ from strata.dataload.config import DataConfig
 from strata.distributed import World, gather, gather_with_grad, mean_over_ranks
 from strata.errors import ConfigError
 from strata.train.config import TrainConfig
+from strata.train.losses.distillation import distillation_loss
 from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
@@ -32,7 +33,8 @@ PHASE = Phase(stage=2, lr_factor=1.0, queue=True, prototypes_frozen=False)
 def recipe(*, gather_with_grad: bool = True, threshold: float = 0.05) -> MethodConfig:
     """Settings with every term of the method, also the graph and L_aug at the high level."""
     return MethodConfig(
-        weights=TermWeights(graph_high=1.0, augmentation_high=0.7),
+        weights=TermWeights(graph_high=1.0, augmentation_high=0.7, distillation=0.6),
+        teacher=Path("a teacher"),
         num_prototypes=6,
         queue_length=3 * BATCH,
         embedding_size=8,
@@ -61,6 +63,12 @@ def videos(rows: slice) -> tuple[Tensor, Tensor, np.ndarray]:
     return window.unflatten(1, (2, 16))[rows], window[rows], samples[rows]
 
 
+def features(rows: slice) -> Tensor:
+    """Features of a teacher for the global batch's rows."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(BATCH, 2, 64, generator=generator).double()[rows]
+
+
 def embed(model: VideoModel, rows: slice) -> Embeddings:
     short, long, samples = videos(rows)
     return model(short, long, *model.orders(samples, 3, 0, 16), PHASE)
@@ -79,8 +87,11 @@ class Step:
 def step(world: World, config: MethodConfig) -> Step:
     model = build(config)
     share = BATCH // world.size
-    out = embed(model, slice(world.rank * share, (world.rank + 1) * share))
-    result = Method(model, config, world).losses(out, PHASE, with_health=True)
+    own = slice(world.rank * share, (world.rank + 1) * share)
+    out = embed(model, own)
+    result = Method(model, config, world).losses(
+        out, PHASE, with_health=True, teacher=features(own)
+    )
     result.total.backward()
     values = {**result.terms, "total": result.total}
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
@@ -178,6 +189,8 @@ def objective(world: World, num_parts: int, with_grad: bool) -> Step:
 
         loss = instance_loss(seen(out.instance), anchors=own)
         loss = loss + 0.5 * prototype_loss(out.scores[own], assignments[own])
+        assert out.taught is not None
+        loss = loss + 0.6 * distillation_loss(out.taught[own], features(slice(None)), anchors=own)
         for level, weight in (("low", 0.3), ("mid", 0.5), ("high", 1.0)):
             loss = loss + weight * graph_loss(seen(out.graph[level]), target[own], anchors=own)
             steps, long = out.steps[level][own], out.long_steps[level][own]
@@ -225,7 +238,10 @@ def test_shuffles_do_not_depend_on_the_rank():
 
 def one_video(world: World) -> Any:
     model = build(recipe())
-    return Method(model, recipe(), world).losses(embed(model, slice(0, 1)), PHASE, with_health=True)
+    own = slice(0, 1)
+    return Method(model, recipe(), world).losses(
+        embed(model, own), PHASE, with_health=True, teacher=features(own)
+    )
 
 
 def test_uneven_and_empty_batches_are_refused():

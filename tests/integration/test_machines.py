@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
 
 from strata.errors import ConfigError
 from strata.format.manifest import read_manifest
-from strata.preprocess import executors, run
+from strata.preprocess import run
 from strata.preprocess.command import main
 from tests.support.commands import ROOT
 from tests.support.source_videos import moving_scene, write_video
@@ -57,7 +58,7 @@ def test_a_worker_that_cannot_be_started_is_not_blamed_on_the_output(
     def fail(*_: object) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(executors, "_Worker", fail)
+    monkeypatch.setattr(SpawnProcess, "start", fail)
     with pytest.raises(ConfigError, match=r"worker process 1 cannot be started \(Resource temp"):
         main(["folder", "--videos", str(videos), "--out", str(tmp_path / "out"), *SMALL])
 

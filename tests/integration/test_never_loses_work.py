@@ -117,6 +117,27 @@ def test_resume_is_exact_after_any_step(
     assert losses(tmp_path / "run") == losses(whole[ranks])
 
 
+def test_a_student_resumes_with_the_same_teacher_alone(
+    server: ForkServer, tiny: Path, shards: Path, whole: dict[int, Path], tmp_path: Path
+):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    words = ["--config", tiny, "--data.shards", shards / "train", "--method.weights.instance", "0"]
+    words += ["--method.weights.distillation", "1", "--schedule.second_stage_epoch", "3"]
+    words += ["--resume", "auto", "--stop_after_steps"]
+    server.finish(*words, "7", "--method.teacher", whole[1], "--run", once)
+    server.finish(*words, "4", "--method.teacher", whole[1], "--run", twice)
+    moved = shutil.copytree(whole[1], tmp_path / "moved")
+    server.finish(*words, "7", "--method.teacher", moved, "--run", twice)
+    assert_same_end(twice, once)
+    assert losses(twice) == losses(once)
+    assert set(losses(once)[7]) == {"prototype", "distillation", "total"}
+    # An encoder of the same form, so it could teach: but it is another one.
+    (rank,) = server.start(*words, "9", "--method.teacher", once, "--run", twice, ranks=1)
+    assert rank.wait() == 2
+    assert "was trained by another teacher" in rank.text()
+    assert "use the same method.teacher, or another --run" in rank.text()
+
+
 def test_another_number_of_ranks_resumes(
     server: ForkServer, arguments: list[str | Path], whole: dict[int, Path], tmp_path: Path
 ):

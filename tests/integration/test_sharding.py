@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -290,33 +291,31 @@ def test_hung_codec_costs_one_video(tmp_path: Path) -> None:
     assert [rows[f"{n}.mp4"].status for n in range(3)] == ["written"] * 3
 
 
-class ChildKiller(threading.Thread):
-    """Kills the first process that is so far below this one."""
+class WorkerKiller(threading.Thread):
+    """Kills so many workers of this process, each as soon as there is a new one."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__(daemon=True)
-        self.depth = depth
+        self.count = count
         self.start()
 
     def run(self) -> None:
-        while not (found := self.find()):
+        killed: set[psutil.Process] = set()
+        while len(killed) < self.count:
             time.sleep(0.02)
-        # Stopped while it starts, it cannot be done before it is killed.
-        found[0].suspend()
-        time.sleep(0.5)
-        found[0].kill()
-
-    def find(self) -> list[psutil.Process]:
-        found = [psutil.Process()]
-        with suppress(psutil.NoSuchProcess):
-            for _ in range(self.depth):
-                found = [child for process in found for child in process.children()]
-            return [p for p in found if "spawn_main" in " ".join(p.cmdline())]
-        return []
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process().children():
+                    if child not in killed and "spawn_main" in " ".join(child.cmdline()):
+                        # Stopped while it starts, it cannot be done before it is killed.
+                        child.suspend()
+                        time.sleep(0.5)
+                        child.kill()
+                        killed.add(child)
+                        break
 
 
 def test_killed_worker_changes_nothing(videos: Path, shards: Path, tmp_path: Path) -> None:
-    killer = ChildKiller(1)
+    killer = WorkerKiller(1)
     shard(videos, tmp_path, workers=2)
     killer.join(10)
     assert not killer.is_alive()
@@ -324,18 +323,37 @@ def test_killed_worker_changes_nothing(videos: Path, shards: Path, tmp_path: Pat
 
 
 def test_a_video_that_kills_its_own_process_is_rejected_by_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_video(tmp_path / "videos" / "good.mp4", moving_scene(8, 96, 64))
     os.mkfifo(tmp_path / "videos" / "bad.mp4")
-    ChildKiller(1)  # The worker that has both.
-    ChildKiller(2)  # The process in which a worker tries bad.mp4, the first with this seed, alone.
+    # The worker that has both, then that of bad.mp4 alone, the first with this seed.
+    WorkerKiller(2)
     shard(tmp_path / "videos", tmp_path / "out", "--seed", "1", "--timeout", "60")
     bad, good = read_manifest(tmp_path / "out" / "train").rows
     assert (bad.source, bad.reason) == ("bad.mp4", "crash")
     assert bad.detail == "the codec ended its process (-9)"
     assert (good.source, good.status) == ("good.mp4", "written")
-    assert "a worker process ended (-9) while it had 2 videos, bad.mp4 ... good" in caplog.text
+    said = capsys.readouterr().err
+    assert "a worker process ended (-9) while it had 2 videos, bad.mp4 ... good" in said
+
+
+def test_a_video_that_needs_more_than_the_bound_of_memory_is_rejected_by_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "good.mp4", moving_scene(8, 96, 64))
+    with av.open(str(tmp_path / "videos" / "large.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 8192, 8192, "yuvj420p"
+        frame = av.VideoFrame(8192, 8192, "yuvj420p")  # 100 MB
+        for frame.pts in range(3):
+            container.mux(stream.encode(frame))
+    shard(tmp_path / "videos", tmp_path / "out", "--min-frames", "1", "--worker-memory", "0.25")
+    good, large = read_manifest(tmp_path / "out" / "train").rows
+    assert (large.source, large.reason) == ("large.avi", "memory")
+    assert large.detail == "it needs more than --worker_memory 0.25 GB"
+    assert (good.source, good.status) == ("good.mp4", "written")
 
 
 def test_a_fault_of_the_program_ends_the_run(videos: Path, tmp_path: Path) -> None:

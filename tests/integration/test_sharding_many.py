@@ -19,6 +19,7 @@ import pytest
 
 from strata.errors import ConfigError, ShardError
 from strata.format.manifest import read_manifest
+from strata.format.schema import SourceRow
 from strata.preprocess import run
 from strata.preprocess.command import main
 from strata.preprocess.options import slice_of
@@ -133,7 +134,7 @@ def test_json_log(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_json_log_has_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     log = JsonLog("train", 10, 4, every_s=0.0)
-    log.done(5)
+    log.done(SourceRow(source="a", status="written", num_frames=5))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert lines[1]["event"] == "progress"
     assert lines[1]["videos_per_s"] > 0

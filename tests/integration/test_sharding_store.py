@@ -1,12 +1,14 @@
 """Sharding from and to a real S3 server that fails: the same bytes as between local folders."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from strata import transfer
 from strata.errors import ConfigError, ShardError
+from strata.preprocess import places
 from strata.preprocess.command import main
 from tests.integration.test_sharding import SMALL, contents, shards, videos
 from tests.support.object_store import BUCKET, FaultyStore, put_folder, s3_server, stored
@@ -76,3 +78,42 @@ def test_what_a_store_lacks_is_one_line(
     store.every = 1
     with pytest.raises(ShardError, match=r"s3://bucket/videos/ was not read in 5 attempts"):
         main(argv(OUT))
+
+
+def test_a_url_has_one_driver_at_a_time(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_RENEW_S", 0.05)
+    monkeypatch.setattr(places, "_STALE_S", 0.5)
+    place = places.open_place(f"{OUT}/locked")
+    store.every = 5
+    with place.locked("lock"), ExitStack() as second:
+        with pytest.raises(ShardError, match=r"process \d+ on .* is sharding into s3://bucket/out"):
+            second.enter_context(place.locked("lock"))
+    # One that ended is followed at once.
+    monkeypatch.setattr(places, "_STALE_S", 1e9)
+    with place.locked("lock"):
+        pass
+    assert list(place.names("")) == ["lock.2"]
+    # Of several that find a dead one, one gets it.
+    place.write("lock.2", b"process 1 on a machine that is gone")
+    monkeypatch.setattr(places, "_STALE_S", 0.0)
+    with ExitStack() as faster:
+        wait_for_end = places.RemotePlace._wait_for_end
+
+        def be_slower(self: places.RemotePlace, lease: str) -> None:
+            monkeypatch.setattr(places.RemotePlace, "_wait_for_end", wait_for_end)
+            faster.enter_context(place.locked("lock"))
+
+        monkeypatch.setattr(places.RemotePlace, "_wait_for_end", be_slower)
+        with pytest.raises(ShardError, match=r"another process is sharding"):
+            faster.enter_context(place.locked("lock"))
+        assert list(place.names("")) == ["lock.3"]
+
+
+def test_a_store_decides_who_creates_a_file(store: FaultyStore) -> None:
+    files = transfer.Store(f"{OUT}/created")
+    assert files.create("a", b"1")
+    assert files.create("a", b"1")  # As after an answer that was lost.
+    assert not files.create("a", b"2")
+    assert stored("out/created") == {"a": b"1"}

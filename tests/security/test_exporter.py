@@ -21,27 +21,33 @@ from tests.unit.telemetry.test_metrics import make_certificate
 
 
 @pytest.fixture(params=["plain", "tls"])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Metrics, int, Any]]:
-    """Metrics, their port, and how to scrape it."""
+def served(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[scrape.ScrapeServer, int, Any]]:
+    """A server of metrics, its port, and how to scrape it."""
     import ssl
 
     metrics = Metrics()
     if request.param == "plain":
-        port = metrics.serve(ExporterConfig(), 0)
+        server = scrape.open_server(metrics.registry, ExporterConfig(), 0)
+        assert server is not None
+        port = server.server_port
         url, context = f"http://127.0.0.1:{port}/metrics", None
     else:
         certificate, key = make_certificate(tmp_path)
-        port = metrics.serve(ExporterConfig(certificate=certificate, key=key), 0)
+        config = ExporterConfig(certificate=certificate, key=key)
+        server = scrape.open_server(metrics.registry, config, 0)
+        assert server is not None
+        port = server.server_port
         url = f"https://127.0.0.1:{port}/metrics"
         context = ssl.create_default_context(cafile=str(certificate))
-    assert port
 
     def read() -> bytes:
         with urllib.request.urlopen(url, timeout=20, context=context) as answer:
             return answer.read()
 
-    yield metrics, port, read
-    metrics.close()
+    yield server, port, read
+    server.close()
 
 
 def connect(port: int) -> socket.socket:
@@ -59,15 +65,15 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_a_silent_client_holds_up_neither_scrapes_nor_the_end(
-    served: tuple[Metrics, int, Callable[[], bytes]], monkeypatch: pytest.MonkeyPatch
+    served: tuple[scrape.ScrapeServer, int, Callable[[], bytes]], monkeypatch: pytest.MonkeyPatch
 ):
-    metrics, port, read = served
+    server, port, read = served
     # So long that only a server that does not wait passes in time.
     monkeypatch.setattr(scrape, "CONNECTION_S", 10_000.0)
     with connect(port) as silent:
         for _ in range(3):
             assert b"strata_build_info" in read()
-        closing = threading.Thread(target=metrics.close)
+        closing = threading.Thread(target=server.close)
         closing.start()
         closing.join(60)
         assert not closing.is_alive()
@@ -75,7 +81,7 @@ def test_a_silent_client_holds_up_neither_scrapes_nor_the_end(
 
 
 def test_a_connection_beyond_the_bound_is_closed_at_once_and_room_comes_back(
-    served: tuple[Metrics, int, Callable[[], bytes]], monkeypatch: pytest.MonkeyPatch
+    served: tuple[scrape.ScrapeServer, int, Callable[[], bytes]], monkeypatch: pytest.MonkeyPatch
 ):
     _, port, read = served
     monkeypatch.setattr(scrape, "CONNECTION_S", 10_000.0)
@@ -97,7 +103,7 @@ def test_a_connection_beyond_the_bound_is_closed_at_once_and_room_comes_back(
 @pytest.mark.parametrize("trickles", [False, True])
 def test_no_connection_outlives_its_time(
     trickles: bool,
-    served: tuple[Metrics, int, Callable[[], bytes]],
+    served: tuple[scrape.ScrapeServer, int, Callable[[], bytes]],
     monkeypatch: pytest.MonkeyPatch,
 ):
     _, port, read = served
@@ -118,7 +124,7 @@ def test_no_connection_outlives_its_time(
 
 
 def test_wrong_requests_cause_no_traceback(
-    served: tuple[Metrics, int, Callable[[], bytes]], capfd: pytest.CaptureFixture[str]
+    served: tuple[scrape.ScrapeServer, int, Callable[[], bytes]], capfd: pytest.CaptureFixture[str]
 ):
     _, port, read = served
     for said in (b"", b"\0" * 100, b"GET " + b"x" * 70_000, b"\x16\x03\x01\x00\x05hello"):
@@ -137,13 +143,15 @@ WORK = """
 import resource, sys, tempfile
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 from strata.telemetry.metrics import ExporterConfig, Metrics
+from strata.telemetry.scrape import open_server
 metrics = Metrics()
-print(metrics.serve(ExporterConfig(), 0), flush=True)
+server = open_server(metrics.registry, ExporterConfig(), 0)
+print(server.server_port, flush=True)
 for line in sys.stdin:
     # The work opens files all the time.
     files = [tempfile.TemporaryFile() for _ in range(30)]
     print("worked", flush=True)
-metrics.close()
+server.close()
 print("done", flush=True)
 """
 
@@ -192,7 +200,7 @@ def test_idle_connections_are_bounded_in_a_process_that_is_out_of_descriptors(tm
     code = """
 import os, resource, sys
 from strata.telemetry.metrics import ExporterConfig, Metrics
-from strata.telemetry.scrape import ScrapeServer
+from strata.telemetry.scrape import ScrapeServer, open_server
 
 original, tries = ScrapeServer.get_request, []
 
@@ -202,7 +210,8 @@ def get_request(self):
 
 ScrapeServer.get_request = get_request
 metrics = Metrics()
-port = metrics.serve(ExporterConfig(), 0)
+server = open_server(metrics.registry, ExporterConfig(), 0)
+port = server.server_port
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 taken = []
 try:
@@ -217,7 +226,7 @@ for each in taken:
     os.close(each)
 print(num_tries, flush=True)
 sys.stdin.readline()
-metrics.close()
+server.close()
 """
     child = subprocess.Popen(
         [sys.executable, "-c", code],

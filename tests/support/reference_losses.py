@@ -43,6 +43,18 @@ def instance_loss(clips: Tensor, tau: float) -> float:
     return total / (2 * len(z))
 
 
+def distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> float:
+    """L_dis; both are `[B, 2, C]`."""
+    z, t = student.tolist(), teacher.tolist()
+    total = 0.0
+    for i in range(len(z)):
+        for v in (0, 1):
+            for u in (0, 1):
+                candidates = [cosine(z[i][v], t[j][u]) / tau for j in range(len(t))]
+                total += log_sum_exp(candidates) - candidates[i]
+    return total / (4 * len(z))
+
+
 def augmentation_loss(clips: Tensor, altered: Tensor, tau: float) -> float:
     """4.4; `clips` is `[B, 2, C]`, `altered` is `[B, A, 2, C]`."""
     a, b = clips.tolist(), altered.tolist()

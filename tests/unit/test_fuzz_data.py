@@ -256,7 +256,7 @@ def test_records_of_unfinished_shards(
     files = {
         "plan.json": plan,
         "shard-000000.tar.json": {
-            **{"plan": "p", "sizes": "s", "stamps": []},
+            **{"plan": "p", "stamps": [""]},
             **{"entry": head["shards"][0], "rows": rows[:1]},
         },
     }

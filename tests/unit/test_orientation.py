@@ -16,7 +16,9 @@ from PIL import Image
 from strata.format.ffmpeg_filters import Orientation
 from strata.format.schema import NormalForm
 from strata.format.source_video import decode_frames
-from strata.preprocess.sample import Member, Task, make_sample
+from strata.preprocess.datasets.folder import Source
+from strata.preprocess.sample import Sample
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.transcode import FrameSource
 from tests.support.source_videos import write_video
 from tests.unit.preprocess.test_transcode import transcode
@@ -77,8 +79,8 @@ def test_facts_mention_a_mirrored_video_only(tmp_path: Path, name: str):
     path = tmp_path / "a.mp4"
     matrix = ORIENTATIONS[name][0]
     write_video(path, quarters()[None].repeat(3, 0), codec="libx264", display_matrix=matrix)
-    made = list(make_sample(Task(path, "a", "a", "a", -1, None), FORM, "all"))
-    (facts,) = [m.content for m in made if isinstance(m, Member) and m.ext == "json"]
+    settings = ShardSettings(form=FORM, read_back="all")
+    facts = dict(Sample(Source(name="a", path=path), (), settings).members())["json"]
     assert (b'"mirrored":true' in facts) == (name == "up-down")
     assert (b"mirrored" in facts) == (name == "up-down")
 

@@ -104,7 +104,7 @@ def test_names_in_records_of_unfinished_shards(tmp_path: Path):
     (progress / "plan.json").write_text(json.dumps(plan))
     entry = {"name": "../evil.tar", "num_samples": 1, "num_frames": 1, "num_bytes": 1}
     entry |= {"sha256": "0" * 64, "index_sha256": "0" * 64}
-    record = {"plan": "p", "sizes": "s", "stamps": [], "entry": entry, "rows": []}
+    record = {"plan": "p", "stamps": [""], "entry": entry, "rows": []}
     (progress / "shard-000000.tar.json").write_text(json.dumps(record))
     with pytest.raises(ShardError, match=r"shard-000000\.tar\.json contains the shard name"):
         merge_set(tmp_path)

@@ -45,7 +45,6 @@ from strata.tools.benchmarks.step import (
     Variant,
     bytes_moved,
     measure_precisions,
-    print_slowest,
     random_step,
 )
 from strata.train.config import TrainConfig
@@ -90,8 +89,6 @@ class DeviceOptions:
     """Duration of each measurement."""
     steps: int = 20
     """Steps of the real run, of each stage."""
-    profile: bool = False
-    """Whether to print the step's slowest operators."""
     out: Path | None = None
     """JSON lines to append to."""
     plot: Path | None = None
@@ -131,9 +128,15 @@ class _Bench:
     def _wait(self) -> None:
         wait_for(self.device)
 
-    def record(self, part: str, **fields: Any) -> None:
-        """Print a measurement, and append it to the file that was asked for."""
-        record = {"part": part, **fields}
+    def record(self, part: str, name: str, **fields: Any) -> None:
+        """Print a measurement, and append it to the file that was asked for.
+
+        Args:
+            part: The part of the benchmark.
+            name: What distinguishes it from others of its part.
+            fields: The figures, and what they depend on.
+        """
+        record = {"part": part, "name": name, **fields}
         self.records.append(record)
         append_record(self.args.out, record)
 
@@ -155,12 +158,14 @@ class _Bench:
     def ceilings(self) -> None:
         """The machine's own matrix product and copy, to which the other parts are compared."""
         precision = "bf16" if self.on_gpu else "fp32"
+        facts, copy = machine(self.device), self.copy_rate() / 1e9
         self.record(
             "ceilings",
-            **machine(self.device),
+            f"{facts['device']}, {precision} matrix product; copy {copy:,.0f} GB/s",
+            **facts,
             precision=precision,
-            matmul_tflops=self.peak(precision) / 1e12,
-            copy_gb_per_s=self.copy_rate() / 1e9,
+            tflops=self.peak(precision) / 1e12,
+            copy_gb_per_s=copy,
         )
 
     def decode(self) -> None:
@@ -171,7 +176,12 @@ class _Bench:
             fields = {n: v for n, v in vars(each).items() if n != "run"}
             rate = self.rate(each.run, each.frames)
             samples = rate / _CLIPS.window_frames
-            self.record("decode", **fields, frames_per_s=rate, samples_per_s=samples)
+            name = f"{each.stored}, {each.device}, {each.threads} threads"
+            if each.start:
+                name += f", from frame {each.start}"
+            if each.hardware_share is not None:
+                name += f", {each.hardware_share:.0%} to the engines"
+            self.record("decode", name, **fields, frames_per_s=rate, samples_per_s=samples)
 
     def graph(self) -> None:
         """Decode and augment the paper recipe's three views."""
@@ -216,7 +226,8 @@ class _Bench:
                 graph = pipeline_class(spec.augment)(spec)
                 rate = self.rate(lambda g=graph: g.start(self.strips, parameters)(), batch)
                 places_of = {"decode": decode, "augment": augment, "threads": threads}
-                self.record("graph", **places_of, samples_per_s=rate)
+                name = f"decode {decode}, augment {augment}, {threads} threads"
+                self.record("graph", name, **places_of, samples_per_s=rate)
 
     def loader(self) -> None:
         """Batches as training gets them; the set must hold a batch."""
@@ -241,7 +252,8 @@ class _Bench:
             with loader:
                 batches = iter(loader)
                 rate = self.rate(lambda b=batches: next(b), batch)
-            self.record("loader", decode=decode, batch=batch, samples_per_s=rate)
+            name = f"decode {decode}"
+            self.record("loader", name, decode=decode, batch=batch, samples_per_s=rate)
 
     def step(self) -> None:
         """Forward, losses, backward and update on random clips, without DeepSpeed."""
@@ -276,6 +288,7 @@ class _Bench:
         moved = bytes_moved(config, stage=stage, dtype=dtype) * rate / batch
         self.record(
             "step",
+            f"{name}, stage {stage}, batch {batch}",
             variant=name,
             stage=stage,
             batch=batch,
@@ -286,8 +299,6 @@ class _Bench:
             of_copy=moved / self.copy_rate(),
             memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
         )
-        if self.args.profile:
-            print_slowest(step.run, self.device, f"{name}, stage {stage}")
 
     def precision(self) -> None:
         """The step's speed at each precision, and its gradient against fp32's."""
@@ -300,7 +311,8 @@ class _Bench:
             stages=self.args.stages,
             rate=self.rate,
         ):
-            self.record("precision", **found)
+            name = f"{found['precision']}, stage {found['stage']}, batch {found['batch']}"
+            self.record("precision", name, **found)
 
     def training(self) -> None:
         """The real run, and its rate as a share of the step's alone."""
@@ -326,6 +338,7 @@ class _Bench:
             ]
             self.record(
                 "training",
+                f"stage {found['stage']}, batch {batch}",
                 stage=found["stage"],
                 batch=batch,
                 precision="bf16" if found["autocast"] else "fp32",
@@ -338,69 +351,36 @@ class _Bench:
             )
 
 
-def _name(record: dict[str, Any]) -> str:
-    """The fields that distinguish a record from others of its part."""
-    match record["part"]:
-        case "decode":
-            engines = record["hardware_share"]
-            return (
-                f"{record['stored']}, {record['device']}, {record['threads']} threads"
-                + (f", from frame {record['start']}" if record["start"] else "")
-                + (f", {engines:.0%} to the engines" if engines is not None else "")
-            )
-        case "graph":
-            threads = f"{record['threads']} threads"
-            return f"decode {record['decode']}, augment {record['augment']}, {threads}"
-        case "loader":
-            return f"decode {record['decode']}"
-        case "step":
-            return f"{record['variant']}, stage {record['stage']}, batch {record['batch']}"
-        case "precision":
-            return f"{record['precision']}, stage {record['stage']}, batch {record['batch']}"
-        case "training":
-            return f"stage {record['stage']}, batch {record['batch']}"
-        case part:
-            return part
-
-
 def device_table(records: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table; decoders in windows of 32 frames, as a sample has."""
     rows = []
+    columns = {
+        "samples_per_s": ",.1f",
+        "frames_per_s": ",.0f",
+        "tflops": ".2f",
+        "mfu": ".1%",
+        "of_copy": ".0%",
+        "memory_gib": ".1f",
+    }
     for record in records:
-        if record["part"] == "ceilings":
-            copy = f"copy {record['copy_gb_per_s']:,.0f} GB/s"
-            name = f"{record['device']}, {record['precision']} matrix product; {copy}"
-            rows.append(["ceilings", name, "", "", f"{record['matmul_tflops']:.2f}", "", "", ""])
-            continue
-        frames, tflops = record.get("frames_per_s"), record.get("tflops")
-        share, memory = record.get("mfu"), record.get("memory_gib")
-        rows.append(
-            [
-                record["part"],
-                _name(record),
-                f"{record['samples_per_s']:,.1f}",
-                f"{frames:,.0f}" if frames is not None else "",
-                f"{tflops:.2f}" if tflops is not None else "",
-                f"{share:.1%}" if share is not None else "",
-                f"{record['of_copy']:.0%}" if "of_copy" in record else "",
-                f"{memory:.1f}" if memory is not None else "",
-            ]
-        )
+        figures = [(record.get(name), form) for name, form in columns.items()]
+        cells = ["" if value is None else f"{value:{form}}" for value, form in figures]
+        rows.append([record["part"], record["name"], *cells])
     text = table(
         ["part", "", "samples/s", "frames/s", "TFLOP/s", "of peak", "of copy", "GiB"], rows
     )
     for record in records:
         if record["part"] == "precision":
             text += (
-                f"\n\nprecision, {_name(record)}: against fp32's gradient the encoder's has cosine "
-                f"{record['cosine']:.3f} and {record['norm_ratio']:.3f} of the norm, that of all "
-                f"else cosine {record['rest_cosine']:.3f}"
+                f"\n\nprecision, {record['name']}: the encoder's gradient has cosine "
+                f"{record['cosine']:.3f} with fp32's and {record['norm_ratio']:.3f} of its norm, "
+                f"all other parameters' cosine {record['rest_cosine']:.3f}"
             )
         if record["part"] == "training":
             parts = ", ".join(f"{n} {s:.1%}" for n, s in record["shares"].items())
             alone = record["of_step_alone"]
             ratio = "step alone not measured" if alone is None else f"{alone:.2f} of the step alone"
-            text += f"\n\ntraining, {_name(record)}: {ratio}; {parts}"
+            text += f"\n\ntraining, {record['name']}: {ratio}; {parts}"
     return text
 
 
@@ -414,7 +394,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     parts = [p for p in _PARTS if any(r["part"] == p for r in shown)]
     colours = {part: f"C{place}" for place, part in enumerate(parts)}
     rates = [r["samples_per_s"] for r in shown]
-    names = [f"{r['part']}: {_name(r)}" for r in shown]
+    names = [f"{r['part']}: {r['name']}" for r in shown]
     bars = axes.barh(names, rates, color=[colours[r["part"]] for r in shown])
     axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=7)
     axes.set(xscale="log", xlabel="samples/s (32 frames each)", xlim=(None, 3 * max(rates)))

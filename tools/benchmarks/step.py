@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +19,6 @@ from strata.dataload.loader import TrainLoader
 from strata.dataload.reader import ShardReader
 from strata.dataload.recipes import open_plan
 from strata.distributed import World
-from strata.tools.benchmarks.measure import wait_for
 from strata.train.config import TrainConfig
 from strata.train.convolutions import sound_convolutions
 from strata.train.engine_config import EngineConfig
@@ -37,12 +35,9 @@ __all__ = [
     "Variant",
     "bytes_moved",
     "measure_precisions",
-    "print_slowest",
     "random_step",
 ]
 
-_PROFILED_STEPS = 3
-_PROFILED_ROWS = 15
 _FP16_SCALE = 1024.0
 """Of the loss in fp16, so that gradients do not vanish; taken out before they are compared."""
 
@@ -167,19 +162,6 @@ def random_step(config: TrainConfig, stage: int, device: torch.device) -> Step:
 
     long = random(clips.long_frames) if stage == 2 else None
     return Step(config, stage, random(2, clips.clip_frames), long, np.arange(batch))
-
-
-def print_slowest(run: Callable[[], object], device: torch.device, title: str) -> None:
-    """Print the operators that take most time, which are the first to improve."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(_PROFILED_STEPS):
-            run()
-        wait_for(device)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    print(f"{_PROFILED_STEPS} steps of {title}:")
-    print(profiler.key_averages().table(sort_by=order, row_limit=_PROFILED_ROWS), flush=True)
 
 
 class _Traffic(TorchDispatchMode):

@@ -41,6 +41,8 @@ class Embeddings:
     """`[b, V, K]`: cosines with the prototypes."""
     scored: Tensor
     """`[b, V, D]`: the unit vectors that have these cosines."""
+    taught: Tensor | None = None
+    """`[b, V, C]`: for L_dis, as many channels as the high level."""
     graph: dict[str, Tensor] = field(default_factory=dict)
     """By level, `[b, V, D]`."""
     clips: dict[str, Tensor] = field(default_factory=dict)
@@ -78,6 +80,9 @@ class VideoModel(nn.Module):
         self.instance_head = StepHead(widths.high, size, average_steps=True)
         self.global_head = GlobalHead(widths.high, size)
         self.prototypes = Prototypes(config.num_prototypes, size)
+        self.distillation_head: StepHead | None = None
+        if config.weights.distillation:
+            self.distillation_head = StepHead(widths.high, widths.high, average_steps=True)
         self.queue = ScoreQueue(config.queue_length, config.num_prototypes)
         self.motion = nn.ModuleDict()
         self.augmentation_heads = nn.ModuleDict()
@@ -118,6 +123,7 @@ class VideoModel(nn.Module):
             *(group(f"motion_{level}", module) for level, module in self.motion.items()),
             group("temporal", self.augmentation_heads, self.retrieval_heads),
             group("graph", self.graph_heads),
+            group("distillation", *filter(None, [self.distillation_head])),
         ]
         return [g for g in groups if g.parameters]
 
@@ -129,6 +135,7 @@ class VideoModel(nn.Module):
             moving.add("instance")
         if "prototype" in active:
             moving |= {"global"} if phase.prototypes_frozen else {"global", "prototypes"}
+        moving |= {"distillation"} & active
         for name in active:
             term, _, level = name.partition("_")
             if level:
@@ -204,10 +211,12 @@ class VideoModel(nn.Module):
         high_steps = pool_space(maps.high)
         scored = self.global_head(high_steps)
         scores = self.prototypes(scored, frozen=phase.prototypes_frozen)
+        head = self.distillation_head
         result = Embeddings(
             instance=self.instance_head(high_steps).unflatten(0, split)[:, :2],
             scores=scores.unflatten(0, split)[:, :2],
             scored=scored.detach().unflatten(0, split)[:, :2],
+            taught=None if head is None else head(high_steps).unflatten(0, split)[:, :2],
         )
         orders: dict[str, Tensor] = {
             level: order.unflatten(1, (num_videos, _NUM_VIEWS))[:, :, : split[1]].flatten(1, 2)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from strata.distributed import (
     World,
+    gather,
     gather_keeping_own_grad,
     gather_with_grad,
     mean_over_ranks,
 )
+from strata.train.losses.distillation import distillation_loss
 from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.precision import widen
@@ -59,7 +61,14 @@ class Method:
         self._model, self._config, self._world = model, config, world
         self._gather = gather_with_grad if config.gather_with_grad else gather_keeping_own_grad
 
-    def losses(self, out: Embeddings, phase: Phase, *, with_health: bool) -> LossTerms:
+    def losses(
+        self,
+        out: Embeddings,
+        phase: Phase,
+        *,
+        with_health: bool,
+        teacher: Tensor | None = None,
+    ) -> LossTerms:
         """Compute all terms of a step, outside autocast.
 
         The queue takes the global batch's scores before the assignment, as in the release.
@@ -68,6 +77,7 @@ class Method:
             out: This rank's embeddings.
             phase: Phase of the epoch.
             with_health: Whether to measure the health of the representation too.
+            teacher: `[b, V, C]`, the teacher's features of this rank's short clips, for L_dis.
 
         Returns:
             The terms; every rank must call this at every step.
@@ -94,6 +104,12 @@ class Method:
                 out.scores, batch_assignments[own], temperature=config.prototype_temperature
             ),
         }
+        if out.taught is not None:
+            assert teacher is not None
+            # Not with the others: it has the width of the encoder and no gradient.
+            terms["distillation"] = distillation_loss(
+                out.taught, gather(teacher), temperature=config.temperature, anchors=own
+            )
         health: dict[str, Tensor] = {}
         if out.graph or with_health:
             graphs = distribution_graphs(
@@ -158,7 +174,7 @@ class Method:
             },
             divide_by_batch=self._config.graph_divides_by_batch,
         )
-        chance = {"instance": by_kind["instance"], "prototype": by_kind["prototype"]}
+        chance = {name: by_kind[name] for name in ("instance", "prototype", "distillation")}
         for level in LEVELS:
             chance[f"graph_{level}"] = by_kind["graph"]
             chance[f"augmentation_{level}"] = by_kind["augmentation"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from strata.errors import ConfigError
@@ -38,11 +39,15 @@ class TermWeights:
     """L_ret at the mid level."""
     retrieval_high: float = 1.0
     """L_ret at the high level."""
+    distillation: float = 0.0
+    """L_dis at the high level, from method.teacher; 0 in both recipes."""
 
     def __post_init__(self) -> None:
         check_range(self, *vars(self), prefix="method.weights.", at_least=0)
-        if not self.instance and not self.prototype:
-            raise ConfigError("method.weights: the first stage needs instance or prototype above 0")
+        if not (self.instance or self.prototype or self.distillation):
+            raise ConfigError(
+                "method.weights: the first stage needs instance, prototype or distillation above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,9 @@ class MethodConfig:
 
     weights: TermWeights = field(default_factory=TermWeights)
     """Weight of each term."""
+    teacher: Path | None = None
+    """A run, checkpoint or export whose frozen encoder teaches this one (weights.distillation): for
+    instance one with model.input difference, for an encoder that sees RGB."""
     temperature: float = 0.07
     """tau of the contrastive terms. TEXT: 0.07."""
     prototype_temperature: float = 0.1
@@ -79,6 +87,11 @@ class MethodConfig:
         check("temperature", "prototype_temperature", "sinkhorn_epsilon", above=0)
         check("num_prototypes", "queue_length", "embedding_size", at_least=1)
         check("graph_threshold", at_least=0, at_most=1)
+        if (self.teacher is not None) != (self.weights.distillation > 0):
+            raise ConfigError(
+                f"method.teacher is {self.teacher} and method.weights.distillation is "
+                f"{self.weights.distillation:g}; give both, or neither"
+            )
 
     def uses(self, term: str, level: Level) -> bool:
         """Whether a term has a weight at a level."""
@@ -89,6 +102,7 @@ class MethodConfig:
         first_stage = {
             "instance": 1,
             "prototype": 1,
+            "distillation": 1,
             "graph": 2,
             "augmentation": self.temporal_from_stage,
             "retrieval": self.temporal_from_stage,

@@ -63,6 +63,8 @@ def step_cost(config: TrainConfig, *, videos: int, stage: int) -> StepCost:
     torch.set_rng_state(state)
     counts = [_count(model.backbone, number, frames, config) for number, frames in passes]
     forward, backward, floats, others = (sum(column) for column in zip(*counts, strict=True))
+    if config.method.teacher is not None:
+        forward += counts[0][0]  # of the short clips, by an encoder that is taken to be like this
     return StepCost(
         forward_flops=forward,
         backward_flops=backward,

@@ -164,7 +164,8 @@ def chance_levels(
         divide_by_batch: As in `graph_loss`.
 
     Returns:
-        Values by the names `instance`, `prototype`, `augmentation`, `graph`, `retrieval_<level>`.
+        Values by the names `instance`, `prototype`, `augmentation`, `graph`, `distillation`,
+        `retrieval_<level>`.
     """
     graph = math.log(num_videos)
     return {
@@ -172,6 +173,7 @@ def chance_levels(
         "prototype": math.log(num_prototypes),
         "augmentation": math.log(2 * num_videos - 1 + 2 * num_alterations),
         "graph": graph / num_videos if divide_by_batch else graph,
+        "distillation": math.log(num_videos),
         **{f"retrieval_{level}": math.log(t) for level, t in num_long_steps.items()},
     }
 

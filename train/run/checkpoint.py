@@ -90,6 +90,8 @@ class RunState:
     world_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
     config: dict[str, Any]
     """The resolved configuration."""
+    teacher_digest: _Text = ""
+    """Hash of the teacher's weights; empty without a teacher."""
     num_skipped: _Count = 0
     """Steps skipped since the run's start because a loss or gradient was not finite."""
     loss_scale: dict[str, float] = field(default_factory=dict)

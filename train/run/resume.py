@@ -23,7 +23,7 @@ _RECIPE = ("method.", "model.", "data.clips.", "data.views.", "data.size", "seed
 """Settings that a run cannot change when it resumes; changes of others are logged."""
 _FREE = (
     *("run", "resume", "stop_after_steps", "plan_only"),
-    *("data.shards", "probe.train", "probe.test"),
+    *("data.shards", "probe.train", "probe.test", "method.teacher"),
 )
 
 
@@ -79,12 +79,16 @@ def check_same_training(found: Path, saved: RunState, now: RunState, *, is_first
     Raises:
         CheckpointError: The data, their order, the method, the model or the views have changed.
     """
-    for name in ("manifest_digest", "plan_digest"):
+    for name, what, same in (
+        ("manifest_digest", "on other data", "shards"),
+        ("plan_digest", "in another order", "batch size and seed"),
+        ("teacher_digest", "by another teacher", "method.teacher"),
+    ):
         mine, theirs = getattr(now, name), getattr(saved, name)
         if mine != theirs:
             raise CheckpointError(
-                f"{found} was trained on other data or in another order ({name} {theirs}, now "
-                f"{mine}); use the same shards, batch size and seed, or another --run"
+                f"{found} was trained {what} ({name} {theirs or 'none'}, now {mine or 'none'}); "
+                f"use the same {same}, or another --run"
             )
     before, after = dotted(saved.config), dotted(now.config)
     for name in sorted(before.keys() & after.keys()):

@@ -102,6 +102,7 @@ def describe_run(
         ),
         ("hours", _hours(config, last - step)),
         ("model", _model(config, costs[largest])),
+        *([("teacher", f"{config.method.teacher}, frozen")] if config.method.teacher else []),
         *((f"stage {s}", _stage(config, span, costs[s], s)) for s, span in stages.items()),
         *_graph(config, 2 in stages),
         ("learning rate", _rates(config)),

@@ -6,8 +6,8 @@ depend on when it is written.
 """
 
 import dataclasses
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,83 +20,19 @@ from strata.train.engine import Engine
 from strata.train.engine_state import Snapshot
 from strata.train.run.checkpoint import CheckpointConfig, RunState, find_checkpoint, write
 
-__all__ = ["CheckpointThread", "RunSaver", "Written"]
+__all__ = ["RunSaver"]
 
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Written:
+class _Written:
     """A complete checkpoint."""
 
     path: Path
     step: int
     took_s: float
     """Seconds from the copy in memory to the pointer on disk."""
-
-
-class CheckpointThread:
-    """Writes the checkpoints of a run, one at a time, in a thread of rank 0.
-
-    Args:
-        run: The run's folder.
-        config: How many to keep.
-    """
-
-    def __init__(self, run: Path, config: CheckpointConfig) -> None:
-        self._run, self._config = run, config
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._written: Written | None = None
-
-    def begin(self, snapshot: Snapshot, state: RunState) -> None:
-        """Start to write a checkpoint, after waiting for the previous one."""
-        self._join()
-        self._thread = threading.Thread(
-            target=self._work, args=(snapshot, state), name="strata-saver"
-        )
-        self._thread.start()
-
-    def _work(self, snapshot: Snapshot, state: RunState) -> None:
-        start = time.perf_counter()
-        try:
-            path = write(snapshot, state, self._run, self._config)
-            self._written = Written(path, state.step, time.perf_counter() - start)
-        except BaseException as error:
-            self._error = error
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def close(self) -> None:
-        """Wait for the checkpoint that is being written; its failure is not reported."""
-        self._join()
-
-    def finish(self) -> Written | None:
-        """Wait for the checkpoint that is being written and return its result.
-
-        Raises:
-            NotSavedError: It could not be written.
-        """
-        self._join()
-        return self.take()
-
-    def take(self) -> Written | None:
-        """The checkpoint written since the last call, if any, without waiting.
-
-        Raises:
-            NotSavedError: It could not be written.
-        """
-        if self._thread is not None and self._thread.is_alive():
-            return None
-        self._join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        written, self._written = self._written, None
-        return written
 
 
 class RunSaver:
@@ -125,7 +61,9 @@ class RunSaver:
     ) -> None:
         self._run, self._config, self._engine = run, config, engine
         self._is_first, self._metrics, self._lock = is_first, metrics, lock
-        self._thread = CheckpointThread(run, config)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="strata-saver")
+        self._writing: list[Future[_Written]] = []
+        """Checkpoints whose result is not recorded yet; at most the last is being written."""
         self._num_failed, self._blocked_s = 0, 0.0
         self._last_step: int | None = None
 
@@ -144,10 +82,16 @@ class RunSaver:
         snapshot = self._engine.state.snapshot(keep=self._is_first)
         if self._is_first:
             state = dataclasses.replace(state, loss_scale=dict(snapshot.loss_scale))
-            self._thread.begin(snapshot, state)
+            wait(self._writing)
+            self._writing.append(self._pool.submit(self._write, snapshot, state))
         self._last_step = state.step
         self._blocked_s = time.perf_counter() - start
         self._metrics.set("strata_checkpoint_blocked_seconds", self._blocked_s)
+
+    def _write(self, snapshot: Snapshot, state: RunState) -> _Written:
+        start = time.perf_counter()
+        path = write(snapshot, state, self._run, self._config)
+        return _Written(path, state.step, time.perf_counter() - start)
 
     def fault(self, state: RunState) -> NotSavedError | None:
         """Report what was written; return the error if the run cannot continue unsaved."""
@@ -157,7 +101,7 @@ class RunSaver:
                 f"more than {FolderLock.STALE_S:.0f} s; nothing more is written there"
             )
         try:
-            self._record(self._thread.take())
+            self._record_written()
         except NotSavedError as error:
             self._num_failed += 1
             self._metrics.add("strata_checkpoint_failures_total", 1)
@@ -175,29 +119,35 @@ class RunSaver:
         """
         wrong = None
         try:
-            self._record(self._thread.finish())
+            wait(self._writing)
+            self._record_written()
         except NotSavedError as error:
             wrong = error
         if any_true(wrong is not None, self._engine.device):
             raise wrong or not_saved_elsewhere()
 
-    def _record(self, written: Written | None) -> None:
-        if written is None:
-            return
-        self._num_failed = 0
-        self._metrics.set("strata_checkpoint_duration_seconds", written.took_s)
-        self._metrics.set("strata_checkpoint_last_success_timestamp_seconds", time.time())
-        self._metrics.record(
-            "checkpoint",
-            step=written.step,
-            path=str(written.path),
-            took_s=written.took_s,
-            blocked_s=self._blocked_s,
-        )
+    def _record_written(self) -> None:
+        """Record the checkpoints that are complete by now.
+
+        Raises:
+            NotSavedError: One could not be written.
+        """
+        while self._writing and self._writing[0].done():
+            written = self._writing.pop(0).result()
+            self._num_failed = 0
+            self._metrics.set("strata_checkpoint_duration_seconds", written.took_s)
+            self._metrics.set("strata_checkpoint_last_success_timestamp_seconds", time.time())
+            self._metrics.record(
+                "checkpoint",
+                step=written.step,
+                path=str(written.path),
+                took_s=written.took_s,
+                blocked_s=self._blocked_s,
+            )
 
     def close(self) -> None:
         """Wait for the thread; its failure is not reported."""
-        self._thread.close()
+        self._pool.shutdown()
 
 
 def not_saved_elsewhere() -> NotSavedError:

@@ -10,7 +10,9 @@ import pytest
 
 from strata.errors import FaultKind
 from strata.format.schema import NormalForm, segment_ext
-from strata.preprocess.sample import Done, Member, Task, make_sample
+from strata.preprocess.datasets.folder import Source
+from strata.preprocess.sample import Sample
+from strata.preprocess.settings import ShardSettings
 from strata.preprocess.transcode import FrameSource
 from tests.support.source_videos import moving_scene, write_video
 from tests.unit.preprocess.test_transcode import FORM, expected_frames, fault_of, psnr, transcode
@@ -176,9 +178,9 @@ def test_memory_does_not_grow_with_the_video(tmp_path: Path) -> None:
     for segments in (2, 10):
         frames = np.repeat(moving_scene(1, 32, 32), 127 * segments, axis=0)
         path = write_video(tmp_path / f"{segments}.avi", frames)
-        task = Task(path, "a", "a", "a", -1, None)
+        settings = ShardSettings(form=form, read_back="all")
         tracemalloc.start()
-        members = sum(isinstance(m, Member) for m in make_sample(task, form, "all"))
+        members = sum(1 for _ in Sample(Source(name="a", path=path), (), settings).members())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert members == segments + 2
@@ -194,7 +196,7 @@ def test_member_names_of_a_very_long_video() -> None:
 def test_mp4_segments_of_a_sample(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(100, 96, 64))
     form = NormalForm(width=96, height=64, min_frames=1, payload="mp4", segment_frames=48)
-    messages = list(make_sample(Task(path, "a", "a", "a", 3, "x"), form, "sampled"))
-    names = [m.ext for m in messages if isinstance(m, Member)]
+    sample = Sample(Source(name="a", path=path), (), ShardSettings(form=form))
+    names = [ext for ext, _ in sample.members()]
     assert names == ["000.mp4", "001.mp4", "002.mp4", "frames.i32", "json"]
-    assert messages[-1] == Done(100)
+    assert sample.num_frames == 100

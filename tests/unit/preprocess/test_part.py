@@ -14,14 +14,15 @@ from strata.format.manifest import build_manifest, read_manifest, write_manifest
 from strata.format.schema import NormalForm, ShardEntry, SourceRow
 from strata.preprocess import part
 from strata.preprocess.container import stamp_of
-from strata.preprocess.join import JoinTask, ShardRecord, join_parts
-from strata.preprocess.part import PartTask, make_part
-from strata.preprocess.sample import Task
+from strata.preprocess.datasets.folder import Source, sample_key
+from strata.preprocess.join import ShardRecord, join_parts
+from strata.preprocess.part import PartTask, Range, make_part
+from strata.preprocess.settings import ShardSettings
 from tests.support.source_videos import moving_scene, write_video
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, ...]:
+def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, ...]:
     """Five good ones; the third is no video, the fifth ends too early, behind its first segment."""
     folder = tmp_path_factory.mktemp("videos")
     made = []
@@ -31,32 +32,27 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, ...]:
             path.write_bytes(b"no video")
         if k == 4:
             path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-        made.append(Task(path, path.name, path.name, f"key-{k}", 0, "x", stamp_of(path)))
+        made.append(Source(name=path.name, path=path, label=0, stamp=stamp_of(path)))
     return tuple(made)
 
 
-def task(folder: Path, videos: tuple[Task, ...], first: int, last: int) -> PartTask:
+def task(folder: Path, videos: tuple[Source, ...], first: int, last: int) -> PartTask:
     return PartTask(
         location=str(folder),
-        shard=7,
-        first=first,
-        videos=videos[first:last],
+        range=Range(7, first, last),
+        sources=videos[first:last],
+        classes=("x",),
         plan="p",
         encoder=part.encoder_versions(),
         # 512 rows: 127 frames to a segment, so one is written before the fault of a long one shows.
-        form=NormalForm(width=64, height=512, min_frames=1),
-        read_back="sampled",
-        damaged="reject",
-        timeout_s=60.0,
+        settings=ShardSettings(form=NormalForm(width=64, height=512, min_frames=1)),
     )
 
 
-def make_shard(folder: Path, videos: tuple[Task, ...], size: int) -> ShardRecord:
+def make_shard(folder: Path, videos: tuple[Source, ...], size: int) -> ShardRecord:
     tasks = [task(folder, videos, k, min(k + size, 7)) for k in range(0, 7, size)]
     # In any order.
-    parts = {t.first: (t.name, make_part(t)) for t in reversed(tasks)}
-    joined = tuple(parts[t.first] for t in tasks)
-    return join_parts(JoinTask(location=str(folder), shard=7, plan="p", sizes="s", parts=joined))
+    return join_parts(str(folder), sorted((t.range, make_part(t)) for t in reversed(tasks)))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -64,7 +60,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def shard(videos: tuple[Task, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shard(videos: tuple[Source, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shard")
     make_shard(folder, videos, 7)
     return folder
@@ -72,13 +68,13 @@ def shard(videos: tuple[Task, ...], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_bytes_do_not_depend_on_the_parts(
-    size: int, videos: tuple[Task, ...], shard: Path, tmp_path: Path
+    size: int, videos: tuple[Source, ...], shard: Path, tmp_path: Path
 ):
     make_shard(tmp_path, videos, size)
     assert files(tmp_path) == files(shard)
 
 
-def test_tar_index_and_record(videos: tuple[Task, ...], shard: Path, tmp_path: Path):
+def test_tar_index_and_record(videos: tuple[Source, ...], shard: Path, tmp_path: Path):
     record = make_shard(tmp_path, videos, 3)
     entry = record.entry
     assert entry is not None
@@ -86,7 +82,7 @@ def test_tar_index_and_record(videos: tuple[Task, ...], shard: Path, tmp_path: P
     assert (entry.num_bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     index = (shard / "shard-000007.idx").read_bytes()
     assert entry.index_sha256 == hashlib.sha256(index).hexdigest()
-    good = ["key-0", "key-1", "key-3", "key-5", "key-6"]
+    good = [sample_key(f"{k}.avi") for k in (0, 1, 3, 5, 6)]
     assert [r.key for r in record.rows if r.status == "written"] == good
     assert [r.position for r in record.rows if r.status == "written"] == [0, 1, 2, 3, 4]
     rejected = {r.source: r.reason for r in record.rows if r.status == "rejected"}
@@ -110,25 +106,22 @@ def test_index_is_what_dali_makes(shard: Path, tmp_path: Path):
     assert theirs.read_bytes() == (shard / "shard-000007.idx").read_bytes()
 
 
-def test_a_part_that_was_damaged_is_not_joined(videos: tuple[Task, ...], tmp_path: Path):
+def test_a_part_that_was_damaged_is_not_joined(videos: tuple[Source, ...], tmp_path: Path):
     only = task(tmp_path, videos, 0, 2)
     made = make_part(only)
-    path = tmp_path / only.name
+    path = tmp_path / only.range.name
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
-    join = JoinTask(
-        location=str(tmp_path), shard=7, plan="p", sizes="s", parts=((only.name, made),)
-    )
     with pytest.raises(ShardError, match=r"000000-000002.part was damaged after it was written"):
-        join_parts(join)
+        join_parts(str(tmp_path), [(only.range, made)])
     assert not list(tmp_path.glob("*.tar"))
     # Without its record the part is made again.
-    assert not (tmp_path / f"{only.name}.json").exists()
+    assert not (tmp_path / f"{only.range.name}.json").exists()
 
 
 def test_a_source_that_changes_while_it_is_read_is_rejected(
-    videos: tuple[Task, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    videos: tuple[Source, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     stamps = iter(["1:1", "1:2"])
     monkeypatch.setattr(part, "stamp_of", lambda path: next(stamps))
@@ -136,13 +129,13 @@ def test_a_source_that_changes_while_it_is_read_is_rejected(
     assert (row.reason, row.detail) == ("unreadable", "it changed while it was read")
 
 
-def test_other_libraries_are_refused(videos: tuple[Task, ...], tmp_path: Path):
+def test_other_libraries_are_refused(videos: tuple[Source, ...], tmp_path: Path):
     other = dataclasses.replace(task(tmp_path, videos, 0, 1), encoder={"pyav": "0"})
     with pytest.raises(ShardError, match="install the same versions of av and pillow"):
         make_part(other)
 
 
-def test_a_known_fault_is_a_row(videos: tuple[Task, ...], tmp_path: Path):
+def test_a_known_fault_is_a_row(videos: tuple[Source, ...], tmp_path: Path):
     fault = FaultKind.DUPLICATE, "the same bytes as a"
     video = dataclasses.replace(videos[0], fault=fault)
     record = make_shard(tmp_path, (video,) * 7, 7)

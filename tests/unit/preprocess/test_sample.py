@@ -9,7 +9,9 @@ from PIL import Image
 from strata.format.schema import NormalForm
 from strata.preprocess import container
 from strata.preprocess.container import open_source
-from strata.preprocess.sample import Done, Task, is_media_fault, make_sample
+from strata.preprocess.datasets.folder import Source
+from strata.preprocess.sample import Sample, is_media_fault
+from strata.preprocess.settings import ShardSettings
 from tests.support.source_videos import moving_scene, write_video
 
 
@@ -67,8 +69,8 @@ def test_every_frame_reports_its_progress(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.avi", moving_scene(30, 96, 64))
     pulses: list[int] = []
     form = NormalForm(width=96, height=64, min_frames=1)
-    messages = list(
-        make_sample(Task(path, "a", "a", "a", 0, "x"), form, "all", lambda: pulses.append(1))
-    )
-    assert messages[-1] == Done(30)
+    settings = ShardSettings(form=form, read_back="all")
+    sample = Sample(Source(name="a", path=path), (), settings, lambda: pulses.append(1))
+    assert len(list(sample.members())) == 3
+    assert (sample.num_frames, sample.notes) == (30, [])
     assert len(pulses) >= 1 + 2 * 30  # the file, its packets, its frames

@@ -19,6 +19,7 @@ from strata.distributed import World
 from strata.errors import ConfigError, NotFiniteError
 from strata.telemetry import scrape as scraping
 from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics
+from strata.telemetry.scrape import ScrapeServer, open_server
 from strata.telemetry.serve import export_process
 from strata.telemetry.targets import Target, TargetFile, run_name
 from tests.support.commands import free_port, scrape
@@ -62,14 +63,19 @@ def test_names_follow_prometheus_and_carry_their_unit():
         ), f"{metric.name}: when is it absent?"
 
 
+def served(metrics: Metrics, config: ExporterConfig) -> ScrapeServer:
+    server = open_server(metrics.registry, config, 0)
+    assert server is not None
+    return server
+
+
 def test_what_is_set_is_served_and_logged(tmp_path: Path):
     metrics = Metrics(tmp_path / "log.jsonl")
-    port = metrics.serve(ExporterConfig(), 0)
-    assert port
+    server = served(metrics, ExporterConfig())
     metrics.set("strata_loss", 1.5, term="instance")
     metrics.add("strata_samples_total", 8)
     metrics.observe("strata_step_duration_seconds", 0.2)
-    found = scrape(port)
+    found = scrape(server.server_port)
     assert found['strata_loss{term="instance"}'] == 1.5
     assert found["strata_samples_total"] == 8
     assert found["strata_step_duration_seconds_count"] == 1
@@ -79,6 +85,7 @@ def test_what_is_set_is_served_and_logged(tmp_path: Path):
     assert "strata_grad_norm" not in found
     assert "strata_checkpoint_last_success_timestamp_seconds" not in found
     metrics.record("step", step=3)
+    server.close()
     metrics.close()
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 3
@@ -104,7 +111,7 @@ def test_a_taken_port_is_a_warning(caplog: pytest.LogCaptureFixture):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert Metrics().serve(ExporterConfig(), port) is None
+        assert open_server(Metrics().registry, ExporterConfig(), port) is None
     assert f"127.0.0.1:{port}" in caplog.text
     assert "--monitor.port" in caplog.text
 
@@ -113,8 +120,8 @@ def test_a_password_is_asked_for(tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_text("prometheus:sésame\n", encoding="utf-8")
     metrics = Metrics()
-    port = metrics.serve(ExporterConfig(password_file=secret), 0)
-    url = f"http://127.0.0.1:{port}/metrics"
+    server = served(metrics, ExporterConfig(password_file=secret))
+    url = f"http://127.0.0.1:{server.server_port}/metrics"
     for given in (None, "prometheus:wrong", "prometheus:s\xe9same\n"):
         request = urllib.request.Request(url)
         if given is not None:
@@ -127,7 +134,7 @@ def test_a_password_is_asked_for(tmp_path: Path):
     request.add_header("Authorization", f"Basic {word}")
     with urllib.request.urlopen(request, timeout=5) as answer:
         assert b"strata_build_info" in answer.read()
-    metrics.close()
+    server.close()
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
@@ -150,31 +157,32 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 def test_tls(tmp_path: Path):
     certificate, key = make_certificate(tmp_path)
     metrics = Metrics()
-    port = metrics.serve(ExporterConfig(certificate=certificate, key=key), 0)
+    server = served(metrics, ExporterConfig(certificate=certificate, key=key))
     context = ssl.create_default_context(cafile=str(certificate))
-    url = f"https://127.0.0.1:{port}/metrics"
+    url = f"https://127.0.0.1:{server.server_port}/metrics"
     with urllib.request.urlopen(url, timeout=5, context=context) as answer:
         assert b"strata_build_info" in answer.read()
     with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
         urllib.request.urlopen(url, timeout=5)
-    metrics.close()
+    server.close()
     key.write_text("no key")
     with pytest.raises(ConfigError, match="do not fit"):
-        Metrics().serve(ExporterConfig(certificate=certificate, key=key), 0)
+        served(Metrics(), ExporterConfig(certificate=certificate, key=key))
 
 
 def test_mutual_tls_refuses_clients_without_a_certificate(tmp_path: Path):
     certificate, key = make_certificate(tmp_path)
     metrics = Metrics()
     config = ExporterConfig(certificate=certificate, key=key, client_authority=certificate)
-    url = f"https://127.0.0.1:{metrics.serve(config, 0)}/metrics"
+    server = served(metrics, config)
+    url = f"https://127.0.0.1:{server.server_port}/metrics"
     context = ssl.create_default_context(cafile=str(certificate))
     with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
         urllib.request.urlopen(url, timeout=5, context=context)
     context.load_cert_chain(certificate, key)
     with urllib.request.urlopen(url, timeout=5, context=context) as answer:
         assert b"strata_build_info" in answer.read()
-    metrics.close()
+    server.close()
 
 
 def test_settings_that_do_not_fit_are_named(tmp_path: Path):

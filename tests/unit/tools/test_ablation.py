@@ -10,7 +10,7 @@ import yaml
 
 from strata.config import parse_config
 from strata.errors import ConfigError
-from strata.tools.ablation import gpu_shares, main
+from strata.tools.ablation import following, gpu_shares, main
 from strata.tools.ablation_grid import AblateConfig, pretraining
 from strata.tools.ablation_page import write_tables
 from strata.tools.ablation_table import read_json
@@ -44,6 +44,21 @@ def test_shipped_grids_are_understood(
     assert sum("--weights motion" in line for line in lines) <= splits * columns
     assert (commands != lines) == bool(config.rates.stage_1)
     assert not (ROOT / config.out).exists()
+
+
+def test_a_student_waits_for_its_teacher_of_the_same_split_and_seed():
+    config = load(ROOT / "configs" / "ablate" / "ucf101_small.yaml")
+    cells = config.cells()
+    student = next(c for c in cells if (c.row, c.split, c.seed) == ("distilled", 2, 1))
+    teacher = next(c for c in cells if (c.row, c.split, c.seed) == ("difference-stage1", 2, 1))
+    assert cells.index(teacher) < cells.index(student)
+    words = pretraining(config, student)
+    assert words[words.index("--method.teacher") + 1] == str(teacher.run)
+    other = next(c for c in cells if c.row == "paper")
+    waiting = [(1, student), (2, other)]
+    assert following(waiting, [(0, teacher)]) == (2, other)
+    assert following(waiting, []) == (1, student)
+    assert not student.can_start()
 
 
 def test_table_3_has_its_four_rows(monkeypatch: pytest.MonkeyPatch):

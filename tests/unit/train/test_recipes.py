@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from strata.config import parse_config, plain
+from strata.errors import ConfigError
 from strata.train.config import TrainConfig
 from strata.train.method.schedules import phase_at
 from strata.train.method.settings import MethodConfig
@@ -13,11 +14,13 @@ FOLDER = Path(__file__).parents[3] / "configs" / "pretrain"
 PAPER = ("ucf101_r3d18", "ucf101_s3d", "k400_r3d18", "k400_s3d")
 RELEASE = ("ucf101_r3d18_release", "k400_r3d18_release")
 COCLR_VIEWS = "ucf101_r3d18_coclr_views"
+DISTILLED = "ucf101_r3d18_distilled"
 BEST = tuple(f"{name}_best" for name in PAPER)
 
 
 def parse(name: str, *overrides: str) -> TrainConfig:
     argv = ["--config", str(FOLDER / f"{name}.yaml"), "--data.shards", "shards", "--run", "runs/a"]
+    argv += ["--method.teacher", "runs/best"] if name == DISTILLED else []
     return parse_config(TrainConfig, [*argv, *overrides], prog="test", description="")
 
 
@@ -27,7 +30,7 @@ def test_every_recipe_parses(path: Path):
 
 
 def test_every_recipe_is_known_here():
-    known = {*PAPER, *RELEASE, *BEST, COCLR_VIEWS, "demo"}
+    known = {*PAPER, *RELEASE, *BEST, COCLR_VIEWS, DISTILLED, "demo"}
     assert {p.stem for p in FOLDER.glob("*.yaml")} == known
 
 
@@ -100,6 +103,28 @@ def test_the_release_differs_in_its_rows_alone(name: str):
     assert config.data.clips.long_frames == 16
     text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "Differs from the release in:" in text
+
+
+def test_the_distilled_recipe_has_another_term_and_one_stage():
+    assert _differences(plain(parse("ucf101_r3d18")), plain(parse(DISTILLED))) == {
+        "method.teacher": "runs/best",
+        "method.weights.instance": 0.0,
+        "method.weights.distillation": 1.0,
+        "schedule.second_stage_epoch": 300,
+    }
+
+
+def test_a_teacher_and_its_weight_come_together():
+    path = str(FOLDER / f"{DISTILLED}.yaml")
+    with pytest.raises(ConfigError, match=r"teacher is None and .* is 1; give both"):
+        parse_config(
+            TrainConfig,
+            ["--config", path, "--data.shards", "shards", "--run", "runs/a"],
+            prog="test",
+            description="",
+        )
+    with pytest.raises(ConfigError, match="distillation is 0; give both, or neither"):
+        parse("ucf101_r3d18", "--method.teacher", "runs/best")
 
 
 def test_the_views_of_coclr_are_all_that_its_recipe_changes():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from strata.train.losses.distillation import distillation_loss
 from strata.train.losses.graph import distribution_graphs, graph_loss
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.prototypical import hard_labels, prototype_loss, sinkhorn
@@ -35,6 +36,7 @@ def terms(features: dict[str, Tensor], tau: float) -> Terms:
         "graph": graph,
         "augmentation": lambda: augmentation_loss(clips, altered, temperature=tau),
         "retrieval": lambda: retrieval_loss(steps, features["long"], temperature=tau),
+        "distillation": lambda: distillation_loss(clips, features["teacher"], temperature=tau),
     }
 
 
@@ -47,6 +49,7 @@ def random_features(num_videos: int, size: int, num_prototypes: int) -> dict[str
     return {
         "clips": normal(num_videos, 2, size),
         "altered": normal(num_videos, 2, 2, size),
+        "teacher": normal(num_videos, 2, size),
         "scores": normal(num_videos, 2, num_prototypes).clamp(-1, 1),
         "steps": normal(num_videos, 2, 4, size),
         "long": normal(num_videos, 8, size),
@@ -71,7 +74,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return most
 
 
-@pytest.mark.parametrize("name", ["instance", "prototype", "graph", "augmentation", "retrieval"])
+@pytest.mark.parametrize(
+    "name", ["instance", "prototype", "graph", "augmentation", "retrieval", "distillation"]
+)
 def test_memory_at_batch_1024_is_of_the_order_of_the_logits(name: str):
     """Forward and backward, 128 dimensions, 1000 prototypes, the assignment included.
 
@@ -90,6 +95,7 @@ def test_memory_at_batch_1024_is_of_the_order_of_the_logits(name: str):
         "graph": 2 * logits + 3 * scores,
         "augmentation": 3 * logits + embeddings,
         "retrieval": 4 * embeddings,
+        "distillation": 3 * logits + embeddings,
     }[name]
     work = terms(features, 0.07)[name]
     peak = peak_bytes(lambda: work().backward())

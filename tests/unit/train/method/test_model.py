@@ -159,6 +159,7 @@ def test_the_weights_are_those_of_the_recipe_table():
         "retrieval_low": 0.3,
         "retrieval_mid": 0.5,
         "retrieval_high": 1.0,
+        "distillation": 0.0,
     }
 
 
@@ -315,7 +316,7 @@ def test_views_keep_their_places_in_the_shared_pass():
         one = model(short[rows], long[rows], *orders, SECOND)
         torch.testing.assert_close(out.instance[rows], one.instance)
         torch.testing.assert_close(out.altered["mid"][rows], one.altered["mid"])
-    apart = model.backbone(normalise_clips(long, 3, torch.float64))
+    apart = model.backbone(normalise_clips(long, 3).double())
     steps = model.retrieval_heads["mid"](model.motion["mid"](apart.mid)[0])
     torch.testing.assert_close(out.long_steps["mid"], steps)
 
@@ -568,7 +569,7 @@ def test_features_that_are_zero_stay_finite():
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="leaves 2 time steps at the mid level, too few to shuf"):
         VideoModel(BackboneConfig(width=8), recipe(), clip_frames=8)
-    with pytest.raises(ConfigError, match="first stage needs instance or prototype above 0"):
+    with pytest.raises(ConfigError, match="needs instance, prototype or distillation above"):
         TermWeights(instance=0.0, prototype=0.0)
     with pytest.raises(ConfigError, match="graph_low is -1; use 0 or more"):
         TermWeights(graph_low=-1)
