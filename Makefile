@@ -45,7 +45,7 @@ demo: $(SETUP)
 	@$(RUN) tools/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)") $(DEMO_ARGS)
 
 test: $(SETUP)
-	@$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	@$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(SETUP_DEV)
 	@$(RUN) -m ruff check .

@@ -2,14 +2,19 @@
 
 import logging
 import os
+import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import distributed
 
+from strata import logs
 from tests.support.forked import ForkServer, fork_server
-from tests.support.session import marks, not_proven
+from tests.support.session import longest_first, marks, not_proven
 from tests.support.shard_folders import make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,11 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder and by the fixture `real_data`, before -m selects."""
+    """Mark tests by their folder and by the fixture `real_data`, before -m selects; sort files."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         for mark in marks(folder, getattr(item, "fixturenames", ())):
             item.add_marker(mark)
+    items.sort(key=lambda item: longest_first(item.path.relative_to(ROOT / "tests").as_posix()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -35,29 +41,37 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Several tests start processes; torch's threads would fight over the cores."""
-    import torch
-
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _no_world_is_left():
-    """A test that joins a world leaves it; else the next one, and commands, would be in it."""
-    yield
-    from torch import distributed
+def _process_is_restored():
+    """What a test changes in its process, as a command would, it changes for no other test.
 
-    assert not distributed.is_initialized()
-    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-
-
-@pytest.fixture(autouse=True)
-def _logging_is_restored():
-    """A test that sets up logging, as a command does, changes it for no other test."""
+    A test that joins a world leaves it itself; else the commands that it starts would be in it.
+    """
     logger = logging.getLogger("strata")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    environment, folder = dict(os.environ), Path.cwd()
+    signals = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    logs._warned.clear()
+    torch.manual_seed(0)
+    random.seed(0)
     yield
+    assert not distributed.is_initialized()
+    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+    for name in os.environ.keys() | environment.keys():
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            del os.environ[name]
+    os.chdir(folder)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

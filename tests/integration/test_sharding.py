@@ -317,7 +317,7 @@ class WorkerKiller(threading.Thread):
 def test_killed_worker_changes_nothing(videos: Path, shards: Path, tmp_path: Path) -> None:
     killer = WorkerKiller(1)
     shard(videos, tmp_path, workers=2)
-    killer.join(10)
+    killer.join(60)
     assert not killer.is_alive()
     assert contents(tmp_path / "train") == contents(shards)
 

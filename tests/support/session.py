@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from pathlib import PurePath
 from typing import Any
 
-__all__ = ["marks", "not_proven"]
+__all__ = ["LONGEST", "longest_first", "marks", "not_proven"]
 
 _FOLDERS = {"gpu": "gpu", "distributed": "distributed", "integration": "slow"}
 """The mark of each folder's tests."""
@@ -20,6 +20,34 @@ def marks(folder: str, fixtures: Collection[str]) -> list[str]:
     """
     found = [_FOLDERS[folder]] if folder in _FOLDERS else []
     return [*found, "real_data"] if "real_data" in fixtures else found
+
+
+LONGEST = (
+    "integration/test_never_loses_work.py",
+    "integration/test_ablation.py",
+    "integration/test_launch.py",
+    "integration/test_evaluation.py",
+    "integration/test_demo.py",
+    "integration/test_sharding.py",
+    "integration/test_monitoring.py",
+    "integration/test_alerts.py",
+    "integration/test_sharding_many.py",
+    "integration/test_probe.py",
+    "integration/test_short_videos.py",
+    "integration/test_ucf101.py",
+    "unit/train/test_engine.py",
+    "distributed/test_bottleneck_runs.py",
+)
+"""Files that take longest, measured."""
+
+
+def longest_first(file: str) -> int:
+    """Where a file comes in the order of a run, so that no worker is left alone with a long one.
+
+    Args:
+        file: Its path in tests/.
+    """
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 def _tests(count: int) -> str:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.support.session import marks, not_proven
+from tests.support.session import LONGEST, longest_first, marks, not_proven
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,6 +39,11 @@ def test_marks_follow_folders_and_fixtures():
     assert marks("distributed", ["shards"]) == ["distributed"]
     assert marks("integration", ["tmp_path", "real_data"]) == ["slow", "real_data"]
     assert marks("unit", ["rng"]) == []
+
+
+def test_the_longest_files_come_first_and_exist():
+    assert [f for f in LONGEST if not (ROOT / "tests" / f).is_file()] == []
+    assert longest_first(LONGEST[1]) < longest_first(LONGEST[2]) < longest_first("unit/test_a.py")
 
 
 def test_marks_are_set_before_tests_are_selected():
