@@ -80,7 +80,7 @@ def fleet(
             *("--config", tiny, "--data.shards", shards / "train", "--run", folder / name / "run"),
             # Every run's last folder has the same name.
             *("--monitor.root", folder, "--monitor.file_sd", folder / "targets"),
-            *("--monitor.port", str(free_port()), "--schedule.epochs", "10000", *more),
+            *("--monitor.port", str(free_port(2)), "--schedule.epochs", "10000", *more),
             hook=f"tests.support.faults:{hook}",
             ranks=ranks,
         )

@@ -80,7 +80,7 @@ def watched(
         "schedule": TINY["schedule"] | {"second_stage_epoch": 5, "lr_drop_epochs": [30]},
     }
     tiny.write_text(yaml.safe_dump(TINY | changed))
-    exporter, run = free_port(), folder / "run"
+    exporter, run = free_port(2), folder / "run"
     ranks = server.start(
         *("--config", tiny, "--data.shards", shards / "train", "--run", run),
         *("--schedule.epochs", "10000", "--monitor.port", str(exporter)),

@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -13,15 +14,27 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """The first of so many free ports in a row: rank N of a run takes the Nth.
+
+    They are below those that the kernel gives to connections, which could take them meanwhile.
+    """
+    chance = random.SystemRandom()
+    while True:
+        first = chance.randrange(15_000, 32_000)
+        with ExitStack() as probes:
+            try:
+                for port in range(first, first + count):
+                    probes.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+            return first
 
 
 class Rank:
