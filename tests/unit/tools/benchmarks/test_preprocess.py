@@ -32,7 +32,7 @@ def test_table_and_ratio(
         seconds, _, frames_per_s = cells[1:4]
         assert float(seconds) * float(frames_per_s.replace(",", "")) == pytest.approx(80, rel=0.05)
     assert "strata / bare loop: " in text
-    assert re.search(r"driver's own thread [\d.]+ ms a video, workers [\d.]+: computed, one", text)
+    assert re.search(r"driver [\d.]+ ms a video, workers [\d.]+: computed, one", text)
 
 
 def test_a_higher_quality_costs_bytes_and_is_nearer_to_the_source(videos: Path) -> None:
