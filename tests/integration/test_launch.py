@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.commands import ROOT, TINY, free_port
+from tests.support.forked import ForkServer
 
 # The "--" after it: torchrun's parser, up to Python 3.11, takes --run for one of its own.
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -22,31 +23,27 @@ DEEPSPEED = ("-m", "deepspeed.launcher.runner")
 class Runs:
     """Starts a run of two steps, of stage 2, by one or more commands at the same time."""
 
-    def __init__(self, config: Path, shards: Path, folder: Path) -> None:
-        self.folder = folder
-        self.words = ["train/main.py", "--config", config, "--data.shards", shards / "train"]
+    def __init__(self, server: ForkServer, config: Path, shards: Path, folder: Path) -> None:
+        self._server, self.folder = server, folder
+        self._words = ("--config", config, "--data.shards", shards / "train")
         self.hostfile = folder / "hostfile"
         self.hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
 
     def start(
-        self,
-        name: str,
-        launchers: Sequence[Sequence[str | Path]],
-        environments: Sequence[dict[str, str]] | None = None,
-        extra: Sequence[str] = (),
+        self, name: str, launchers: Sequence[Sequence[str | Path]], extra: Sequence[str] = ()
     ) -> str:
-        """Run the commands to their end; what they wrote to stderr."""
-        run = self.folder / name
+        """Run the launchers' commands to their end; what they wrote to stderr."""
+        words = ("train/main.py", *self._words, "--run", self.folder / name, *extra)
         processes = [
             subprocess.Popen(
-                [sys.executable, *map(str, [*launcher, *self.words, "--run", run, *extra])],
+                [sys.executable, *map(str, [*launcher, *words])],
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | own,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for launcher, own in zip(launchers, environments or [{}] * len(launchers), strict=True)
+            for launcher in launchers
         ]
         said = ""
         try:
@@ -57,6 +54,13 @@ class Runs:
                 process.kill()
         assert [p.returncode for p in processes] == [0] * len(processes), said[-3000:]
         return said
+
+    def fork(self, name: str, environments: Sequence[dict[str, str]]) -> None:
+        """Run the ranks of a launcher that sets these variables and does no more."""
+        words = (*self._words, "--run", self.folder / name)
+        ranks = [self._server.fork("train/main.py", *words, env=own) for own in environments]
+        codes = [rank.wait() for rank in ranks]
+        assert codes == [0] * len(ranks), ranks[0].text()[-3000:]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         (path,) = (self.folder / name / "checkpoints").glob("step-000000002/model.safetensors")
@@ -70,7 +74,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(server: ForkServer, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("launch")
     config = folder / "tiny.yaml"
     config.write_text(
@@ -80,26 +84,26 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             | {"checkpoint": {"every_steps": 1000}}
         )
     )
-    return Runs(config, shards, folder)
+    return Runs(server, config, shards, folder)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(runs: Runs) -> str:
     """The run that the ways to start two nodes are held against: one node, two ranks."""
-    runs.start("one-node", [(*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--")])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    runs.fork("one-node", [where | {"RANK": n, "LOCAL_RANK": n} for n in "01"])
     return "one-node"
 
 
 def test_one_rank_by_every_launcher(runs: Runs):
+    """By `deepspeed` too: it starts both steps of tests/integration/test_demo.py."""
     launchers = {
         "python": (),
-        "deepspeed": (*DEEPSPEED, "--num_gpus", "1", "--master_port", str(free_port())),
         "torchrun": (*TORCHRUN, "--standalone", "--nproc_per_node", "1", "--"),
     }
     with ThreadPoolExecutor() as pool:
         for done in [pool.submit(runs.start, name, [how]) for name, how in launchers.items()]:
             done.result()
-    runs.same("deepspeed", "python")
     runs.same("torchrun", "python")
 
 
@@ -134,5 +138,5 @@ def test_two_nodes_by_srun(runs: Runs, two_ranks: str):
         "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
     }
     nodes = [step | {"SLURM_PROCID": str(n), "SLURM_NODEID": str(n)} for n in range(2)]
-    runs.start("srun", [(), ()], nodes)
+    runs.fork("srun", nodes)
     runs.same("srun", two_ranks)

@@ -25,6 +25,7 @@ from strata.tools.dashboards import ROOT, dashboards, metric_names
 from strata.tools.render_dashboards import draw, literal
 from strata.tools.render_dashboards import prometheus as asking
 from tests.support.commands import TINY, free_port, records, scrape
+from tests.support.forked import ForkServer, Rank
 from tests.support.prometheus import Prometheus, stop
 
 ENTRIES = {entry.name: entry for entry in CATALOGUE}
@@ -50,54 +51,47 @@ class Watched:
         return self.prometheus.eventually(expr, enough)
 
 
-def _wait(what: str, ready: Any, processes: list[subprocess.Popen[bytes]], log: Path) -> None:
+def _wait(what: str, ready: Any, ranks: list[Rank]) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        for process in processes:
-            assert process.poll() is None, f"{process.args} ended: {log.read_text()[-3000:]}"
+        for rank in ranks:
+            assert not rank.over.is_set(), f"a rank ended: {rank.text()[-3000:]}"
         try:
             if ready():
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
         time.sleep(0.5)
-    raise AssertionError(f"{what} did not come: {log.read_text()[-3000:]}")
+    raise AssertionError(f"{what} did not come: {ranks[0].text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
-def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(
+    server: ForkServer, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("monitoring")
-    prometheus = Prometheus(folder)
+    prometheus = Prometheus(folder, interval="1s")
     tiny = folder / "tiny.yaml"
     # All that the demo of a run does, and reports of each step.
     changed = {
         "monitor": TINY["monitor"] | {"verdict_s": 0},
         "checkpoint": {"every_steps": 6},
         # Late enough that Prometheus sees the first stage too.
-        "schedule": TINY["schedule"] | {"second_stage_epoch": 10, "lr_drop_epochs": [30]},
+        "schedule": TINY["schedule"] | {"second_stage_epoch": 5, "lr_drop_epochs": [30]},
     }
     tiny.write_text(yaml.safe_dump(TINY | changed))
     exporter, run = free_port(), folder / "run"
-    log = folder / "log"
-    with log.open("wb") as out:
-        trainer = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"),
-                *("--master_port", str(free_port()), "train/main.py", "--config", str(tiny)),
-                *("--data.shards", str(shards / "train"), "--run", str(run)),
-                *("--schedule.epochs", "10000", "--monitor.port", str(exporter)),
-                *("--monitor.file_sd", str(folder / "targets"), "--monitor.root", str(folder)),
-                *("--probe.every_epochs", "100", "--probe.num_clips", "1"),
-                *("--probe.train", str(shards / "train")),
-                *("--probe.test", str(shards / "test")),
-            ],
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    ranks = server.start(
+        *("--config", tiny, "--data.shards", shards / "train", "--run", run),
+        *("--schedule.epochs", "10000", "--monitor.port", str(exporter)),
+        *("--monitor.file_sd", folder / "targets", "--monitor.root", folder),
+        *("--probe.every_epochs", "100", "--probe.num_clips", "1"),
+        *("--probe.train", shards / "train", "--probe.test", shards / "test"),
+        ranks=2,
+        # It leaves the processors to Prometheus and to what looks at it.
+        hook="tests.support.faults:slow_steps",
+    )
     found = Watched(prometheus, run, exporter)
-    both = [trainer, prometheus.process]
     try:
         _wait(
             "a checkpoint, a rate of both ranks and a switch of stages",
@@ -107,12 +101,10 @@ def watched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 and found.query("changes(strata_stage[1h]) > 0")
                 and found.query("strata:step_duration:p95_5m")
             ),
-            both,
-            log,
+            ranks,
         )
         yield found
     finally:
-        stop(trainer)
         stop(prometheus.process)
 
 

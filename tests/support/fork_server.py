@@ -7,7 +7,6 @@ computes anything, so forking is safe. It ends, and all its runs with it, when i
 """
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -17,16 +16,6 @@ import signal
 import socket
 import sys
 from typing import Any
-
-
-def _import_all() -> None:
-    """Import what the scripts import, at their start and later."""
-    import deepspeed  # noqa: F401
-    import nvidia.dali.fn
-    import nvidia.dali.plugin.pytorch  # noqa: F401
-
-    import strata.eval.main
-    import strata.train.main  # noqa: F401
 
 
 def _serve(listener: socket.socket) -> dict[str, Any] | None:
@@ -105,13 +94,10 @@ def main(address: str) -> None:
     """Serve, and in each fork run."""
     end = _End()
     atexit.register(end)  # Before all others, so that it is called after them.
-    _import_all()
+    importlib.import_module("tests.support.preloaded")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    # Collections in the runs need not look at what was imported, nor copy its memory.
-    gc.collect()
-    gc.freeze()
     print("ready", flush=True)
     request = _serve(listener)
     if request is not None:

@@ -17,6 +17,7 @@ import pytest
 
 from strata.distributed import World
 from strata.errors import ConfigError, NotFiniteError
+from strata.telemetry import scrape as scraping
 from strata.telemetry.metrics import CATALOGUE, ExporterConfig, Metrics
 from strata.telemetry.scrape import ScrapeServer, open_server
 from strata.telemetry.serve import export_process
@@ -249,7 +250,9 @@ def test_a_second_live_run_of_a_name_is_refused(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_targets_are_served_without_a_shared_folder():
+def test_targets_are_served_without_a_shared_folder(monkeypatch: pytest.MonkeyPatch):
+    # Who asks for targets is waited for at the end, and the test does not ask again.
+    monkeypatch.setattr(scraping, "LAST_SCRAPE_S", 0.1)
     config = ExporterConfig(port=free_port())
     with (
         exported(config),

@@ -76,9 +76,9 @@ def test_a_signal_before_the_end_is_an_error_and_nothing_is_written(shards: Path
     config.write_text(yaml.safe_dump(TINY))
     words = ["--config", config, "--data.shards", shards / "train", "--out", out]
     # In a process of its own: DeepSpeed keeps the groups of the first world that it sees.
-    said = fail_with_one_line(
-        *("-c", STOPPED, *words, "--stages", "2", "--steps", "5", "--warmup", "1")
-    )
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    said = fail_with_one_line(script, *words, *("--stages", "2", "--steps", "5", "--warmup", "1"))
     assert "a signal stopped stage 2 at step 1 of 7; nothing was measured" in said
     assert not out.exists()
 

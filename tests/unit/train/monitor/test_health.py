@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from strata.train.losses.distillation import distillation_loss
 from strata.train.losses.graph import distribution_graphs
 from strata.train.losses.instance import instance_loss
 from strata.train.losses.prototypical import prototype_loss, sinkhorn
@@ -108,6 +109,7 @@ def test_chance_levels_are_what_indifferent_features_reach():
         "prototype": prototype_loss(torch.zeros(6, 2, 9), sinkhorn(torch.zeros(6, 2, 9))),
         "augmentation": augmentation_loss(same, same[:, None].expand(6, 2, 2, 4)),
         "graph": torch.tensor(math.log(6)),
+        "distillation": distillation_loss(same, same),
         "retrieval_low": retrieval_loss(torch.ones(1, 2, 8, 4), torch.ones(1, 16, 4)),
         "retrieval_high": retrieval_loss(torch.ones(1, 2, 2, 4), torch.ones(1, 4, 4)),
     }
