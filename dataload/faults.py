@@ -9,7 +9,7 @@ on when the fault was found.
 
 A fault is a wrong checksum, a table or header that does not agree with the manifest, or an error of
 the decoder. Data sets of schema 1 have no checksums, and libjpeg decodes some damaged data without
-an error: for them only hashes (`data.check: hash`) find all damage, at the start.
+a warning: for them only hashes (`data.check: hash`) find all damage, at the start.
 """
 
 import threading

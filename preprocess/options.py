@@ -19,6 +19,7 @@ from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
 from strata.preprocess.progress import LogKind
 from strata.preprocess.settings import ReadBack, ShardSettings
+from strata.ranges import check_range
 from strata.suggestions import did_you_mean
 from strata.telemetry.metrics import ExporterConfig
 
@@ -107,8 +108,7 @@ class _SetOptions(NormalForm):
             super().__post_init__()
         except ShardError as error:
             raise ConfigError(str(error)) from error
-        if not 0 <= self.max_rejects <= 1:
-            raise ConfigError(f"max_rejects is {self.max_rejects}; use a share from 0 to 1")
+        check_range(self, "max_rejects", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,7 @@ import errno
 import itertools
 import os
 import re
-import secrets
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -15,12 +13,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
+import msgspec
+
 from strata.errors import ShardError
-from strata.files import FolderLock, open_atomic
+from strata.files import FolderLock, LockRecord, open_atomic
 from strata.format.manifest import read_manifest
 from strata.format.schema import MANIFEST_NAME, SAMPLES_NAME, Manifest
 from strata.logs import get_logger
 from strata.transfer import Store, as_url
+from strata.untrusted import decode_json
 
 __all__ = ["Place", "open_place"]
 
@@ -161,24 +162,23 @@ class RemotePlace(Place):
         number = max(self._leases(name), default=0)
         if number:
             self._wait_for_end(f"{name}.{number}")
-        own = f"{name}.{number + 1}"
-        owner = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(8)}"
-        is_own = self._store.create(own, owner.encode())
+        own, record = f"{name}.{number + 1}", msgspec.json.encode(LockRecord.own())
+        is_own = self._store.create(own, record)
         leases = self._leases(name)
         if not is_own or max(leases) > number + 1:
-            raise self._in_use("another process")
+            raise self._in_use(None)
         self.remove(f"{name}.{k}" for k in leases if k <= number)
         over = threading.Event()
 
         def renew() -> None:
-            for count in itertools.count():
+            for count in itertools.count(1):
                 ended = over.wait(_RENEW_S)
                 try:
                     if max(self._leases(name), default=0) > number + 1:
                         logger.warning("%s was taken over: this process was too slow", own)
                         return
                     # Not removed at the end: the numbers must not begin again while others look.
-                    self.write(own, _ENDED if ended else f"{owner}, {count}".encode())
+                    self.write(own, _ENDED if ended else record + b" " * count)
                 except ShardError as error:
                     logger.warning("the lease cannot be renewed: %s", error)
                 if ended:
@@ -202,15 +202,18 @@ class RemotePlace(Place):
         first = self.read(lease)
         deadline = time.monotonic() + _STALE_S
         while (content := self.read(lease)) not in (None, _ENDED):
-            if content != first:
-                raise self._in_use(bytes(content or b"").decode(errors="replace").partition(",")[0])
-            if time.monotonic() > deadline:
-                logger.warning("%s is not renewed: its process is taken for dead", lease)
+            holder = decode_json(content, LockRecord, f"{self.location}/{lease}", ShardError)
+            is_here = holder.machine == LockRecord.own().machine
+            if content != first or (is_here and holder.runs()):
+                raise self._in_use(holder)
+            if is_here or time.monotonic() > deadline:
+                logger.warning("%s is taken over: %s is dead", lease, holder)
                 return
             time.sleep(_RENEW_S / 10)
 
-    def _in_use(self, holder: str) -> ShardError:
-        return ShardError(f"{holder} is sharding into {self.location}; wait for it")
+    def _in_use(self, holder: LockRecord | None) -> ShardError:
+        who = holder or "another process"
+        return ShardError(f"{who} is sharding into {self.location}; wait for it")
 
     def manifest(self) -> Manifest:
         """Download the manifest and read it."""

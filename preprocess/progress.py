@@ -3,8 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from strata.format.schema import SourceRow
@@ -118,7 +116,6 @@ class JsonLog(Progress):
         print(json.dumps(line), file=sys.stderr, flush=True)
 
 
-@contextmanager
 def open_progress(
     kind: LogKind,
     name: str,
@@ -126,16 +123,12 @@ def open_progress(
     initial: int,
     metrics: Metrics | None = None,
     every_s: float = 10.0,
-) -> Iterator[Progress]:
-    """A reporter for one set, closed also after an error; JSON every `every_s` seconds."""
+) -> Progress:
+    """A reporter for one set, to be closed; JSON every `every_s` seconds."""
     match kind:
         case "bar":
-            progress: Progress = _Bar(name, total, initial, metrics)
+            return _Bar(name, total, initial, metrics)
         case "json":
-            progress = JsonLog(name, total, initial, every_s, metrics)
+            return JsonLog(name, total, initial, every_s, metrics)
         case "none":
-            progress = Progress(metrics)
-    try:
-        yield progress
-    finally:
-        progress.close()
+            return Progress(metrics)

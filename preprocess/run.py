@@ -11,6 +11,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,9 @@ def shard_slice(
         slice_name = f"{settings.slice_index}-of-{settings.slice_count}"
         with place.locked(f"{PROGRESS_FOLDER}/lock-{slice_name}"):
             work = _Work(place, plan, shards, source_set.classes, settings)
-            total = sum(part.last - part.first for part in ranges_of_slice(plan, settings))
+            counts = work.total, work.total - work.left
             with (
-                open_progress(log, source_set.split, total, total - work.left, metrics) as progress,
+                closing(open_progress(log, source_set.split, *counts, metrics)) as progress,
                 _executor(settings) as executor,
             ):
                 work.run(executor, progress)
@@ -181,18 +182,20 @@ class _Work:
         self._parts: dict[int, list[tuple[Range, PartRecord]]] = defaultdict(list)
         """Finished parts of shards that are not joined yet."""
         self._urgent: deque[_Job] = deque()
-        self._missing = self._keep_finished()
-        self.left = sum(part.last - part.first for part in self._missing)
-        """Videos that had no part at the start."""
+        ranges = ranges_of_slice(plan, settings)
+        self._missing = self._keep_finished(ranges)
+        self.total, self.left = (
+            sum(part.last - part.first for part in parts) for parts in (ranges, self._missing)
+        )
+        """Videos of the slice, and those of them that had no part at the start."""
 
-    def _keep_finished(self) -> list[Range]:
+    def _keep_finished(self, wanted: Sequence[Range]) -> list[Range]:
         """Keep the parts and shards of an earlier run whose videos have not changed.
 
         Returns:
             The parts that are missing.
         """
         finished, missing = Finished(self._place, self._plan), list[Range]()
-        wanted = ranges_of_slice(self._plan, self._settings)
 
         def is_joined(index: int) -> bool:
             record = finished.shard(index)

@@ -7,13 +7,12 @@ from strata.decoding import Damaged
 from strata.errors import ConfigError
 from strata.format.schema import NormalForm
 from strata.limits import usable_cpus
+from strata.ranges import check_range
 
 __all__ = ["ReadBack", "ShardSettings"]
 
 ReadBack = Literal["all", "sampled"]
 """Which frames of a JPEG sample are decoded back and compared before it is written."""
-
-_LEAST_MEMORY = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +55,13 @@ class ShardSettings:
         Raises:
             ConfigError: A field is out of its range.
         """
-        if self.samples_per_shard < 1:
-            raise ConfigError(f"samples per shard is {self.samples_per_shard}; use 1 or more")
-        if self.samples_per_part < 1:
-            raise ConfigError(f"samples per part is {self.samples_per_part}; use 1 or more")
+        check_range(self, "samples_per_shard", "samples_per_part", at_least=1)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; use 0 to 2^32 - 1")
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}; use 1 or more, or 0 for all CPUs")
-        if self.worker_memory and self.worker_memory < _LEAST_MEMORY:
-            raise ConfigError(
-                f"worker_memory is {self.worker_memory} GB; use {_LEAST_MEMORY} or more, or 0 for "
-                "no bound"
-            )
-        if self.timeout_s <= 0:
-            raise ConfigError(f"timeout is {self.timeout_s} s; use more than 0")
+        check_range(self, "workers", at_least=0)
+        check_range(self, "timeout_s", above=0, at_most=10**6)
+        if self.worker_memory != 0:
+            check_range(self, "worker_memory", at_least=0.25, at_most=10**6)
         if not 0 <= self.slice_index < self.slice_count:
             raise ConfigError(f"slice is {self.slice_index}/{self.slice_count}; use 0/n to (n-1)/n")
 

@@ -116,6 +116,25 @@ class LockRecord(msgspec.Struct, frozen=True, kw_only=True):
     token: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     """Distinguishes two locks of one process."""
 
+    @classmethod
+    def own(cls) -> "LockRecord":
+        """A record of this process."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return cls(
+            host=re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:255] or "unknown",
+            machine=f"{boot} {os.readlink('/proc/self/ns/pid')}",
+            pid=os.getpid(),
+            started=_started(os.getpid()) or 0,
+            token=secrets.token_hex(16),
+        )
+
+    def runs(self) -> bool:
+        """Whether the process, one of this machine, still runs."""
+        return _started(self.pid) == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
 
 class FolderLock:
     """Context manager that locks a folder, so that only this process writes to it.
@@ -148,7 +167,7 @@ class FolderLock:
         self, folder: Path, work: str, error: type[StrataError], advice: str, name: str = ".lock"
     ) -> None:
         self._path, self._work, self._error, self._advice = folder / name, work, error, advice
-        self._record = _own_record()
+        self._record = LockRecord.own()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="strata-lock", daemon=True)
         self.lost = False
@@ -202,7 +221,7 @@ class FolderLock:
         deadline = time.monotonic() + self.STALE_S
         while True:
             if holder is not None and holder.machine == self._record.machine:
-                if _runs(holder.pid, holder.started):
+                if holder.runs():
                     raise self._in_use(holder)
                 return
             if first[1] == -1 or time.monotonic() > deadline:
@@ -215,11 +234,9 @@ class FolderLock:
                 raise self._in_use(now[0])
 
     def _in_use(self, holder: LockRecord | None) -> StrataError:
-        who = "another process"
-        if holder is not None:
-            who = f"process {holder.pid} on {holder.host}"
         return self._error(
-            f"{self._path.parent} is in use: {who} is {self._work} there; {self._advice}"
+            f"{self._path.parent} is in use: {holder or 'another process'} is {self._work} there; "
+            f"{self._advice}"
         )
 
     def _beat(self) -> None:
@@ -234,17 +251,6 @@ class FolderLock:
                 logger.warning("%s cannot be renewed: %s", self._path, error)
 
 
-def _own_record() -> LockRecord:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return LockRecord(
-        host=re.sub(r"[^A-Za-z0-9._-]", "_", socket.gethostname())[:255] or "unknown",
-        machine=f"{boot} {os.readlink('/proc/self/ns/pid')}",
-        pid=os.getpid(),
-        started=_started(os.getpid()) or 0,
-        token=secrets.token_hex(16),
-    )
-
-
 def _started(pid: int) -> int | None:
     """Start time of a process in ticks since boot; None if it does not run."""
     try:
@@ -254,8 +260,3 @@ def _started(pid: int) -> int | None:
     # The name in parentheses may contain any character, also spaces.
     state, *fields = line.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])
-
-
-def _runs(pid: int, started: int) -> bool:
-    """Whether the process with this start time still runs."""
-    return _started(pid) == started

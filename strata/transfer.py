@@ -185,11 +185,12 @@ class Store:
     def info(self, name: str) -> StoredFile | None:
         """Facts of a file without its content; None if it is missing."""
         path = f"{self._path}/{name}"
-        return self._persist(
-            f"{self._url}/{name}",
-            lambda: _stored(self._fs.info(path, **self._refresh()), path.rpartition("/")[0]),
-            missing_ok=True,
-        )
+
+        def ask() -> StoredFile:
+            self._fs.invalidate_cache()
+            return _stored(self._fs.info(path), path.rpartition("/")[0])
+
+        return self._persist(f"{self._url}/{name}", ask, missing_ok=True)
 
     def listed(self, folder: str, *, deep: bool = False) -> list[StoredFile]:
         """Files and folders in a folder; with `deep` all files below it. Empty if there is none.
@@ -288,10 +289,6 @@ class Store:
         """Download a file; `watch` gets the announced and the received bytes after each piece."""
         callback = Callback(hooks={"watch": watch})
         self._fs.get_file(f"{self._path}/{name}", path, callback=callback, **options)
-
-    def _refresh(self) -> dict[str, bool]:
-        """Makes S3's client ask the store again."""
-        return {"refresh": True} if "s3" in self._fs.protocol else {}
 
     def _within(self, limit_s: float) -> dict[str, float]:
         """Time limit of a complete call, which fsspec supports for asynchronous stores."""

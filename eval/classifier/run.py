@@ -195,7 +195,7 @@ class ClassifierTask(Task[Classifier]):
         self._metrics.close()
 
 
-class ClassifierRun:
+class ClassifierRun(Trainer[ClassifierTask]):
     """Trains a classifier on one set and tests it on another; resumes automatically.
 
     Args:
@@ -237,7 +237,7 @@ class ClassifierRun:
         check_labels(train)
         check_labels(test)
         self._config, self._clips, self._test = config, clips, test
-        self._world, self._device = world, device
+        self._device = device
         self.space = ClassSpace.of(train.labels, test.labels, train.manifest.classes, learned=True)
         if world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ class ClassifierRun:
             metrics=metrics,
         )
         steps = config.epochs * task.plan.steps_per_epoch
-        self._trainer = Trainer(
+        super().__init__(
             task,
             RunState(
                 step=0,
@@ -284,25 +284,7 @@ class ClassifierRun:
             metrics=metrics,
             lock=lock,
         )
-        self._trainer.resume("auto")
-
-    @property
-    def state(self) -> RunState:
-        """The position of the training."""
-        return self._trainer.state
-
-    def fit(self) -> bool:
-        """Train from the current position to the end, or to a signal that requests a stop.
-
-        Returns:
-            Whether the end was reached; otherwise a checkpoint has the position.
-
-        Raises:
-            NotFiniteError: More steps were skipped than allowed.
-            NotSavedError: A checkpoint could not be written, twice or for the first time.
-            LostPeerError: Another rank has died.
-        """
-        return self._trainer.fit()
+        self.resume("auto")
 
     def test(self) -> Accuracy:
         """Accuracy on the test set, of the weights as they are at the end of the training.

@@ -33,7 +33,7 @@ _SCENES: dict[str, dict[str, Any]] = {
     "plain": {},
     "storage": {"owner": ShardReader, "name": "strips", "steps": 6},
     # For each of a rank's two samples. It competes with the step for the core: it takes longer.
-    "decode": {"owner": StripDecoder, "name": "decode", "steps": 6, "repeat": True},
+    "decode": {"owner": StripDecoder, "name": "decode", "steps": 10, "repeat": True},
     "model": {"width": 24},
     "slow rank": {"owner": Pretraining, "name": "step", "steps": 6, "rank": 1},
     "network": {"owner": Engine, "name": "watch_averaging", "steps": 6},

@@ -395,6 +395,7 @@ def test_too_many_rejects_fail_after_the_work(videos: Path, tmp_path: Path) -> N
         ),
         (["folder", "--videos", ".", "--out", "o", "--blur", "1"], "there is no setting blur"),
         (["folder", "--videos", ".", "--out", "o", "--workers", "-1"], "workers is -1"),
+        (["folder", "--videos", ".", "--out", "o", "--worker_memory", "0.1"], "use 0.25 to 1e"),
         (["vimeo"], "one of ucf101, hmdb51, .*; got vimeo"),
     ],
 )

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from strata import transfer
 from strata.errors import ConfigError, ShardError
+from strata.files import LockRecord
 from strata.preprocess import places
 from strata.preprocess.command import main
 from tests.integration.test_sharding import SMALL, contents, shards, videos
@@ -84,31 +86,40 @@ def test_a_url_has_one_driver_at_a_time(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "_RENEW_S", 0.05)
-    monkeypatch.setattr(places, "_STALE_S", 0.5)
     place = places.open_place(f"{OUT}/locked")
+    here, elsewhere = LockRecord.own(), msgspec.structs.replace(LockRecord.own(), machine="x")
     store.every = 5
     with place.locked("lock"), ExitStack() as second:
         with pytest.raises(ShardError, match=r"process \d+ on .* is sharding into s3://bucket/out"):
             second.enter_context(place.locked("lock"))
-    # One that ended is followed at once.
-    monkeypatch.setattr(places, "_STALE_S", 1e9)
+        # As it looks from another machine: it is renewed.
+        monkeypatch.setattr(LockRecord, "own", lambda: elsewhere)
+        with pytest.raises(ShardError, match=r"process \d+ on .* is sharding into s3://bucket/out"):
+            second.enter_context(place.locked("lock"))
+        monkeypatch.undo()
+    # One that ended, also by a kill on this machine, is followed at once.
     with place.locked("lock"):
         pass
-    assert list(place.names("")) == ["lock.2"]
-    # Of several that find a dead one, one gets it.
-    place.write("lock.2", b"process 1 on a machine that is gone")
+    dead = msgspec.structs.replace(here, started=here.started + 1)
+    place.write("lock.2", msgspec.json.encode(dead))
+    with place.locked("lock"):
+        pass
+    assert list(place.names("")) == ["lock.3"]
+    # Of several that find a dead one of another machine, one gets it.
+    place.write("lock.3", msgspec.json.encode(elsewhere))
     monkeypatch.setattr(places, "_STALE_S", 0.0)
+    wait_for_end = places.RemotePlace._wait_for_end
     with ExitStack() as faster:
-        wait_for_end = places.RemotePlace._wait_for_end
 
         def be_slower(self: places.RemotePlace, lease: str) -> None:
+            wait_for_end(self, lease)
             monkeypatch.setattr(places.RemotePlace, "_wait_for_end", wait_for_end)
             faster.enter_context(place.locked("lock"))
 
         monkeypatch.setattr(places.RemotePlace, "_wait_for_end", be_slower)
         with pytest.raises(ShardError, match=r"another process is sharding"):
             faster.enter_context(place.locked("lock"))
-        assert list(place.names("")) == ["lock.3"]
+        assert list(place.names("")) == ["lock.4"]
 
 
 def test_a_store_decides_who_creates_a_file(store: FaultyStore) -> None:

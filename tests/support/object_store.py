@@ -63,9 +63,10 @@ def s3_server() -> Iterator[FaultyStore]:
     server.log = lambda *words: None  # pyright: ignore[reportAttributeAccessIssue]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    names += ("AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS")  # botocore waits long between its own.
     before = {name: os.environ.get(name) for name in names}
-    values = (f"http://127.0.0.1:{server.server_port}", "test", "test", "us-east-1")
+    values = (f"http://127.0.0.1:{server.server_port}", "test", "test", "us-east-1", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     os.environ.update(zip(names, values, strict=True))
     try:

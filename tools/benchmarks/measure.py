@@ -34,6 +34,7 @@ __all__ = [
     "require_known",
     "source_set_of",
     "spread",
+    "status_bytes",
     "table",
     "wait_for",
     "write_record",
@@ -108,6 +109,12 @@ def machine_line(facts: Mapping[str, Any]) -> str:
         f"machine: {facts['device']}, {facts['cores']} cores, load {facts['load']:.1f}, torch "
         f"{facts['torch']}, Python {facts['python']}"
     )
+
+
+def status_bytes(name: str) -> int:
+    """Bytes of this process by a line of /proc/self/status: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def rate(

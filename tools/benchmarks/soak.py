@@ -29,6 +29,7 @@ from strata.tools.benchmarks.measure import (
     machine,
     machine_line,
     parse_options,
+    status_bytes,
     table,
     write_record,
 )
@@ -53,19 +54,12 @@ class Reading:
     @classmethod
     def now(cls, count: int) -> "Reading":
         """Read it from /proc."""
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
-
-        def mib(name: str) -> float:
-            return int(status[name].split()[0]) / 1024
-
         return cls(
             count,
-            mib("VmRSS"),
-            mib("RssShmem"),
+            status_bytes("VmRSS") / 2**20,
+            status_bytes("RssShmem") / 2**20,
             len(os.listdir("/proc/self/fd")),
-            int(status["Threads"]),
+            len(os.listdir("/proc/self/task")),
         )
 
 

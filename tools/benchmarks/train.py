@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 
@@ -33,6 +34,7 @@ from strata.tools.benchmarks.measure import (
     machine,
     machine_line,
     parse_options,
+    status_bytes,
     table,
     wait_for,
 )
@@ -115,33 +117,15 @@ class StepClock:
 
 
 @contextmanager
-def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace an attribute by `make(original)` while the block runs."""
-    own = name in vars(owner)
-    original = getattr(owner, name)
-    setattr(owner, name, make(original))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
-
-
-@contextmanager
 def _clocked(trainer: Trainer[Pretraining], metrics: Metrics, clock: StepClock) -> Iterator[None]:
     """Clocks around the parts of a trainer's steps."""
 
-    def timed(part: str) -> Callable[[Any], Any]:
-        def make(original: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with clock.part(part):
-                    return original(*args, **kwargs)
+    def timed(part: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with clock.part(part):
+                return original(*args, **kwargs)
 
-            return call
-
-        return make
+        return call
 
     def batches(original: Any) -> Any:
         def iterate(loader: TrainLoader) -> Iterator[Any]:
@@ -167,9 +151,9 @@ def _clocked(trainer: Trainer[Pretraining], metrics: Metrics, clock: StepClock) 
         *((distributed.dist, name, "communication") for name in _COLLECTIVES),
     ]
     with ExitStack() as stack:
-        stack.enter_context(_around(TrainLoader, "__iter__", batches))
+        stack.enter_context(patch.object(TrainLoader, "__iter__", batches(TrainLoader.__iter__)))
         for owner, name, part in parts:
-            stack.enter_context(_around(owner, name, timed(part)))
+            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         yield
 
 
@@ -215,12 +199,6 @@ class StepOptions(TrainConfig):
         return self.warmup + self.steps + 1
 
 
-def _resident(name: str) -> int:
-    """Bytes of this process by a line of /proc/self/status: VmRSS now, VmHWM at most so far."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def _stage_run(options: StepOptions, stage: int, run: Path) -> TrainConfig:
     """The user's run with what the measurement of one stage changes."""
     replace = dataclasses.replace
@@ -252,7 +230,7 @@ def _measure(config: TrainConfig, stage: int, options: StepOptions, world: World
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Resets VmHWM.
-    before = _resident("VmRSS")
+    before = status_bytes("VmRSS")
     with _clocked(trainer, metrics, clock):
         finished = trainer.fit()
     if not finished and trainer.state.step < options.all_steps:
@@ -261,7 +239,7 @@ def _measure(config: TrainConfig, stage: int, options: StepOptions, world: World
             f"tools/bench.py train: a signal stopped stage {stage} at step {trainer.state.step} of "
             f"{options.all_steps}; nothing was measured, start it again"
         )
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
     steps = clock.steps()[options.warmup :]
     metrics.close()
 
