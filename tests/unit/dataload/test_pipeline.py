@@ -1,6 +1,7 @@
 """Both pipelines compared with the reference, operation by operation."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -222,8 +223,11 @@ def test_memory_is_used_again_only_when_nothing_refers_to_a_batch():
     assert torch.equal(part, want)
     assert not torch.equal(other[:, 1], want)
     del part
-    (third,) = pipeline.start(first, [IDENTITY] * 2)()
-    assert third.data_ptr() == place
+    # A thread may hold its share of the batch for a moment after the batch is complete.
+    held, deadline = [other], time.monotonic() + 60
+    while held[-1].data_ptr() != place:
+        assert time.monotonic() < deadline
+        held += pipeline.start(first, [IDENTITY] * 2)()
     pipeline.close()
 
 
