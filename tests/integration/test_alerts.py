@@ -94,7 +94,8 @@ def fleet(
             "killed": start("killed", "slow_steps", ranks=2),
             "nan": start("nan", "slow_nan_at_step_30", *skips),
             "full": start("full", "full_disk_for_one_save", "--checkpoint.every_steps", "15"),
-            "finished": start("finished", "slow_steps", "--stop_after_steps", "4"),
+            # Long enough that Prometheus, which finds targets in 5 s, has seen it before its end.
+            "finished": start("finished", "slow_steps", "--stop_after_steps", "30"),
         }
         yield Fleet(prometheus, runs, folder / "targets")
     finally:
